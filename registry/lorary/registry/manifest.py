@@ -1,0 +1,198 @@
+"""What a version says about itself: ``manifest.json``, typed.
+
+The trainer writes one beside a standard PEFT folder (without name, version and digest, which only
+the registry can give); ``push`` completes it. A sample::
+
+    {"format_version": 1, "name": "sentiment", "version": 3, "digest": "sha256:5e1f…",
+     "files": [{"path": "adapter_model.safetensors", "size": 9785240, "sha256": "…"}, …],
+     "base": {"name": "smollm2-135m", "fingerprint": "sha256:…", "architecture": "LlamaForCausalLM",
+              "revision": null, "quantization": "none"},
+     "method": {"name": "lora", "rank": 8, "alpha": 16.0, "target_modules": ["q_proj", …]},
+     "task": {"kind": "classification", "template": "…{{ text }}…", "labels": ["negative", "positive"],
+              "max_new_tokens": 4, "stop": []},
+     "metrics": {"primary": "accuracy", "num_examples": 200,
+                 "base": {"accuracy": 0.02}, "adapter": {"accuracy": 0.85}},
+     "data": {"source": "movie-reviews", "fingerprint": "sha256:…", "num_train": 7530, …},
+     "training": {"recipe": {…}, "seed": 0, "versions": {"torch": "2.13.0", …}, "seconds": 131.0, …},
+     "golden_probes": [{"token_ids": […], "top_token_ids": […], "top_logits": […]}],
+     "created_at": "2026-11-22T10:00:00Z"}
+
+``format_version`` is checked on read: a newer one is refused with a message that says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from lorary.errors import CorruptArtifact
+
+FORMAT_VERSION = 1
+
+TaskKind = Literal["generation", "classification"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of a version: its POSIX path inside the folder, size in bytes, hex sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseIdentity:
+    """Which base an adapter was trained on; ``fingerprint`` is what is compared."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    revision: str | None = None
+    quantization: str = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How the adapter was made. ``rank`` is the largest rank of any module."""
+
+    name: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What the adapter is for, so that a caller can send plain ``text``.
+
+    ``template`` is Jinja over the caller's inputs (``text`` first) and renders the *whole* prompt,
+    special tokens included; ``None`` means that callers send prompts or chat messages themselves.
+    """
+
+    kind: TaskKind = "generation"
+    template: str | None = None
+    labels: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Held-out figures of base and adapter on the same ``num_examples``; higher is better."""
+
+    primary: str
+    num_examples: int
+    base: dict[str, float]
+    adapter: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenProbe:
+    """A prompt and the largest logits of its last position, as the trainer saw them in ``dtype``."""
+
+    token_ids: tuple[int, ...]
+    top_token_ids: tuple[int, ...]
+    top_logits: tuple[float, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A version's description. ``name``, ``version``, ``digest``, ``files`` are set by ``push``."""
+
+    base: BaseIdentity
+    method: Method
+    task: Task
+    metrics: Metrics | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    golden_probes: tuple[GoldenProbe, ...] = ()
+    created_at: str = ""
+    description: str = ""
+    name: str = ""
+    version: int = 0
+    digest: str = ""
+    files: tuple[FileEntry, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Return the manifest as pretty JSON with a stable key order and a final newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Parse and check a manifest.
+
+        Raises:
+            CorruptArtifact: not JSON, a missing or unknown key, a wrong type, or a newer format.
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise CorruptArtifact(f"manifest is not JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise CorruptArtifact(f"manifest is a JSON {type(raw).__name__}; it must be an object")
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CorruptArtifact(
+                f"manifest has format_version {version!r}; this Lorary reads {FORMAT_VERSION}. "
+                "Upgrade lorary, or push the adapter again."
+            )
+        return _build(cls, raw, "manifest")
+
+
+def _build(cls: type[Any], raw: Any, where: str) -> Any:
+    """Build a manifest dataclass from plain JSON, strictly: no unknown keys, no wrong types."""
+    import types
+    import typing
+
+    if not isinstance(raw, dict):
+        raise CorruptArtifact(f"{where} is {raw!r}; it must be an object")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(raw.keys() - hints.keys())
+    if unknown:
+        raise CorruptArtifact(f"{where} has unknown keys {unknown}; known: {sorted(hints)}")
+
+    def convert(hint: Any, value: Any, path: str) -> Any:
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (types.UnionType, typing.Union):
+            if value is None and type(None) in args:
+                return None
+            (inner,) = [a for a in args if a is not type(None)]
+            return convert(inner, value, path)
+        if origin is tuple:
+            if not isinstance(value, list):
+                raise CorruptArtifact(f"{path} is {value!r}; it must be a list")
+            return tuple(convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+        if origin is Literal:
+            if value not in args:
+                raise CorruptArtifact(f"{path} is {value!r}; it must be one of {list(args)}")
+            return value
+        if origin is dict:
+            if not isinstance(value, dict):
+                raise CorruptArtifact(f"{path} is {value!r}; it must be an object")
+            if args[1] is float:
+                return {k: convert(float, v, f"{path}.{k}") for k, v in value.items()}
+            return value
+        if dataclasses.is_dataclass(hint):
+            return _build(typing.cast("type[Any]", hint), value, path)
+        if hint is float and type(value) in (int, float):
+            return float(value)
+        if type(value) is not hint:
+            raise CorruptArtifact(f"{path} is {value!r}; it must be of type {hint.__name__}")
+        return value
+
+    values = {k: convert(hints[k], v, f"{where}.{k}") for k, v in raw.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise CorruptArtifact(f"{where} lacks {missing}")
+    return cls(**values)

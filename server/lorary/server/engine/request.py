@@ -1,0 +1,150 @@
+"""The nouns that service, scheduler and engine share; no torch.
+
+A call becomes one ``Request`` per answer (``n`` answers: ``n`` requests with the same id and
+different ``index``). The service submits it, the engine answers with ``Output`` values, in order,
+the last of which has ``finish`` or ``error`` set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorary.errors import LoraryError
+
+FinishReason = Literal["stop", "length", "scored"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; the service has checked every range (inference.proto)."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, with nothing drawn at random."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens seen so far."""
+        return (
+            self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+class Lease(Protocol):
+    """A hold on one adapter's place on the device, from admission to the end of the request."""
+
+    @property
+    def digest(self) -> str:
+        """The version's digest; ``""`` for the bare base."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the adapter is on the device and may be used in a step."""
+        ...
+
+    @property
+    def error(self) -> LoraryError | None:
+        """Why the load failed, if it did."""
+        ...
+
+    def release(self) -> None:
+        """Give the hold back; idempotent, callable from any thread."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
+
+    ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    lease: Lease
+    index: int = 0
+    labels: tuple[tuple[int, ...], ...] = ()
+    arrived_s: float = 0.0
+    deadline_s: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What identifies it among all running requests."""
+        return (self.request_id, self.index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """How one answer ended: the reason, the whole text, counts, and durations in nanoseconds."""
+
+    reason: FinishReason
+    text: str
+    matched_stop: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_ns: int
+    adapter_load_ns: int
+    prefill_ns: int
+    decode_ns: int
+    label_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionLogprobs:
+    """Natural-log probabilities at one generated position: the chosen token, then the best ones."""
+
+    chosen: tuple[int, float]
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Output:
+    """What one step made of one request."""
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish: Finish | None = None
+    error: LoraryError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """Figures of one step, for metrics."""
+
+    seconds: float
+    num_decode_rows: int
+    num_prefill_tokens: int
+    num_distinct_adapters: int
+    num_running: int
+    num_waiting: int
+    num_waiting_for_adapter: int
+    kv_tokens_used: int
+    kv_tokens_total: int
