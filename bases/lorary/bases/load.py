@@ -1,0 +1,138 @@
+"""Load a base's tokenizer and model, whole or quantized; safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorary.errors import ConfigError, CorruptArtifact, MissingDependency
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorary.bases.find import Base
+
+Quantization = Literal["none", "int8", "nf4"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "int8", "nf4")
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """Return bfloat16 where the device multiplies it in hardware, else float32."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with a padding token.
+
+    Raises:
+        CorruptArtifact: the folder holds no tokenizer that transformers can read, or it has no
+            end-of-text token, without which no answer could end.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.path, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise CorruptArtifact(f"base '{base.name}' has no readable tokenizer: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise CorruptArtifact(
+            f"the tokenizer of base '{base.name}' has no eos token, so no answer could end. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        # Only ever used where the attention mask is zero, so any existing token serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    base: Base,
+    *,
+    quantization: Quantization = "none",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> PreTrainedModel:
+    """Load the causal language model onto ``device``, in eval mode.
+
+    Args:
+        base: what ``find_base`` returned.
+        quantization: ``nf4`` and ``int8`` quantize the linear layers through bitsandbytes; norms
+            and embeddings stay in ``dtype``.
+        dtype: of what is not quantized; default ``default_dtype(device)``.
+        device: a torch device.
+        options: passed to ``from_pretrained`` (``attn_implementation``).
+
+    Raises:
+        MissingDependency: quantization without bitsandbytes.
+        ConfigError: an unknown quantization or device, or one that this device cannot do.
+        CorruptArtifact: not a causal language model that transformers knows.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device.")
+    dtype = default_dtype(device) if dtype is None else dtype
+    if quantization != "none":
+        options["quantization_config"] = _quantizer(quantization, dtype)
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="bitsandbytes")
+            model = AutoModelForCausalLM.from_pretrained(
+                base.path,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise CorruptArtifact(
+            f"base '{base.name}' in '{base.path}' cannot be loaded as a causal language model: "
+            f"{error}"
+        ) from error
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+    return model.eval()
+
+
+def _quantizer(quantization: str, dtype: torch.dtype) -> Any:
+    """Return the bitsandbytes settings for ``nf4`` (with double quantization) or ``int8``."""
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization '{quantization}' is unknown; it is one of {', '.join(QUANTIZATIONS)}."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependency(
+            f"quantization '{quantization}' needs bitsandbytes. Run: pip install bitsandbytes, or "
+            "use quantization 'none'."
+        )
+    from transformers import BitsAndBytesConfig
+
+    # It would say at every matrix multiplication that activations are rounded to float16, and
+    # once that an optional kernel is absent; what fails still raises.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

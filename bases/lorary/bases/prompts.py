@@ -1,0 +1,191 @@
+"""From what a caller sends to token ids: the same code when training, evaluating and serving.
+
+A task's template is Jinja and renders the *whole* prompt, special tokens included. The completion
+that follows it is tokenized apart and appended, so the ids a model is trained on are exactly the
+ids it meets when served: ``prompt_ids + completion_ids``, never a joint tokenization that could
+merge characters across the seam.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lorary.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ROLES = ("system", "user", "assistant")
+
+
+class _Task(Protocol):
+    """The part of a manifest's task that a prompt needs."""
+
+    @property
+    def template(self) -> str | None: ...
+
+
+_JINJA = ImmutableSandboxedEnvironment(
+    autoescape=False,
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+)
+
+
+class PromptBuilder:
+    """Builds token ids for one tokenizer; holds no state, so any thread may call it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        specials = {str(token) for token in added if token.special} | set(
+            tokenizer.all_special_tokens
+        )
+        # Longest first, so that the message names the whole marker.
+        self._specials = tuple(sorted(specials, key=len, reverse=True))
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The strings that are refused inside a caller's text."""
+        return self._specials
+
+    def from_task(self, task: _Task, inputs: Mapping[str, str]) -> list[int]:
+        """Render ``task.template`` over ``inputs`` (``text`` first) and tokenize it.
+
+        Raises:
+            InvalidRequest: the task has no template, an input is empty, missing, or holds a
+                special token, or the template itself is broken.
+        """
+        return self._encode(self.render(task, inputs), field="input.text")
+
+    def render(self, task: _Task, inputs: Mapping[str, str]) -> str:
+        """Return the prompt that ``from_task`` tokenizes; raises what it raises."""
+        if task.template is None:
+            raise InvalidRequest(
+                "the adapter has no task template, so it cannot take plain 'text'. "
+                "Send 'prompt', 'chat' or 'token_ids'.",
+                field="input.text",
+            )
+        for name, value in inputs.items():
+            self._check_text(value, field=f"input.{name}")
+        try:
+            return compile_template(task.template).render(dict(inputs))
+        except jinja2.UndefinedError as error:
+            given = ", ".join(sorted(inputs)) or "nothing"
+            raise InvalidRequest(
+                f"the adapter's template needs an input that was not sent: {error.message}; "
+                f"sent: {given}.",
+                field="input",
+            ) from error
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                f"the adapter's template cannot be rendered: {error.message}.", field="input"
+            ) from error
+
+    def from_prompt(self, text: str) -> list[int]:
+        """Tokenize a complete prompt; special tokens in it are recognised, nothing is added.
+
+        Raises:
+            InvalidRequest: the prompt is empty.
+        """
+        if not text:
+            raise InvalidRequest("the prompt is empty; send some text.", field="input.prompt")
+        return self._encode(text, field="input.prompt")
+
+    def from_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Render messages with the base's chat template, ready for the assistant's turn.
+
+        Raises:
+            InvalidRequest: no messages, an unknown role, an empty content or one that holds a
+                special token, a base without chat template, or a template that refuses them.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequest(
+                "this base has no chat template, so it cannot take chat messages. "
+                "Send 'prompt' or 'token_ids'.",
+                field="input.chat",
+            )
+        if not messages:
+            raise InvalidRequest("no chat messages; send at least one.", field="input.chat")
+        turns = [self._turn(i, message) for i, message in enumerate(messages)]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                f"the base's chat template refuses these messages: {error.message}.",
+                field="input.chat",
+            ) from error
+        return self._encode(text, field="input.chat")
+
+    def label_ids(self, label: str) -> tuple[int, ...]:
+        """Return the ids of a label as the completion's beginning, without the end token.
+
+        Raises:
+            InvalidRequest: the label is empty or holds a special token.
+        """
+        self._check_text(label, field="labels")
+        return tuple(self._encode(label, field="labels"))
+
+    def completion_ids(self, target: str) -> list[int]:
+        """Return the ids a model is trained to answer: the target, then the end token.
+
+        Raises:
+            InvalidRequest: the target is empty or holds a special token.
+        """
+        self._check_text(target, field="target")
+        return [*self._encode(target, field="target"), int(self._tokenizer.eos_token_id)]
+
+    def _turn(self, index: int, message: Mapping[str, str]) -> dict[str, str]:
+        """Check one chat message."""
+        where = f"input.chat.messages[{index}]"
+        role, content = message.get("role", ""), message.get("content", "")
+        if role not in ROLES:
+            raise InvalidRequest(
+                f"role {role!r} is unknown; it is one of {', '.join(ROLES)}.", field=f"{where}.role"
+            )
+        self._check_text(content, field=f"{where}.content")
+        return {"role": role, "content": content}
+
+    def _check_text(self, value: str, *, field: str) -> None:
+        """Refuse what is empty, and what would let text pose as the prompt's own structure."""
+        if not value.strip():
+            raise InvalidRequest(f"'{field}' is empty; send some text.", field=field)
+        for special in self._specials:
+            if special in value:
+                raise InvalidRequest(
+                    f"'{field}' holds the special token '{special}', which would change the "
+                    "prompt's structure. Remove it, or send a complete 'prompt'.",
+                    field=field,
+                )
+
+    def _encode(self, text: str, *, field: str) -> list[int]:
+        """Tokenize as is: nothing added, nothing cut."""
+        try:
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequest(
+                f"'{field}' is not valid Unicode text: {error}.", field=field
+            ) from error
+        return list(ids)
+
+
+@lru_cache(maxsize=256)
+def compile_template(source: str) -> jinja2.Template:
+    """Compile a task template in the sandbox; cached.
+
+    Raises:
+        InvalidRequest: it is not valid Jinja.
+    """
+    try:
+        return _JINJA.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InvalidRequest(
+            f"the task template is not valid Jinja: line {error.lineno}: {error.message}.",
+            field="input",
+        ) from error
