@@ -141,7 +141,8 @@ class Manifest:
                 f"manifest has format_version {version!r}; this Lorary reads {FORMAT_VERSION}. "
                 "Upgrade lorary, or push the adapter again."
             )
-        return _build(cls, raw, "manifest")
+        manifest: Self = _build(cls, raw, "manifest")
+        return manifest
 
 
 def _build(cls: type[Any], raw: Any, where: str) -> Any:

@@ -1,0 +1,298 @@
+"""Read and write safetensors files, trusting nothing that the file says.
+
+A file is ``<8-byte little-endian header length> <UTF-8 JSON header> <data>``. The public parsers accept
+duplicate JSON keys, dimensions of 0, hundreds of thousands of tensors; this one refuses whatever a
+writer that means well would never produce, before a byte of data is read, and allocates nothing that
+the file's real size does not justify. No torch: tensors are numpy arrays (bfloat16 by ml_dtypes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from lorary.errors import CorruptArtifact, StorageError
+
+Array = npt.NDArray[Any]
+
+# Bits per element of every dtype of the format; bases may hold any of them, adapters three.
+DTYPE_BITS: Final[dict[str, int]] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype("<f4"),
+}
+_NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+_MAX_DIMS = 8
+_MAX_NAME = 512
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a reader accepts: dtypes, bytes of JSON header, number of tensors."""
+
+    dtypes: frozenset[str]
+    max_header_bytes: int
+    max_tensors: int
+
+
+ADAPTER_LIMITS: Final = Limits(
+    dtypes=frozenset(NUMPY_DTYPES), max_header_bytes=8 << 20, max_tensors=20_000
+)
+BASE_LIMITS: Final = Limits(
+    dtypes=frozenset(DTYPE_BITS), max_header_bytes=100 << 20, max_tensors=1_000_000
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies: bytes ``[start, end)`` counted from the beginning of the *file*."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A checked header: tensors in the order of their data, and the free-form metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path, limits: Limits = ADAPTER_LIMITS) -> Header:
+    """Parse and check the header of ``path``; no tensor data is read.
+
+    Raises:
+        CorruptArtifact: the file is not safetensors, or breaks a rule or a limit.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw, data_start = _header_bytes(file, size, path, limits)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    return _parse(raw, data_start, size, path, limits)
+
+
+def read_tensor(path: Path, info: TensorInfo) -> Array:
+    """Read one tensor as an array of its own dtype and shape (F16, BF16 and F32 only).
+
+    Raises:
+        CorruptArtifact: the file is shorter than its header said when it was parsed.
+        StorageError: the file cannot be read.
+    """
+    dtype = NUMPY_DTYPES.get(info.dtype)
+    if dtype is None:
+        raise CorruptArtifact(
+            f"tensor {show(info.name)} of {path.name} is {info.dtype}; "
+            f"only {sorted(NUMPY_DTYPES)} can be read"
+        )
+    array = np.empty(info.shape, dtype)
+    flat = array.reshape(-1).view(np.uint8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            done = 0
+            view = memoryview(flat.data)
+            while done < info.num_bytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CorruptArtifact(f"{path.name} ends inside tensor {show(info.name)}")
+                done += count
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    return array
+
+
+def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Write ``tensors`` so that equal content gives equal bytes on every machine.
+
+    Order: wider dtypes first (so that every tensor is aligned), then by name.
+
+    Raises:
+        ValueError: an array is not float16, bfloat16 or float32.
+    """
+    file.write(header_for({name: (a.dtype, a.shape) for name, a in tensors.items()}, metadata))
+    names = sorted_names({name: a.dtype for name, a in tensors.items()})
+    file.writelines(
+        np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data for name in names
+    )
+
+
+def sorted_names(dtypes: Mapping[str, np.dtype[Any]]) -> list[str]:
+    """Return tensor names in the order in which ``write`` lays them out."""
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
+
+
+def header_for(
+    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return length and padded JSON header for tensors laid out in ``sorted_names`` order."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in sorted_names({name: dtype for name, (dtype, _) in tensors.items()}):
+        dtype, shape = tensors[name]
+        if dtype not in _NAMES:
+            raise ValueError(
+                f"tensor {show(name)} is {dtype}; adapters hold {sorted(NUMPY_DTYPES)}"
+            )
+        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _LENGTH_BYTES)
+    return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+
+
+def is_finite(array: Array) -> bool:
+    """Tell whether no value is NaN or infinite, by exponent bits (no cast, no warning)."""
+    if array.dtype == NUMPY_DTYPES["F32"]:
+        bits, mask = array.view(np.uint32), np.uint32(0x7F800000)
+    else:
+        mask16 = 0x7C00 if array.dtype == NUMPY_DTYPES["F16"] else 0x7F80
+        return not bool(np.any((array.view(np.uint16) & np.uint16(mask16)) == np.uint16(mask16)))
+    return not bool(np.any((bits & mask) == mask))
+
+
+def show(name: str) -> str:
+    """Return a foreign name fit for a message: quoted, escaped, cut."""
+    shown = ascii(name)
+    return shown if len(shown) <= 120 else f"{shown[:117]}…'"
+
+
+def _header_bytes(file: BinaryIO, size: int, path: Path, limits: Limits) -> tuple[bytes, int]:
+    prefix = file.read(_LENGTH_BYTES)
+    if len(prefix) < _LENGTH_BYTES:
+        raise CorruptArtifact(f"{path.name} has {size} bytes; that is too short for safetensors")
+    length = int.from_bytes(prefix, "little")
+    if length > size - _LENGTH_BYTES:
+        raise CorruptArtifact(
+            f"{path.name} claims a header of {length} bytes, but has {size} bytes in all: "
+            "it is truncated, or not safetensors"
+        )
+    if length > limits.max_header_bytes:
+        raise CorruptArtifact(
+            f"{path.name} has a header of {length} bytes; the limit is {limits.max_header_bytes}"
+        )
+    raw = file.read(length)
+    if len(raw) != length:
+        raise CorruptArtifact(f"{path.name} ends inside its header")
+    if raw[:1] != b"{":
+        raise CorruptArtifact(f"{path.name} is not safetensors: its header is not a JSON object")
+    return raw, _LENGTH_BYTES + length
+
+
+def _parse(raw: bytes, data_start: int, size: int, path: Path, limits: Limits) -> Header:
+    entries = parse_json(raw, f"header of {path.name}")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CorruptArtifact(f"{path.name}: __metadata__ must map text to text")
+    if not 0 < len(entries) <= limits.max_tensors:
+        raise CorruptArtifact(
+            f"{path.name} holds {len(entries)} tensors; 1 to {limits.max_tensors} are accepted"
+        )
+    infos = [_tensor(name, entry, data_start, path, limits) for name, entry in entries.items()]
+    infos.sort(key=lambda info: info.start)
+    _check_cover(infos, data_start, size, path)
+    return Header(tensors={info.name: info for info in infos}, metadata=metadata)
+
+
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no duplicate keys, no NaN, no deep nesting.
+
+    Raises:
+        CorruptArtifact: it is anything else; the message starts with ``what``.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            double = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise CorruptArtifact(f"{what} has the key {show(double)} twice")
+        return found
+
+    def constant(text: str) -> Any:
+        raise CorruptArtifact(f"{what} contains {text}, which is not JSON")
+
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptArtifact(f"{what} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise CorruptArtifact(f"{what} is a JSON {type(parsed).__name__}; it must be an object")
+    return parsed
+
+
+def _tensor(name: str, entry: Any, data_start: int, path: Path, limits: Limits) -> TensorInfo:
+    where = f"tensor {show(name)} of {path.name}"
+    if len(name) > _MAX_NAME or not name.isascii() or not name.isprintable() or not name:
+        raise CorruptArtifact(f"{where}: a name is 1 to {_MAX_NAME} printable ASCII characters")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CorruptArtifact(f"{where} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in limits.dtypes:
+        raise CorruptArtifact(f"{where} is {dtype!r}; accepted are {sorted(limits.dtypes)}")
+    if not _is_ints(shape) or len(shape) > _MAX_DIMS or any(d <= 0 for d in shape):
+        raise CorruptArtifact(
+            f"{where} has shape {show(str(shape))}; up to {_MAX_DIMS} positive whole numbers"
+        )
+    if not _is_ints(offsets) or len(offsets) != 2 or not 0 <= offsets[0] < offsets[1]:
+        raise CorruptArtifact(f"{where} has data_offsets {show(str(offsets))}")
+    bits = DTYPE_BITS[dtype]
+    for dim in shape:  # Python's whole numbers cannot wrap
+        bits *= dim
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise CorruptArtifact(
+            f"{where} has {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {bits / 8:g}"
+        )
+    return TensorInfo(
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=data_start + offsets[0],
+        end=data_start + offsets[1],
+    )
+
+
+def _is_ints(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int for v in value)
+
+
+def _check_cover(infos: Iterable[TensorInfo], data_start: int, size: int, path: Path) -> None:
+    position = data_start
+    for info in infos:
+        if info.start != position:
+            kind = "overlaps the tensor before it" if info.start < position else "leaves a gap"
+            raise CorruptArtifact(f"{path.name}: tensor {show(info.name)} {kind}")
+        position = info.end
+    if position != size:
+        what = "is truncated" if size < position else "has trailing bytes"
+        raise CorruptArtifact(f"{path.name} {what}: {size} bytes, the header says {position}")
