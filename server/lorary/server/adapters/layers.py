@@ -1,0 +1,224 @@
+"""The base's linear layers, replaced by ones that add each row's adapter.
+
+``install`` walks a transformers model, groups neighbours that read the same input (q/k/v, gate/up),
+and puts a ``LoraMember`` in the place of each linear layer. The weights of a group's plain layers
+become views of one concatenated matrix, so that the base needs one product per group; quantized
+layers keep their own product. The adapters of a whole group are added in one call.
+
+The step's segments are read from ``current``: set by the runner for the time of one forward.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lorary.errors import ConfigError
+from lorary.server.adapters.ops import native, torch_ops
+from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lorary.server.adapters.segments import Segments
+
+logger = logging.getLogger(__name__)
+
+# Names of layers that read the same tensor, in every transformers model that has all of them.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+_current: ContextVar[Segments | None] = ContextVar("lorary_segments", default=None)
+
+
+@contextmanager
+def step_segments(segments: Segments | None) -> Iterator[None]:
+    """Make ``segments`` those of every forward within the block, on this thread."""
+    token = _current.set(segments)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class LoraGroup:
+    """Linear layers that read the same input, and their pool.
+
+    Attributes:
+        spec: names and shapes.
+        pool: the group's rows; set by ``attach``.
+    """
+
+    def __init__(self, spec: GroupSpec, layers: Sequence[nn.Module]) -> None:
+        self.spec = spec
+        self.layers = tuple(layers)
+        self.weight, self.bias = _fuse(self.layers)
+        self.pool: GroupPool | None = None
+        self._bound: native.BoundKernel | None = None
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def attach(self, pool: GroupPool, kernel: native.NativeKernel | None) -> None:
+        """Give the group its rows, and the row-wise kernel if there is one for them."""
+        self.pool = pool
+        if kernel is not None and pool.a.device.type == "cpu" and kernel.supports(pool.a.dtype):
+            self._bound = kernel.bind(pool.a, pool.b)
+
+    def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """Return one member's output for ``x`` [..., in], adapters included.
+
+        The first member called with an input computes all; the others find their part. The last
+        member lets go of the tensors.
+        """
+        if self._input is not x:
+            self._input, self._outputs = x, self._compute(x)
+        result = self._outputs[member]
+        if member == len(self.layers) - 1:
+            self._input, self._outputs = None, ()
+        return result
+
+    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.weight is not None:
+            y = nn.functional.linear(x, self.weight, self.bias)
+        else:
+            outputs = [layer(x) for layer in self.layers]
+            y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        segments = _current.get()
+        if segments is not None:
+            self._add_adapters(y, x, segments)
+        if len(self.layers) == 1:
+            return (y,)
+        return y.split(self.spec.out_features, dim=-1)
+
+    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
+        assert self.pool is not None, "a step with adapters before attach()"
+        x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if x_rows.dtype != self.pool.a.dtype:
+            x_rows = x_rows.to(self.pool.a.dtype)
+        for segment in segments.long:
+            torch_ops.add_segment(y_rows, x_rows, self.pool.a, self.pool.b, segment)
+        if segments.num_short:
+            assert self._bound is not None, "short rows without a row-wise kernel"
+            self._bound.add_rows(y_rows, x_rows.contiguous(), segments)
+
+
+class LoraMember(nn.Module):
+    """Stands where a linear layer stood, as one member of its group."""
+
+    def __init__(self, group: LoraGroup, member: int) -> None:
+        super().__init__()
+        self.group = group
+        self.member = member
+        self.layer = group.layers[member]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output plus each row's adapter; x [..., in] → [..., out]."""
+        return self.group.output(self.member, x)
+
+
+class LoraModel:
+    """A model whose linear layers take adapters, and the pool behind them.
+
+    Attributes:
+        model: the transformers model, changed in place.
+        groups: every group, in the model's order.
+        pool: where adapters lie.
+        long_from: an adapter with at least this many rows in a step is multiplied on its own.
+    """
+
+    def __init__(self, model: nn.Module, *, memory_bytes: int, dtype: torch.dtype) -> None:
+        self.model = model
+        self.groups = install(model)
+        device = next(model.parameters()).device
+        self.pool = AdapterPool(
+            [g.spec for g in self.groups], memory_bytes=memory_bytes, dtype=dtype, device=device
+        )
+        kernel = native.load() if device.type == "cpu" else None
+        if isinstance(kernel, str):
+            logger.warning(
+                "adapters run on torch operators, several times slower at decoding: %s", kernel
+            )
+            kernel = None
+        has_kernel = kernel is not None and kernel.supports(dtype)
+        # From 16 rows on, a matrix product beats the row-wise kernel, which rereads A and B from
+        # cache for every row (docs/log.md).
+        self.long_from = 16 if has_kernel else 1
+        for group, pool in zip(self.groups, self.pool.groups, strict=True):
+            group.attach(pool, kernel if has_kernel else None)
+
+
+def install(model: nn.Module) -> list[LoraGroup]:
+    """Replace every linear layer but the head, in place, and return the groups.
+
+    Raises:
+        ConfigError: the model has no linear layers that adapters could change.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    groups: list[LoraGroup] = []
+    for parent_name, parent in list(model.named_modules()):
+        linears = {
+            name: child
+            for name, child in parent.named_children()
+            if _shape(child) is not None and child is not head
+        }
+        for names in _grouped(linears):
+            layers = [linears[name] for name in names]
+            shapes = [_shape(layer) for layer in layers]
+            spec = GroupSpec(
+                modules=tuple(f"{parent_name}.{name}" if parent_name else name for name in names),
+                in_features=next(s[1] for s in shapes if s),
+                out_features=tuple(s[0] for s in shapes if s),
+            )
+            group = LoraGroup(spec, layers)
+            for member, name in enumerate(names):
+                setattr(parent, name, LoraMember(group, member))
+            groups.append(group)
+    if not groups:
+        raise ConfigError(f"{type(model).__name__} has no linear layers for adapters to change")
+    return groups
+
+
+def _grouped(linears: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    rest = dict.fromkeys(linears)
+    result: list[tuple[str, ...]] = []
+    for names in _FUSED:
+        widths = {_shape(linears[n])[1] for n in names if n in rest}  # type: ignore[index]
+        if all(n in rest for n in names) and len(widths) == 1:
+            result.append(names)
+            for n in names:
+                del rest[n]
+    return result + [(n,) for n in rest]
+
+
+def _shape(layer: nn.Module) -> tuple[int, int] | None:
+    """Return (out, in) of a linear layer, plain, quantized, or GPT-2's transposed one."""
+    if isinstance(layer, nn.Linear):  # bitsandbytes' layers are subclasses
+        return layer.out_features, layer.in_features
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        return int(layer.nf), int(layer.weight.shape[0])
+    return None
+
+
+def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Lay plain layers' weights side by side; each layer's weight becomes a view of its part."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return None, None
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len({(lin.weight.dtype, lin.bias is None) for lin in linears}) != 1:
+        return None, None
+    if len(linears) == 1:
+        return linears[0].weight.data, None if linears[0].bias is None else linears[0].bias.data
+    weight = torch.cat([lin.weight.data for lin in linears])
+    bias = None if linears[0].bias is None else torch.cat([lin.bias.data for lin in linears])
+    start = 0
+    for lin in linears:
+        stop = start + lin.out_features
+        lin.weight.data = weight[start:stop]
+        if bias is not None:
+            lin.bias.data = bias[start:stop]
+        start = stop
+    return weight, bias

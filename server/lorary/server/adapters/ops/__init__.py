@@ -1,0 +1,12 @@
+"""The mixed-adapter product, one semantics, several implementations.
+
+Semantics, for every row ``b`` whose adapter ``k = segments.adapter_of_row[b]`` is not -1::
+
+    y[b, out_m] += sum_j  scale[k, j] * (x[b] @ A[m, p(k, j)]) * B[m][p(k, j)]
+
+for every member ``m`` of a fused group (q, k, v share ``x``), where ``p(k, j)`` is the pool row that
+holds rank row ``j`` of adapter ``k``. Rows with -1 are untouched.
+
+``reference`` is the oracle of the tests; ``torch_ops`` runs wherever torch runs; ``native`` is the
+CPU's fast path for the short segments of decoding.
+"""

@@ -1,0 +1,36 @@
+"""The oracle: the semantics of the package docstring, row by row, in float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lorary.server.adapters.segments import Segments
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: Sequence[torch.Tensor],
+    segments: Segments,
+) -> torch.Tensor:
+    """Return ``y`` plus each row's adapter, computed in float32.
+
+    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m].
+    """
+    result = y.float().clone()
+    for row, index in enumerate(segments.adapter_of_row):
+        if index < 0:
+            continue
+        entry, offset = segments.entries[index], 0
+        for m, b_m in enumerate(b):
+            for pool_row, scale in zip(entry.rows, entry.scales, strict=True):
+                t = x[row].float() @ a[m, pool_row].float()
+                result[row, offset : offset + b_m.shape[1]] += scale * t * b_m[pool_row].float()
+            offset += b_m.shape[1]
+    return result

@@ -1,0 +1,48 @@
+"""Mixed-adapter product with torch operators: one small product per segment, any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorary.server.adapters.segments import Segment
+
+
+def add_segment(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: Sequence[torch.Tensor],
+    segment: Segment,
+) -> None:
+    """Add one segment's adapter to ``y``, in place.
+
+    Semantics: y[rows] += ((x[rows] @ A^T) * scales) @ B, per member of the group.
+    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m]; dtypes all equal.
+    """
+    if segment.start >= 0:
+        rows = slice(segment.start, segment.start + segment.length)
+        x_rows, target = x[rows], y[rows]
+    else:
+        x_rows, target = x.index_select(0, segment.rows), y.index_select(0, segment.rows)
+    first = int(segment.pool_rows[0]) if segment.is_contiguous else 0
+    rank = segment.pool_rows.numel()
+    offset = 0
+    for m, b_m in enumerate(b):
+        if segment.is_contiguous:
+            # A view: the common case of pages that lie side by side copies nothing.
+            a_rows, b_rows = a[m, first : first + rank], b_m[first : first + rank]
+        else:
+            a_rows = a[m].index_select(0, segment.pool_rows)
+            b_rows = b_m.index_select(0, segment.pool_rows)
+        t = torch.mm(x_rows, a_rows.t())
+        if segment.scales is not None:
+            t = (t.float() * segment.scales).to(t.dtype)
+        target[:, offset : offset + b_m.shape[1]].addmm_(t, b_rows)
+        offset += b_m.shape[1]
+    if segment.start < 0:
+        y.index_copy_(0, segment.rows, target)

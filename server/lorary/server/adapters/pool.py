@@ -1,0 +1,167 @@
+"""All resident A's and B's, in pages of rank rows.
+
+Every group of layers that share an input (q/k/v; gate/up; o; down) has one pool: A rows
+``[members, capacity, in]`` and, per member, B rows ``[capacity, out]`` (B transposed, so that a rank
+row is contiguous in both). An adapter is a list of pages, the same pages in every group, so mixed
+ranks cost their true rank rounded up to a page, and the budget is bytes, not a count.
+
+Ownership of a page: free → written by one loader thread → read by steps → free. The pool hands out
+and takes back pages under its lock; that nobody reads a page while it is written is the
+residency's affair (an entry is published after it is written, freed after its last reader).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorary.errors import ConfigError
+from lorary.server.adapters.segments import PoolEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+PAGE_ROWS = {"cpu": 8, "cuda": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """A group of linear layers that read the same input.
+
+    Attributes:
+        modules: full module names, in the order in which their outputs are laid side by side.
+        in_features: width of the shared input.
+        out_features: width of each member's output.
+    """
+
+    modules: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+
+    @property
+    def row_elements(self) -> int:
+        """Elements that one rank row takes in this group."""
+        return len(self.modules) * self.in_features + sum(self.out_features)
+
+
+class GroupPool:
+    """The rows of one group: ``a`` [members, capacity, in], ``b`` members × [capacity, out]."""
+
+    def __init__(
+        self, spec: GroupSpec, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.spec = spec
+        # Zeroed, for a module that an adapter leaves alone keeps rows of zeros.
+        self.a = torch.zeros(
+            len(spec.modules), capacity, spec.in_features, dtype=dtype, device=device
+        )
+        self.b = tuple(
+            torch.zeros(capacity, out, dtype=dtype, device=device) for out in spec.out_features
+        )
+
+
+class AdapterPool:
+    """Pages of rank rows for every group, within a byte budget."""
+
+    def __init__(
+        self,
+        groups: Sequence[GroupSpec],
+        *,
+        memory_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_rows = PAGE_ROWS.get(device.type, 16)
+        element = torch.empty((), dtype=dtype).element_size()
+        self.row_bytes = element * sum(g.row_elements for g in groups)
+        self.num_pages = memory_bytes // (self.row_bytes * self.page_rows)
+        if self.num_pages < 1:
+            raise ConfigError(
+                f"adapter memory of {memory_bytes} bytes holds no adapter; a page of "
+                f"{self.page_rows} ranks of this base takes {self.page_bytes} bytes. "
+                "Raise --adapter-memory."
+            )
+        capacity = self.num_pages * self.page_rows
+        self.groups = tuple(GroupPool(g, capacity, dtype, device) for g in groups)
+        self.dtype = dtype
+        self.device = device
+        self._lock = threading.Lock()
+        self._free = list(range(self.num_pages - 1, -1, -1))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all groups."""
+        return self.row_bytes * self.page_rows
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.num_pages * self.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages handed out."""
+        with self._lock:
+            return (self.num_pages - len(self._free)) * self.page_bytes
+
+    def pages_for(self, rank: int) -> int:
+        """Return how many pages an adapter of this rank takes."""
+        return -(-rank // self.page_rows)
+
+    def try_allocate(self, rank: int) -> tuple[int, ...] | None:
+        """Take pages for ``rank`` rows, lowest numbers first; None when too few are free."""
+        count = self.pages_for(rank)
+        with self._lock:
+            if count > len(self._free):
+                return None
+            # Sorted, so that an adapter's pages are neighbours while the pool is not fragmented:
+            # then its A and B are views for matrix products.
+            self._free.sort(reverse=True)
+            return tuple(self._free.pop() for _ in range(count))
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Give pages back; nobody may read them any more."""
+        with self._lock:
+            self._free.extend(pages)
+
+    def write(
+        self,
+        pages: Sequence[int],
+        rank: int,
+        tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> PoolEntry:
+        """Copy an adapter into its pages, and return its place.
+
+        Args:
+            pages: what ``try_allocate(rank)`` returned; rows beyond ``rank`` are never read.
+            rank: the adapter's largest rank; a module of a smaller rank is padded with zeros.
+            tensors: per full module name, A [r, in] and B [out, r], r ≤ rank, scale folded in B.
+
+        Raises:
+            KeyError: a module that no group has; the validator refuses these before.
+        """
+        rows = tuple(p * self.page_rows + i for p in pages for i in range(self.page_rows))[:rank]
+        index = torch.tensor(rows, device=self.device)
+        rest = dict(tensors)
+        for group in self.groups:
+            for m, module in enumerate(group.spec.modules):
+                pair = rest.pop(module, None)
+                if pair is None:
+                    group.a[m].index_fill_(0, index, 0)
+                    group.b[m].index_fill_(0, index, 0)
+                    continue
+                a, b = pair
+                group.a[m].index_copy_(0, index, self._padded(a, rank))
+                group.b[m].index_copy_(0, index, self._padded(b.t(), rank))
+        if rest:
+            raise KeyError(f"modules {sorted(rest)[:4]} are in no group of this base")
+        return PoolEntry(rows=rows, scales=(1.0,) * rank)
+
+    def _padded(self, rows: torch.Tensor, rank: int) -> torch.Tensor:
+        rows = rows.to(device=self.device, dtype=self.dtype)
+        if rows.shape[0] == rank:
+            return rows
+        return torch.nn.functional.pad(rows, (0, 0, 0, rank - rows.shape[0]))

@@ -1,0 +1,162 @@
+"""Which rows of a step belong to which adapter: computed once per step, read by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEntry:
+    """Where an adapter lies in the pool.
+
+    ``rows`` are pool row numbers, one per rank row, and ``scales`` has one factor per rank row, so
+    that a weighted sum of adapters is just a longer list. Versions are canonical: their own scale
+    is already folded into B, so a single adapter has scales of 1.
+    """
+
+    rows: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number of rank rows."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The rows of one step that share an adapter and are treated as one matrix product.
+
+    Attributes:
+        entry: index into ``Segments.entries``.
+        start: first row, when the rows are neighbours; else -1 and ``rows`` tells.
+        length: number of rows.
+        rows: int64 [length], row numbers.
+        pool_rows: int64 [rank], pool rows of the adapter.
+        is_contiguous: whether ``pool_rows`` are neighbours in the pool, ascending.
+        scales: float32 [rank], or None when all are 1.
+    """
+
+    entry: int
+    start: int
+    length: int
+    rows: torch.Tensor
+    pool_rows: torch.Tensor
+    is_contiguous: bool
+    scales: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A step's rows by adapter.
+
+    Rows of ``long`` segments (prefill) go through one product per segment; the ``short`` rows
+    (decode: many adapters, few rows each) go through the row-wise kernel in one call. Every row
+    with an adapter is in exactly one of the two.
+
+    Attributes:
+        entries: the step's distinct adapters.
+        adapter_of_row: index into ``entries`` per row, -1 for the bare base.
+        long: segments to multiply one by one.
+        short_rows: int32 [S], rows of the short part, sorted by adapter.
+        short_entry: int32 [S], index into ``entries`` of each.
+        rank_indptr: int32 [K + 1], where each entry's rank rows begin in ``rank_rows``.
+        rank_rows: int32 [sum of ranks], pool rows.
+        rank_scales: float32 [sum of ranks].
+    """
+
+    entries: tuple[PoolEntry, ...]
+    adapter_of_row: tuple[int, ...]
+    long: tuple[Segment, ...]
+    short_rows: torch.Tensor
+    short_entry: torch.Tensor
+    rank_indptr: torch.Tensor
+    rank_rows: torch.Tensor
+    rank_scales: torch.Tensor
+
+    @property
+    def num_short(self) -> int:
+        """How many rows the row-wise kernel handles."""
+        return self.short_rows.numel()
+
+    @classmethod
+    def build(
+        cls,
+        row_entries: Sequence[PoolEntry | None],
+        *,
+        device: torch.device,
+        long_from: int,
+    ) -> Segments | None:
+        """Group rows by adapter.
+
+        Args:
+            row_entries: the adapter of every row, or None; equal objects are one adapter.
+            device: where index tensors of long segments live.
+            long_from: an adapter with at least this many rows becomes a long segment.
+
+        Returns:
+            The segments, or None when no row has an adapter: the layers then skip everything.
+        """
+        rows_of: dict[int, list[int]] = {}
+        entries: list[PoolEntry] = []
+        index_of: dict[int, int] = {}
+        adapter_of_row = [-1] * len(row_entries)
+        for row, entry in enumerate(row_entries):
+            if entry is None:
+                continue
+            index = index_of.get(id(entry))
+            if index is None:
+                index = index_of[id(entry)] = len(entries)
+                entries.append(entry)
+                rows_of[index] = []
+            rows_of[index].append(row)
+            adapter_of_row[row] = index
+        if not entries:
+            return None
+        long: list[Segment] = []
+        short_rows: list[int] = []
+        short_entry: list[int] = []
+        for index, rows in rows_of.items():
+            if len(rows) >= long_from:
+                long.append(_segment(index, entries[index], rows, device))
+            else:
+                short_rows += rows
+                short_entry += [index] * len(rows)
+        indptr = [0]
+        rank_rows: list[int] = []
+        rank_scales: list[float] = []
+        for entry in entries:
+            rank_rows += entry.rows
+            rank_scales += entry.scales
+            indptr.append(len(rank_rows))
+        return cls(
+            entries=tuple(entries),
+            adapter_of_row=tuple(adapter_of_row),
+            long=tuple(long),
+            short_rows=torch.tensor(short_rows, dtype=torch.int32),
+            short_entry=torch.tensor(short_entry, dtype=torch.int32),
+            rank_indptr=torch.tensor(indptr, dtype=torch.int32),
+            rank_rows=torch.tensor(rank_rows, dtype=torch.int32),
+            rank_scales=torch.tensor(rank_scales, dtype=torch.float32),
+        )
+
+
+def _segment(index: int, entry: PoolEntry, rows: list[int], device: torch.device) -> Segment:
+    is_run = rows[-1] - rows[0] + 1 == len(rows)
+    first = entry.rows[0]
+    plain = all(scale == 1.0 for scale in entry.scales)
+    return Segment(
+        entry=index,
+        start=rows[0] if is_run else -1,
+        length=len(rows),
+        rows=torch.tensor(rows, device=device),
+        pool_rows=torch.tensor(entry.rows, device=device),
+        is_contiguous=entry.rows == tuple(range(first, first + entry.rank)),
+        scales=None if plain else torch.tensor(entry.scales, device=device),
+    )

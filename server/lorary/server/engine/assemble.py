@@ -1,0 +1,153 @@
+"""Put an engine together: model, layers, pool, cache, scheduler, loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorary.errors import ConfigError
+from lorary.server.adapters.layers import LoraModel
+from lorary.server.adapters.loader import load_adapter
+from lorary.server.adapters.residency import BaseLease, Residency
+from lorary.server.engine.batch import build_batch
+from lorary.server.engine.engine import Engine
+from lorary.server.engine.kv_cache import KVCache, KVShape
+from lorary.server.engine.request import Request, Sampling
+from lorary.server.engine.runner import Runner
+from lorary.server.engine.scheduler import Scheduled, Scheduler
+from lorary.server.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from lorary.registry import BaseCard, Registry, Resolved
+    from lorary.server.adapters.residency import ResidencyObserver
+    from lorary.server.engine.engine import EngineObserver
+    from lorary.server.engine.request import Output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What an engine may use.
+
+    Attributes:
+        max_batch: sequences in one step; each has a slot of ``max_context`` tokens.
+        max_context: most tokens of prompt and answer together.
+        prefill_budget: most prompt tokens in one step.
+        max_waiting: most requests in the queue.
+        max_rank: largest rank of an adapter.
+        adapter_memory_bytes: bytes for adapters on the device.
+    """
+
+    max_batch: int = 32
+    max_context: int = 2048
+    prefill_budget: int = 512
+    max_waiting: int = 1024
+    max_rank: int = 128
+    adapter_memory_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """An engine, not yet started, and its adapters."""
+
+    engine: Engine
+    residency: Residency
+    lora: LoraModel
+
+
+def assemble(
+    *,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    card: BaseCard,
+    registry: Registry,
+    limits: EngineLimits,
+    dtype: torch.dtype,
+    deliver: Callable[[list[Output]], None],
+    engine_observer: EngineObserver | None = None,
+    residency_observer: ResidencyObserver | None = None,
+) -> Assembled:
+    """Build an engine around a loaded model; the model is changed in place.
+
+    Raises:
+        ConfigError: the model cannot be served: no fast tokenizer, a cache that is not keys and
+            values, attention that does not go through transformers' interface, no memory.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer; streaming text needs one. "
+            "Convert it, or choose another base."
+        )
+    device = next(model.parameters()).device
+    model.eval()
+    lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype)
+    runner = Runner(model)
+    shape = KVShape.from_config(model.config, limits.max_context)
+    cache = KVCache(shape, num_slots=limits.max_batch, dtype=dtype, device=device)
+    _warm_up(runner, cache, lora.long_from)
+    engine = Engine(
+        runner=runner,
+        cache=cache,
+        scheduler=Scheduler(
+            max_batch=limits.max_batch,
+            prefill_budget=limits.prefill_budget,
+            max_waiting=limits.max_waiting,
+        ),
+        tokenizer=tokenizer,
+        eos_ids=end_tokens(model, tokenizer),
+        long_from=lora.long_from,
+        deliver=deliver,
+        observer=engine_observer,
+    )
+    modules = frozenset(name for group in lora.groups for name in group.spec.modules)
+
+    def load(resolved: Resolved) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        folder = registry.fetch(resolved)
+        return load_adapter(folder, card, modules=modules, max_rank=limits.max_rank)
+
+    residency = Residency(
+        pool=lora.pool, load=load, on_change=engine.wake, observer=residency_observer
+    )
+    return Assembled(engine, residency, lora)
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end an answer: the generation config's and the tokenizer's."""
+    ids: set[int] = set()
+    config = getattr(model, "generation_config", None)
+    for value in (getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(int(v) for v in value)
+    return frozenset(ids)
+
+
+def _warm_up(runner: Runner, cache: KVCache, long_from: int) -> None:
+    """Run a prompt and a decode step, so that what this base cannot do shows at start-up."""
+    request = Request(
+        request_id="warm-up",
+        prompt_ids=[0, 0],
+        sampling=Sampling(max_tokens=1),
+        lease=BaseLease(),
+    )
+    sequence = Sequence(request=request, token_ids=[0, 0], slot=cache.allocate())
+    try:
+        for scheduled in (Scheduled((), ((sequence, 2),)), Scheduled((sequence,), ())):
+            batch = build_batch(scheduled, cache, device=cache.k.device, long_from=long_from)
+            logits = runner.forward(batch)
+            sequence.num_computed += batch.advanced[0][1]
+            sequence.token_ids.append(0)
+    except NotImplementedError as error:
+        raise ConfigError(f"this base needs {error}, which Lorary cannot serve yet") from error
+    finally:
+        cache.release(sequence.slot)
+    if not torch.isfinite(logits).all():
+        raise ConfigError(
+            "the base's logits are not finite in this dtype; try --dtype float32, or check the base"
+        )

@@ -1,0 +1,183 @@
+"""One step as flat tensors: tokens, positions, where keys go, who attends to what, whose adapter.
+
+Built once per step on the host and read by every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorary.server.adapters.segments import PoolEntry, Segments
+from lorary.server.engine.attention import AttentionPlan, Chunk
+
+if TYPE_CHECKING:
+    from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.engine.scheduler import Scheduled
+    from lorary.server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step.
+
+    Attributes:
+        token_ids: int64 [1, T].
+        position_ids: int64 [1, T].
+        plan: what attention needs.
+        segments: rows by adapter; None when no row has one.
+        logits_rows: int64 [L], rows whose logits are wanted: samplers' rows first, in the order of
+            ``samplers``, then every scorer's, prompt end first, then its branches in order.
+        samplers: sequences that get a token from this step.
+        scorers: scoring sequences whose labels are answered by this step.
+        advanced: tokens computed per sequence.
+        num_decode: decode rows.
+        num_prefill_tokens: prompt tokens, branches included.
+        num_distinct_adapters: adapters in the step, the bare base not counted.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    plan: AttentionPlan
+    segments: Segments | None
+    logits_rows: torch.Tensor
+    samplers: tuple[Sequence, ...]
+    scorers: tuple[Sequence, ...]
+    advanced: tuple[tuple[Sequence, int], ...]
+    num_decode: int
+    num_prefill_tokens: int
+    num_distinct_adapters: int
+
+
+class _Rows:
+    """The flat row while it grows."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.cache_positions: list[int] = []
+        self.slots: list[int] = []
+        self.entries: list[PoolEntry | None] = []
+
+    def extend(
+        self, sequence: Sequence, tokens: list[int], positions: list[int], first_cache: int
+    ) -> None:
+        """Add tokens whose keys go to the cache from ``first_cache`` on."""
+        self.tokens += tokens
+        self.positions += positions
+        self.cache_positions += range(first_cache, first_cache + len(tokens))
+        self.slots += [sequence.slot] * len(tokens)
+        self.entries += [sequence.entry] * len(tokens)
+
+
+def build_batch(
+    scheduled: Scheduled, cache: KVCache, *, device: torch.device, long_from: int
+) -> Batch:
+    """Lay out a step: decode rows by slot, then prefill chunks."""
+    rows = _Rows()
+    decode = sorted(scheduled.decode, key=lambda s: s.slot)
+    for sequence in decode:
+        position = sequence.num_computed
+        rows.extend(sequence, [sequence.token_ids[position]], [position], position)
+    samplers = list(decode)
+    scorers: list[Sequence] = []
+    scorer_rows: list[int] = []
+    sampler_rows = list(range(len(decode)))
+    chunks: list[Chunk] = []
+    advanced = [(sequence, 1) for sequence in decode]
+    for sequence, count in scheduled.prefill:
+        first_row, start = len(rows.tokens), sequence.num_computed
+        stop = start + count
+        rows.extend(sequence, sequence.token_ids[start:stop], list(range(start, stop)), start)
+        is_last = stop == sequence.num_prompt
+        tree = None
+        if is_last and sequence.request.labels:
+            scorers.append(sequence)
+            scorer_rows.append(len(rows.tokens) - 1)
+            first_branch = len(rows.tokens)
+            tree = _add_branches(rows, sequence, start, count, device)
+            scorer_rows += range(first_branch, len(rows.tokens))
+        elif is_last:
+            samplers.append(sequence)
+            sampler_rows.append(len(rows.tokens) - 1)
+        length = len(rows.tokens) - first_row
+        chunks.append(Chunk(first_row, length, sequence.slot, start, tree))
+        advanced.append((sequence, count))
+    return Batch(
+        token_ids=torch.tensor([rows.tokens], device=device),
+        position_ids=torch.tensor([rows.positions], device=device),
+        plan=_plan(rows, decode, chunks, cache, device),
+        segments=Segments.build(rows.entries, device=device, long_from=long_from),
+        logits_rows=torch.tensor(sampler_rows + scorer_rows, device=device),
+        samplers=tuple(samplers),
+        scorers=tuple(scorers),
+        advanced=tuple(advanced),
+        num_decode=len(decode),
+        num_prefill_tokens=len(rows.tokens) - len(decode),
+        num_distinct_adapters=len({id(e) for e in rows.entries if e is not None}),
+    )
+
+
+def _add_branches(
+    rows: _Rows, sequence: Sequence, start: int, count: int, device: torch.device
+) -> torch.Tensor | None:
+    """Append every label but its last token behind the prompt's last chunk, side by side.
+
+    Each branch continues the prompt on its own: its positions begin at the prompt's end, and it
+    sees the prompt and itself. One prefill so scores all labels.
+
+    Returns:
+        The mask bool [chunk, start + chunk], or None when every label is a single token.
+    """
+    prompt = sequence.num_prompt
+    cache_position = prompt
+    spans: list[tuple[int, int]] = []
+    for label in sequence.request.labels:
+        branch = list(label[:-1])
+        rows.extend(
+            sequence, branch, list(range(prompt, prompt + len(branch))), cache_position
+        )
+        spans.append((cache_position, len(branch)))
+        cache_position += len(branch)
+    if cache_position == prompt:
+        return None
+    total = cache_position
+    position = torch.arange(total, device=device)
+    mask = position <= torch.arange(start, total, device=device)[:, None]
+    for first, length in spans:
+        # A branch row sees no other branch.
+        mask[first - start : first - start + length, prompt:first] = False
+    return mask
+
+
+def _plan(
+    rows: _Rows,
+    decode: list[Sequence],
+    chunks: list[Chunk],
+    cache: KVCache,
+    device: torch.device,
+) -> AttentionPlan:
+    heads, context = cache.shape.num_kv_heads, cache.shape.context
+    slots = torch.tensor(rows.slots, device=device)
+    positions = torch.tensor(rows.cache_positions, device=device)
+    head = torch.arange(heads, device=device)
+    write_index = ((slots[:, None] * heads + head) * context + positions[:, None]).view(-1)
+    span = decode[-1].slot + 1 if decode else 0
+    lengths = [1] * span
+    for sequence in decode:
+        lengths[sequence.slot] = sequence.num_computed + 1
+    is_dense = span == len(decode)
+    return AttentionPlan(
+        cache=cache,
+        write_index=write_index,
+        num_decode=len(decode),
+        decode_slots=None
+        if is_dense
+        else torch.tensor([s.slot for s in decode], device=device),
+        span=span,
+        lengths=torch.tensor(lengths, device=device),
+        longest=max(lengths, default=0),
+        chunks=tuple(chunks),
+    )

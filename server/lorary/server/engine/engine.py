@@ -1,0 +1,424 @@
+"""The loop that owns the device.
+
+A request's life: ``submit`` (any thread) → inbox → scheduler's queue → a slot, once its adapter is
+on the device → prompt in chunks → one token per step → ``Finish``, slot and lease given back. One
+call of ``deliver`` per step hands all outputs to the service.
+
+Everything below ``_run`` happens on the engine thread; ``submit``, ``cancel``, ``wake`` and the
+properties may be used from any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from lorary.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailed,
+    LoraryError,
+    Unavailable,
+)
+from lorary.server.engine.batch import Batch, build_batch
+from lorary.server.engine.detokenizer import TextStream
+from lorary.server.engine.request import Finish, Lease, Output, Request, StepStats
+from lorary.server.engine.sampler import position_logprobs, sample, score_labels
+from lorary.server.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from lorary.server.adapters.segments import PoolEntry
+    from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.engine.request import FinishReason
+    from lorary.server.engine.runner import Runner
+    from lorary.server.engine.scheduler import Scheduled, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceLease(Lease, Protocol):
+    """What the engine needs of a lease beyond what the service sees."""
+
+    @property
+    def entry(self) -> PoolEntry | None:
+        """The adapter's place in the pool once ready; None for the bare base."""
+        ...
+
+    @property
+    def load_ns(self) -> int:
+        """Nanoseconds from ``acquire`` until it was ready; 0 when it was resident."""
+        ...
+
+
+class EngineObserver(Protocol):
+    """Who is told what the engine does; called on the engine thread, must not block."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """One step is done."""
+        ...
+
+    def on_error(self, error: BaseException) -> None:
+        """A step raised: every request has failed and the engine has stopped."""
+        ...
+
+
+class Engine:
+    """Continuous batching over one resident base with a different adapter in every row."""
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        cache: KVCache,
+        scheduler: Scheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: frozenset[int],
+        long_from: int,
+        deliver: Callable[[list[Output]], None],
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self._runner = runner
+        self._cache = cache
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._eos_ids = eos_ids
+        self._long_from = long_from
+        self._deliver = deliver
+        self._observer = observer
+        self._device = cache.k.device
+        self._changed = threading.Condition()
+        self._inbox: list[Request] = []
+        self._cancelled: set[str] = set()
+        self._stopping: LoraryError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.steps_by_distinct_adapters: list[int] = [0]
+        """Entry k: how many steps held k distinct adapters; the bare base does not count."""
+
+    # -- any thread ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; outputs come through ``deliver``. The engine releases its lease.
+
+        Raises:
+            Overloaded: the queue is full.
+            Unavailable: the engine is stopping or has failed. In both cases nothing was queued and
+                the lease is still the caller's.
+        """
+        with self._changed:
+            if self._stopping is not None:
+                raise Unavailable(str(self._stopping))
+            self._scheduler.check_room(1, len(self._inbox))
+            self._inbox.append(request)
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Drop every answer of a request at the next step; unknown ids are ignored."""
+        with self._changed:
+            self._cancelled.add(request_id)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Look again at what waits: an adapter's load has ended."""
+        with self._changed:
+            self._changed.notify()
+
+    def shutdown(self, timeout_s: float = 10.0) -> None:
+        """Stop after the current step; what is in flight ends with ``Unavailable``. Idempotent."""
+        with self._changed:
+            if self._stopping is None:
+                self._stopping = Unavailable("the server is shutting down; try another replica")
+            self._changed.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs and takes requests."""
+        return self._thread.is_alive() and self._stopping is None
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a place."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place or for their adapter."""
+        return len(self._scheduler.waiting) + len(self._inbox)
+
+    # -- engine thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._step()
+        except Exception as error:
+            # The one place for what nobody foresaw: better no engine than a wrong one.
+            logger.exception("the engine failed")
+            with self._changed:
+                self._stopping = EngineFailed("the engine failed; the server is going down")
+            self._fail_everyone(self._stopping)
+            if self._observer is not None:
+                self._observer.on_error(error)
+            return
+        assert self._stopping is not None
+        self._fail_everyone(self._stopping)
+
+    def _wait_for_work(self) -> bool:
+        """Take in what came; sleep while nothing can run. False: stop."""
+        scheduler = self._scheduler
+        while True:
+            with self._changed:
+                if self._stopping is not None:
+                    return False
+                inbox, self._inbox = self._inbox, []
+                cancelled, self._cancelled = self._cancelled, set()
+            for request in inbox:
+                scheduler.add(self._sequence(request))
+            self._drop(cancelled)
+            if scheduler.running or any(s.request.lease.is_ready for s in scheduler.waiting):
+                return True
+            with self._changed:
+                if not (self._inbox or self._cancelled or self._stopping):
+                    # A lease may have become ready since it was looked at, without a wake-up that
+                    # this thread could hear; the time-out bounds what that can cost.
+                    self._changed.wait(self._sleep_s())
+
+    def _sleep_s(self) -> float | None:
+        """How long to sleep: short while loads are under way, else until somebody comes."""
+        if not self._scheduler.waiting:
+            return None
+        return 0.02
+
+    def _sequence(self, request: Request) -> Sequence:
+        now = time.monotonic_ns()
+        sequence = Sequence(
+            request=request,
+            token_ids=list(request.prompt_ids),
+            arrived_ns=int(request.arrived_s * 1e9) or now,
+        )
+        if not request.labels:
+            sequence.text = TextStream(self._backend, request.sampling.stop)
+            if not request.sampling.is_greedy:
+                sequence.generator = torch.Generator()
+                if request.sampling.seed is None:
+                    sequence.generator.seed()
+                else:
+                    # Answers of one call differ; the same index of the same seed does not.
+                    seed = request.sampling.seed * 1000003 + request.index
+                    sequence.generator.manual_seed(seed % 2**63)
+        return sequence
+
+    def _drop(self, cancelled: set[str]) -> None:
+        """End what was cancelled, what ran out of time, and what waits for a failed load."""
+        now = time.monotonic()
+        outputs: list[Output] = []
+        for sequence in self._scheduler.everyone():
+            request = sequence.request
+            error: LoraryError | None = None
+            if request.request_id in cancelled:
+                error = Cancelled(f"request '{request.request_id}' was cancelled")
+            elif request.deadline_s is not None and now >= request.deadline_s:
+                error = DeadlineExceeded(
+                    f"the deadline passed after {sequence.num_generated} tokens; allow more time "
+                    "or ask for fewer"
+                )
+            elif sequence.slot < 0:
+                error = request.lease.error
+            if error is not None:
+                outputs.append(self._end(sequence, error=error))
+        if outputs:
+            self._compact()
+            self._deliver(outputs)
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        scheduled: Scheduled = self._scheduler.next_batch(self._admit)
+        if scheduled.is_empty:
+            return
+        batch = build_batch(
+            scheduled, self._cache, device=self._device, long_from=self._long_from
+        )
+        logits = self._runner.forward(batch)
+        for sequence, count in batch.advanced:
+            sequence.num_computed += count
+        outputs = self._sample(batch, logits) + self._score(batch, logits)
+        self._compact()
+        self._record(batch, time.perf_counter() - started)
+        if outputs:
+            self._deliver(outputs)
+
+    def _admit(self, sequence: Sequence) -> None:
+        lease = cast("DeviceLease", sequence.request.lease)
+        sequence.slot = self._cache.allocate()
+        sequence.entry = lease.entry
+        sequence.started_ns = time.monotonic_ns()
+
+    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
+        count = len(batch.samplers)
+        if not count:
+            return []
+        rows = logits[:count]
+        # Reported log probabilities are those before penalties, which change rows in place.
+        wanted = {
+            i: rows[i].clone()
+            for i, s in enumerate(batch.samplers)
+            if s.request.sampling.logprobs is not None
+        }
+        tokens = sample(rows, batch.samplers, self._eos_ids)
+        outputs = []
+        for i, (sequence, token) in enumerate(zip(batch.samplers, tokens, strict=True)):
+            output = self._append(sequence, token)
+            if i in wanted:
+                top = sequence.request.sampling.logprobs or 0
+                output.logprobs.append(position_logprobs(wanted[i], token, top))
+            outputs.append(output)
+        return outputs
+
+    def _append(self, sequence: Sequence, token: int) -> Output:
+        """Add a token to its answer, and end the answer if that ends it."""
+        request = sequence.request
+        sampling = request.sampling
+        assert sequence.text is not None
+        if sequence.num_generated == 0:
+            sequence.first_token_ns = time.monotonic_ns()
+        sequence.token_ids.append(token)
+        if sampling.has_penalties:
+            sequence.counts[token] = sequence.counts.get(token, 0) + 1
+        output = Output(request_id=request.request_id, index=request.index, token_ids=[token])
+        is_end = token in sampling.stop_token_ids or (
+            token in self._eos_ids and not sampling.ignore_eos
+        )
+        reason: FinishReason | None = None
+        matched = ""
+        if is_end:
+            reason, matched = "stop", self._tokenizer.convert_ids_to_tokens(token)
+        else:
+            output.text = sequence.text.push(token)
+            if sequence.text.matched_stop:
+                if sequence.num_generated >= sampling.min_tokens:
+                    reason, matched = "stop", sequence.text.matched_stop
+            elif (
+                sequence.num_generated >= sampling.max_tokens
+                or len(sequence.token_ids) >= self._cache.shape.context
+            ):
+                reason = "length"
+        if reason is not None:
+            output.text += sequence.text.finish()
+            finish = self._finish(sequence, reason, matched)
+            ended = self._end(sequence, finish=finish)
+            output.finish = ended.finish
+        return output
+
+    def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
+        row = len(batch.samplers)
+        outputs = []
+        for sequence in batch.scorers:
+            count = 1 + sequence.num_branch_tokens
+            scores = score_labels(logits[row : row + count], sequence.request.labels)
+            row += count
+            sequence.first_token_ns = time.monotonic_ns()
+            finish = self._finish(sequence, "scored", "", scores)
+            outputs.append(self._end(sequence, finish=finish))
+        return outputs
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        matched: str,
+        scores: tuple[float, ...] = (),
+    ) -> Finish:
+        now = time.monotonic_ns()
+        lease = cast("DeviceLease", sequence.request.lease)
+        return Finish(
+            reason=reason,
+            text=sequence.text.text if sequence.text is not None else "",
+            matched_stop=matched,
+            prompt_tokens=sequence.num_prompt,
+            completion_tokens=sequence.num_generated,
+            cached_tokens=0,
+            queue_ns=max(0, sequence.started_ns - sequence.arrived_ns),
+            adapter_load_ns=lease.load_ns,
+            prefill_ns=sequence.first_token_ns - sequence.started_ns,
+            decode_ns=now - sequence.first_token_ns,
+            label_logprobs=scores,
+        )
+
+    def _end(
+        self,
+        sequence: Sequence,
+        *,
+        finish: Finish | None = None,
+        error: LoraryError | None = None,
+    ) -> Output:
+        """Give back everything a sequence holds; the only way out of the scheduler."""
+        self._scheduler.remove(sequence)
+        if sequence.slot >= 0:
+            self._cache.release(sequence.slot)
+            sequence.slot = -1
+        sequence.request.lease.release()
+        request = sequence.request
+        return Output(
+            request_id=request.request_id, index=request.index, finish=finish, error=error
+        )
+
+    def _compact(self) -> None:
+        """Move sequences from high slots into holes, so that decoding reads a dense front."""
+        running = self._scheduler.running
+        count = len(running)
+        holes = sorted(set(range(count)) - {s.slot for s in running}, reverse=True)
+        for sequence in running:
+            if sequence.slot >= count:
+                target = holes.pop()
+                taken = self._cache.take(target)
+                self._cache.move(sequence.slot, taken, sequence.num_computed)
+                self._cache.release(sequence.slot)
+                sequence.slot = taken
+
+    def _record(self, batch: Batch, seconds: float) -> None:
+        distinct = batch.num_distinct_adapters
+        histogram = self.steps_by_distinct_adapters
+        histogram.extend([0] * (distinct + 1 - len(histogram)))
+        histogram[distinct] += 1
+        if self._observer is None:
+            return
+        scheduler = self._scheduler
+        self._observer.on_step(
+            StepStats(
+                seconds=seconds,
+                num_decode_rows=batch.num_decode,
+                num_prefill_tokens=batch.num_prefill_tokens,
+                num_distinct_adapters=distinct,
+                num_running=len(scheduler.running),
+                num_waiting=len(scheduler.waiting),
+                num_waiting_for_adapter=scheduler.num_waiting_for_adapter,
+                kv_tokens_used=sum(s.num_computed for s in scheduler.running),
+                kv_tokens_total=self._cache.num_slots * self._cache.shape.context,
+            )
+        )
+
+    def _fail_everyone(self, error: LoraryError) -> None:
+        with self._changed:
+            inbox, self._inbox = self._inbox, []
+        outputs = [self._end(s, error=error) for s in self._scheduler.everyone()]
+        for request in inbox:
+            request.lease.release()
+            outputs.append(
+                Output(request_id=request.request_id, index=request.index, error=error)
+            )
+        if outputs:
+            self._deliver(outputs)

@@ -1,0 +1,44 @@
+"""One forward of transformers' own model code over a step's flat row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorary.errors import ConfigError
+from lorary.server.adapters.layers import step_segments
+from lorary.server.engine.attention import NAME, step_plan
+
+if TYPE_CHECKING:
+    from lorary.server.engine.batch import Batch
+
+
+class Runner:
+    """The model behind a function from ``Batch`` to logits; engine thread only."""
+
+    def __init__(self, model: Any) -> None:
+        if not getattr(model, "_supports_attention_backend", False):
+            raise ConfigError(
+                f"{type(model).__name__} does not go through transformers' attention interface, so "
+                "its cache cannot be shared by a mixed batch; choose another base"
+            )
+        model.set_attn_implementation(NAME)
+        self.model = model
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run one step and return float32 logits [L, vocab] of ``batch.logits_rows``.
+
+        Writes the step's keys and values into the cache of ``batch.plan``.
+        """
+        with step_plan(batch.plan), step_segments(batch.segments):
+            output = self.model(
+                input_ids=batch.token_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.logits_rows,
+            )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits

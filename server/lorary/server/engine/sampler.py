@@ -1,0 +1,128 @@
+"""Logits to tokens, one batched call per step, every row with its own parameters.
+
+A row's draw depends on its own seed and on how many tokens it has drawn, never on its company:
+each sampled row has its own generator, and the token is the argmax of p / q with q ~ Exp(1), which
+draws from p exactly (the exponential-race form of the Gumbel trick).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorary.server.engine.request import PositionLogprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Rows
+
+    from lorary.server.engine.sequence import Sequence
+
+
+def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[int]) -> list[int]:
+    """Choose one token per row.
+
+    Args:
+        logits: float32 [R, vocab]; changed in place where a row has penalties.
+        sequences: R sequences, in row order; their generators advance.
+        eos_ids: tokens that a row may not choose before its ``min_tokens``.
+
+    Returns:
+        R token ids.
+    """
+    drawn: list[int] = []
+    for row, sequence in enumerate(sequences):
+        sampling = sequence.request.sampling
+        if sampling.has_penalties:
+            _penalize(logits[row], sequence)
+        if sequence.num_generated < sampling.min_tokens:
+            banned = [*eos_ids, *sampling.stop_token_ids]
+            logits[row, banned] = float("-inf")
+        if not sampling.is_greedy:
+            drawn.append(row)
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    if drawn:
+        chosen = _draw(logits[drawn], [sequences[row] for row in drawn])
+        for row, token in zip(drawn, chosen, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
+    """Apply repetition (prompt and answer), presence and frequency (answer) penalties, in place."""
+    sampling = sequence.request.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
+        values = row[seen]
+        factor = sampling.repetition_penalty
+        row[seen] = torch.where(values > 0, values / factor, values * factor)
+    if sequence.counts:
+        ids = torch.tensor(list(sequence.counts), device=row.device)
+        counts = torch.tensor(list(sequence.counts.values()), device=row.device, dtype=row.dtype)
+        row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Draw one token per row after temperature, top-k, top-p and min-p; logits [R, vocab]."""
+    sampling = [s.request.sampling for s in sequences]
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in sampling], device=device)
+    scaled = logits / temperature[:, None]
+    if any(p.top_k or p.top_p < 1.0 for p in sampling):
+        scaled = _filter_top(scaled, [p.top_k for p in sampling], [p.top_p for p in sampling])
+    probabilities = torch.softmax(scaled, dim=-1)
+    if any(p.min_p for p in sampling):
+        floor = torch.tensor([p.min_p for p in sampling], device=device)[:, None]
+        best = probabilities.max(dim=-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < floor * best, 0.0)
+    race = torch.empty_like(probabilities)
+    for row, sequence in enumerate(sequences):
+        # On the host, so that a seed means the same on every device.
+        noise = torch.empty(race.shape[1]).exponential_(generator=sequence.generator)
+        race[row] = noise.to(device)
+    chosen: list[int] = probabilities.div_(race.clamp_min_(1e-30)).argmax(dim=-1).tolist()
+    return chosen
+
+
+def _filter_top(scaled: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
+    """Set logits outside a row's top-k or its nucleus to -inf; the best token always stays."""
+    ordered, order = scaled.sort(dim=-1, descending=True)
+    vocab = scaled.shape[-1]
+    keep = torch.tensor([k or vocab for k in top_k], device=scaled.device)[:, None]
+    dropped = torch.arange(vocab, device=scaled.device) >= keep
+    ordered = ordered.masked_fill(dropped, float("-inf"))
+    mass = torch.softmax(ordered, dim=-1).cumsum(dim=-1)
+    nucleus = torch.tensor(top_p, device=scaled.device)[:, None]
+    # A token is outside once the tokens before it already reach top_p.
+    before = mass - torch.softmax(ordered, dim=-1)
+    ordered = ordered.masked_fill((before >= nucleus) & (nucleus < 1.0), float("-inf"))
+    return torch.empty_like(scaled).scatter_(-1, order, ordered)
+
+
+def position_logprobs(logits: torch.Tensor, token: int, top: int) -> PositionLogprobs:
+    """Return log probabilities at one position; logits float32 [vocab]."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    best: tuple[tuple[int, float], ...] = ()
+    if top:
+        values, ids = logprobs.topk(top)
+        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return PositionLogprobs(chosen=(token, float(logprobs[token])), top=best)
+
+
+def score_labels(logits: torch.Tensor, labels: Rows[Rows[int]]) -> tuple[float, ...]:
+    """Return each label's log probability as a continuation of the prompt.
+
+    Args:
+        logits: float32 [1 + sum(len(label) - 1), vocab]: the prompt's end, then the branches.
+        labels: token ids of every label.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    scores: list[float] = []
+    row = 1
+    for label in labels:
+        total = float(logprobs[0, label[0]])
+        for token in label[1:]:
+            total += float(logprobs[row, token])
+            row += 1
+        scores.append(total)
+    return tuple(scores)

@@ -1,0 +1,66 @@
+"""One running answer: the engine's mutable side of a ``Request``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorary.server.adapters.segments import PoolEntry
+    from lorary.server.engine.detokenizer import TextStream
+    from lorary.server.engine.request import Request
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A request's state between steps; touched by the engine thread only.
+
+    Attributes:
+        request: what was asked.
+        token_ids: prompt and answer so far.
+        num_computed: tokens whose keys and values are in the cache.
+        slot: its place in the cache, -1 while it waits.
+        entry: its adapter's place in the pool, None for the bare base.
+        text: turns ids into text, None for scoring requests.
+        generator: its own stream of random numbers, None when greedy.
+    """
+
+    request: Request
+    token_ids: list[int]
+    num_computed: int = 0
+    slot: int = -1
+    entry: PoolEntry | None = None
+    text: TextStream | None = None
+    generator: torch.Generator | None = None
+    started_ns: int = 0
+    first_token_ns: int = 0
+    arrived_ns: int = 0
+    lease_ready_ns: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that the model has not read yet; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether part of the prompt is still unread."""
+        return self.num_computed < self.num_prompt
+
+    @property
+    def num_branch_tokens(self) -> int:
+        """Label tokens that the last prefill chunk reads beside the prompt (scoring requests)."""
+        return sum(len(label) - 1 for label in self.request.labels)

@@ -1,0 +1,188 @@
+"""What every test may use: a tiny base with a tokenizer, adapters for it, and PEFT as the oracle."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+torch.set_num_threads(1)
+
+WORDS = "the a cat dog sat ran on in mat hat big red blue sky sun good bad film was is not very".split()
+VOCAB = 160
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def build_tokenizer() -> Any:
+    """A byte-level BPE tokenizer over a few words, with ChatML markers and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted({c for w in WORDS for c in w} | set("ĠĊéüñ:.,!?éà€😀"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=special, initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4 + ["é ü € 😀\nuser assistant:"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": special})
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
+def build_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random Llama of two layers with its tokenizer; return the folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": True,
+            **overrides,
+        }
+    )
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """A random adapter for a tiny base; ``strength`` is the standard deviation of B."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    modules: Sequence[str] = ALL_LINEAR
+    strength: float = 0.1
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def build_adapter(base: Path, folder: Path, recipe: AdapterRecipe) -> Path:
+    """Save a random PEFT adapter (no manifest) for the base in ``base``."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=list(recipe.modules),
+        task_type="CAUSAL_LM",
+        **recipe.config,
+    )
+    peft = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, recipe.strength)
+    peft.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    return folder
+
+
+def write_manifest(base: Path, folder: Path, **task: Any) -> Path:
+    """Write the manifest.json that the trainer would have written."""
+    from lorary.registry import BaseCard
+    from lorary.registry.manifest import BaseIdentity, Manifest, Method, Task
+
+    card = BaseCard.from_folder(base)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    manifest = Manifest(
+        base=BaseIdentity(
+            name=card.name, fingerprint=card.fingerprint, architecture=card.architecture
+        ),
+        method=Method(
+            name="lora",
+            rank=raw["r"],
+            alpha=float(raw["lora_alpha"]),
+            target_modules=tuple(sorted(raw["target_modules"])),
+        ),
+        task=Task(**task),
+        created_at="2026-01-01T00:00:00Z",
+    )
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama, shared by all tests; never write to it."""
+    return build_llama(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+RECIPES = {
+    "alpha": AdapterRecipe(rank=4, alpha=8, seed=1),
+    "bravo": AdapterRecipe(rank=8, alpha=16, seed=2),
+    "charlie": AdapterRecipe(rank=16, alpha=16, seed=3, modules=("q_proj", "v_proj")),
+    "delta": AdapterRecipe(rank=1, alpha=4, seed=4, strength=0.3),
+    "echo": AdapterRecipe(rank=33, alpha=24, seed=5, config={"use_rslora": True}),
+    "foxtrot": AdapterRecipe(
+        rank=8, alpha=8, seed=6, config={"rank_pattern": {"down_proj": 12, "q_proj": 3}}
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """PEFT folders with manifests, of mixed ranks, scales and target modules."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: write_manifest(tiny_base, build_adapter(tiny_base, root / name, recipe))
+        for name, recipe in RECIPES.items()
+    }
+
+
+def peft_greedy(
+    base: Path, adapter: Path | None, prompt_ids: Sequence[int], max_tokens: int
+) -> list[int]:
+    """The oracle: PEFT in float32, one request at a time, greedy."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    model.eval()
+    ids = torch.tensor([list(prompt_ids)])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=2,
+        )
+    return list(out[0, len(prompt_ids) :].tolist())
