@@ -9,8 +9,9 @@ the file's real size does not justify. No torch: tensors are numpy arrays (bfloa
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -127,44 +128,48 @@ def read_tensor(path: Path, info: TensorInfo) -> Array:
     return array
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write ``tensors`` so that equal content gives equal bytes on every machine.
+def write(
+    file: BinaryIO,
+    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    load: Callable[[str], Array],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write tensors, one in memory at a time; equal content gives equal bytes on every machine.
 
     Order: wider dtypes first (so that every tensor is aligned), then by name.
 
+    Args:
+        file: where to write.
+        layout: tensor name to dtype and shape.
+        load: gives the tensor of a name.
+        metadata: free-form text for the header.
+
     Raises:
-        ValueError: an array is not float16, bfloat16 or float32.
+        ValueError: a dtype is not float16, bfloat16 or float32, or ``load`` gave another tensor.
     """
-    file.write(header_for({name: (a.dtype, a.shape) for name, a in tensors.items()}, metadata))
-    names = sorted_names({name: a.dtype for name, a in tensors.items()})
-    file.writelines(
-        np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data for name in names
-    )
+    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    file.write(_header_of(names, layout, metadata))
+    for name in names:
+        array = load(name)
+        if (array.dtype, array.shape) != layout[name]:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not {layout[name]}")
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def sorted_names(dtypes: Mapping[str, np.dtype[Any]]) -> list[str]:
-    """Return tensor names in the order in which ``write`` lays them out."""
-    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
-
-
-def header_for(
-    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
+def _header_of(
+    names: Iterable[str],
+    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    metadata: Mapping[str, str],
 ) -> bytes:
-    """Return length and padded JSON header for tensors laid out in ``sorted_names`` order."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
-    for name in sorted_names({name: dtype for name, (dtype, _) in tensors.items()}):
-        dtype, shape = tensors[name]
+    for name in names:
+        dtype, shape = layout[name]
         if dtype not in _NAMES:
-            raise ValueError(
-                f"tensor {show(name)} is {dtype}; adapters hold {sorted(NUMPY_DTYPES)}"
-            )
-        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        entries[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
+            raise ValueError(f"{name} is {dtype}; adapters hold {sorted(NUMPY_DTYPES)}")
+        end = offset + dtype.itemsize * math.prod(shape)
+        offsets = [offset, end]
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
         offset = end
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _LENGTH_BYTES)

@@ -1,0 +1,286 @@
+"""Read ``adapter_config.json`` strictly: what may be in it, and which modules, ranks and scales it means.
+
+PEFT warns about unknown keys and goes on, and some keys change the *base* of every other adapter when
+they are merely present. Here every key is either understood, or must be switched off (null, false,
+empty); a key nobody has heard of must be switched off, too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lorary.errors import CorruptArtifact, IncompatibleAdapter
+from lorary.registry.module_patterns import first_matches, matching_names
+from lorary.registry.safetensors_file import parse_json, show
+
+MAX_SCALE: Final = 1024.0
+"""Largest |alpha / r| (or alpha / sqrt(r)); real adapters stay below 100."""
+
+_READ: Final = frozenset(
+    {
+        "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "layers_pattern",
+        "layers_to_transform", "lora_alpha", "alpha_pattern", "peft_type", "r", "rank_pattern",
+        "revision", "target_modules", "task_type", "use_rslora", "bias", "init_lora_weights",
+    }
+)  # fmt: skip
+# They steer training, name a library, or belong to an option that must be off; when an adapter is
+# applied they mean nothing.
+_IGNORED: Final = frozenset(
+    {"inference_mode", "lora_dropout", "peft_version", "megatron_core", "qalora_group_size"}
+)
+_WHY: Final = {
+    "auto_mapping": "it names Python classes to import; save the adapter with a task_type",
+    "layer_replication": "it changes the layers of the base for every adapter",
+    "lora_bias": "biases on lora_B are not plain LoRA",
+    "modules_to_save": "it replaces whole modules of the base; train the LoRA matrices alone",
+    "target_parameters": "LoRA on bare parameters (fused experts) cannot be served",
+    "trainable_token_indices": "it changes the token table of the base",
+    "use_dora": "DoRA's magnitude vectors are not plain LoRA; convert it first",
+}
+_PLAIN_INITS: Final = (True, False, None, "gaussian", "orthogonal")
+_MAX_MODULE_LIST: Final = 20_000
+_MAX_TEXT: Final = 1024
+_LAYERS_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]{1,100}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The understood part of an ``adapter_config.json``, types and ranges checked."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    use_rslora: bool
+    fan_in_fan_out: bool
+    base_model_name_or_path: str | None
+    revision: str | None
+
+    def targets(self, names: Collection[str]) -> set[str]:
+        """Return which of ``names`` PEFT would adapt.
+
+        Raises:
+            CorruptArtifact: a regular expression does not compile or takes too long.
+        """
+        excluded = _select(self.exclude_modules, names)
+        chosen = _select(self.target_modules, names) - excluded
+        if self.layers_to_transform is None or isinstance(self.target_modules, str):
+            return chosen
+        exact = set(self.target_modules)
+        return {name for name in chosen if name in exact or self._is_in_layers(name)}
+
+    def ranks(self, names: Collection[str]) -> dict[str, int]:
+        """Return the rank of every module of ``names``, by ``rank_pattern`` and ``r``."""
+        matches = first_matches(tuple(self.rank_pattern), names)
+        return {n: self.rank_pattern[matches[n]] if n in matches else self.rank for n in names}
+
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return the factor on B·A of every module, by ``alpha_pattern``, ``lora_alpha``, rsLoRA.
+
+        Semantics: ``scale = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+
+        Raises:
+            IncompatibleAdapter: a scale is beyond ``MAX_SCALE``.
+        """
+        matches = first_matches(tuple(self.alpha_pattern), ranks)
+        scales: dict[str, float] = {}
+        for name, rank in ranks.items():
+            alpha = self.alpha_pattern[matches[name]] if name in matches else self.alpha
+            scales[name] = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            if scales[name] > MAX_SCALE:
+                raise IncompatibleAdapter(
+                    f"module {name} has alpha {alpha:g} at rank {rank}: a scale of "
+                    f"{scales[name]:g}; the limit is {MAX_SCALE:g}. It would drown the base."
+                )
+        return scales
+
+    def _is_in_layers(self, name: str) -> bool:
+        """PEFT's rule: the first number after a dotted name (or after one of ``layers_pattern``)."""
+        patterns = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            if match := re.match(pattern, name):
+                return int(match[1]) in (self.layers_to_transform or ())
+        return False
+
+
+def parse_config(raw: bytes, *, max_rank: int) -> AdapterConfig:
+    """Parse and check the bytes of an ``adapter_config.json``.
+
+    Raises:
+        CorruptArtifact: not JSON, a missing key, or a value of the wrong type.
+        IncompatibleAdapter: a kind of adapter, an option or a size that is not served.
+    """
+    config = parse_json(raw, "adapter_config.json")
+    _check_switched_off(config)
+    rank = _whole(config, "r")
+    rank_pattern = _numbers(config, "rank_pattern", whole=True)
+    for where, value in {"r": rank, **rank_pattern}.items():
+        if not 1 <= value <= max_rank:
+            raise IncompatibleAdapter(
+                f"adapter_config.json has rank {value:g} for {show(where)}; 1 to {max_rank} are accepted"
+            )
+    alpha = _positive("lora_alpha", config.get("lora_alpha"))
+    return AdapterConfig(
+        rank=rank,
+        alpha=alpha,
+        rank_pattern={key: int(value) for key, value in rank_pattern.items()},
+        alpha_pattern=_numbers(config, "alpha_pattern", whole=False),
+        target_modules=_modules(config, "target_modules", is_needed=True),
+        exclude_modules=_modules(config, "exclude_modules", is_needed=False),
+        layers_to_transform=_layers(config),
+        layers_pattern=_layers_pattern(config),
+        use_rslora=_flag(config, "use_rslora"),
+        fan_in_fan_out=_flag(config, "fan_in_fan_out"),
+        base_model_name_or_path=_text(config, "base_model_name_or_path"),
+        revision=_text(config, "revision"),
+    )
+
+
+def _check_switched_off(config: Mapping[str, Any]) -> None:
+    peft_type, task_type = config.get("peft_type"), config.get("task_type")
+    if peft_type != "LORA":
+        raise IncompatibleAdapter(
+            f"adapter_config.json has peft_type {_shown(peft_type)}; only 'LORA' is served. "
+            "Convert the adapter to LoRA."
+        )
+    if task_type not in ("CAUSAL_LM", None):
+        raise IncompatibleAdapter(
+            f"adapter_config.json has task_type {_shown(task_type)}; only 'CAUSAL_LM' is served"
+        )
+    if config.get("bias", "none") != "none":
+        raise IncompatibleAdapter(
+            f"adapter_config.json has bias {_shown(config['bias'])}: trained biases replace those of "
+            "the base; only 'none' is served"
+        )
+    init = config.get("init_lora_weights", True)
+    if not any(
+        init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS
+    ):
+        raise IncompatibleAdapter(
+            f"adapter_config.json has init_lora_weights {_shown(init)}, which changes the base. Convert "
+            "the adapter: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    for key, value in config.items():
+        if key not in _READ and key not in _IGNORED and value not in (None, False, [], {}):
+            known = _WHY.get(key, "it may change what the adapter computes")
+            raise IncompatibleAdapter(
+                f"adapter_config.json switches on {show(key)} ({_shown(value)}), which is not served: "
+                f"{known}"
+            )
+
+
+def _select(pattern: str | tuple[str, ...], names: Collection[str]) -> set[str]:
+    if isinstance(pattern, str):
+        return set(names) if pattern == "all-linear" else matching_names(pattern, names)
+    wanted = set(pattern)
+    return {name for name in names if _suffixes(name) & wanted}
+
+
+def _suffixes(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int:
+        raise CorruptArtifact(
+            f"adapter_config.json has {key} {_shown(value)}; a whole number is needed"
+        )
+    return value
+
+
+def _positive(where: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CorruptArtifact(
+            f"adapter_config.json has {where} {_shown(value)}; a positive number is needed"
+        )
+    return float(min(value, 1e300))
+
+
+def _numbers(config: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, float]:
+    raw = config.get(key)
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict) or len(raw) > _MAX_MODULE_LIST:
+        raise CorruptArtifact(f"adapter_config.json has {key} {_shown(raw)}; an object is needed")
+    if whole and any(type(value) is not int for value in raw.values()):
+        raise CorruptArtifact(f"adapter_config.json has {key} with a rank that is no whole number")
+    if any(len(name) > _MAX_TEXT for name in raw):
+        raise CorruptArtifact(
+            f"adapter_config.json has {key} with a key over {_MAX_TEXT} characters"
+        )
+    if whole:
+        return dict(raw)
+    return {name: _positive(f"{key}[{show(name)}]", value) for name, value in raw.items()}
+
+
+def _modules(config: Mapping[str, Any], key: str, *, is_needed: bool) -> str | tuple[str, ...]:
+    raw = config.get(key)
+    if not raw and not is_needed:
+        return ()
+    if isinstance(raw, str) and 0 < len(raw) <= _MAX_TEXT:
+        return raw
+    if isinstance(raw, list) and 0 < len(raw) <= _MAX_MODULE_LIST and _are_texts(raw):
+        return tuple(raw)
+    raise CorruptArtifact(
+        f"adapter_config.json has {key} {_shown(raw)}; a list of module names is needed"
+    )
+
+
+def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    raw = config.get("layers_to_transform")
+    if raw is None or raw == []:
+        return None
+    values = raw if isinstance(raw, list) else [raw]
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise CorruptArtifact(
+            f"adapter_config.json has layers_to_transform {_shown(raw)}; whole numbers are needed"
+        )
+    return tuple(values)
+
+
+def _layers_pattern(config: Mapping[str, Any]) -> tuple[str, ...]:
+    raw = config.get("layers_pattern")
+    if not raw:
+        return ()
+    values = raw if isinstance(raw, list) else [raw]
+    if not all(isinstance(v, str) and _LAYERS_PATTERN.fullmatch(v) for v in values):
+        raise CorruptArtifact(
+            f"adapter_config.json has layers_pattern {_shown(raw)}; module names are needed"
+        )
+    return tuple(values)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if type(value) is not bool:
+        raise CorruptArtifact(
+            f"adapter_config.json has {key} {_shown(value)}; true or false is needed"
+        )
+    return value
+
+
+def _text(config: Mapping[str, Any], key: str) -> str | None:
+    value = config.get(key)
+    if value is None or (
+        isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
+    ):
+        return value
+    raise CorruptArtifact(f"adapter_config.json has {key} {_shown(value)}; text is needed")
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(v, str) and 0 < len(v) <= _MAX_TEXT for v in values)
+
+
+def _shown(value: Any) -> str:
+    return show(value) if isinstance(value, str) else show(repr(value)).strip("'\"")

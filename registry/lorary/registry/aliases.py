@@ -1,0 +1,187 @@
+r"""Movable aliases of one adapter, as an append-only log of moves.
+
+``<adapter>/aliases.jsonl``, one move a line, oldest first::
+
+    {"at": "2026-11-22T10:00:00Z", "actor": "ada", "alias": "prod", "from_version": 2,
+     "to_version": 3, "reason": "better F1", "kind": "set"}
+
+The state is the log replayed. A move is appended and synced under a lock between processes, after the
+alias was compared with what the mover expected. A line that a crash cut short has no newline: it was
+never acknowledged, readers skip it and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
+from lorary.registry.durable import locked, storage_errors, sync_folder
+from lorary.registry.safetensors_file import parse_json
+
+MoveKind = Literal["set", "rollback"]
+
+
+class Unset:
+    """The type of ``UNSET``."""
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset()
+"""Says that the mover expects nothing in particular; ``None`` says that the alias must not exist."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasMove:
+    """One move of an alias.
+
+    Attributes:
+        at: when, UTC.
+        actor: who.
+        alias: which alias.
+        from_version: where it pointed, ``None`` if it did not exist.
+        to_version: where it points now, ``None`` if it was removed.
+        reason: why, as the mover said.
+        kind: ``set``, or ``rollback`` for a return to where it pointed before.
+    """
+
+    at: str
+    actor: str
+    alias: str
+    from_version: int | None
+    to_version: int | None
+    reason: str = ""
+    kind: MoveKind = "set"
+
+
+class AliasLog:
+    """The alias log in one file. Reading is cached while the file's status is unchanged. Thread-safe."""
+
+    def __init__(self, file: Path, lock: Path) -> None:
+        self._file = file
+        self._lock = lock
+        self._cache: tuple[tuple[int, int, int], tuple[AliasMove, ...], dict[str, int]] | None = (
+            None
+        )
+
+    def state(self) -> dict[str, int]:
+        """Return where every alias points. One ``stat`` when nothing has changed; do not mutate it."""
+        return self._load()[1]
+
+    def moves(self) -> tuple[AliasMove, ...]:
+        """Return all moves, oldest first."""
+        return self._load()[0]
+
+    def append(self, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+        """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
+
+        A move to where the alias points already changes nothing and is not recorded.
+
+        Raises:
+            Conflict: the alias is elsewhere.
+            CorruptArtifact: the log is damaged before its last line.
+            StorageError: the log cannot be written.
+        """
+        with locked(self._lock):
+            current = self.state().get(move.alias)
+            if not isinstance(expect, Unset) and current != expect:
+                raise Conflict(
+                    f"alias '{move.alias}' points at {_shown(current)}, not at {_shown(expect)}: "
+                    "somebody moved it first, and nothing was changed. Look at the log and retry."
+                )
+            move = dataclasses.replace(move, from_version=current)
+            if current != move.to_version:
+                with storage_errors(f"record a move in {self._file}"):
+                    self._append(move)
+            return move
+
+    def before(self, alias: str) -> tuple[int, int | None]:
+        """Return where ``alias`` points and where it pointed before; repeated rollbacks go further back.
+
+        Raises:
+            AdapterNotFound: it has never pointed anywhere else.
+        """
+        history: list[int | None] = []
+        for move in self.moves():
+            if move.alias != alias:
+                continue
+            if move.kind == "rollback":
+                history.pop()
+            else:
+                history.append(move.to_version)
+        if not history or history[-1] is None:
+            raise AdapterNotFound(f"there is no alias '{alias}' to roll back")
+        if len(history) < 2:
+            raise AdapterNotFound(
+                f"alias '{alias}' has pointed at version {history[-1]} from the beginning; "
+                "there is nothing to roll back to"
+            )
+        return history[-1], history[-2]
+
+    def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
+        with storage_errors(f"read {self._file}"):
+            try:
+                stat = self._file.stat()
+            except FileNotFoundError:
+                return (), {}
+            stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._cache is not None and self._cache[0] == stamp:
+                return self._cache[1], self._cache[2]
+            raw = self._file.read_bytes()
+        moves = tuple(_parse(raw, self._file))
+        state: dict[str, int] = {}
+        for move in moves:
+            if move.to_version is None:
+                state.pop(move.alias, None)
+            else:
+                state[move.alias] = move.to_version
+        self._cache = (stamp, moves, state)
+        return moves, state
+
+    def _append(self, move: AliasMove) -> None:
+        line = (json.dumps(dataclasses.asdict(move), ensure_ascii=False) + "\n").encode()
+        is_new = not self._file.exists()
+        descriptor = os.open(
+            self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+        with open(descriptor, "r+b", buffering=0) as file:
+            kept = file.read()
+            end = kept.rfind(b"\n") + 1
+            if end < len(kept):
+                file.truncate(end)
+            file.seek(end)
+            file.write(line)
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._file.parent)
+
+
+def _parse(raw: bytes, file: Path) -> Iterator[AliasMove]:
+    *lines, _torn = raw.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {file}"
+        yield _move(parse_json(line, where), where)
+
+
+def _move(fields: dict[str, Any], where: str) -> AliasMove:
+    texts = ("at", "actor", "alias", "reason", "kind")
+    versions = ("from_version", "to_version")
+    if (
+        fields.keys() != {*texts, *versions}
+        or not all(isinstance(fields[key], str) for key in texts)
+        or not all(fields[key] is None or type(fields[key]) is int for key in versions)
+        or fields["kind"] not in get_args(MoveKind)
+    ):
+        raise CorruptArtifact(f"{where} is damaged; it is no move of an alias")
+    return AliasMove(**fields)
+
+
+def _shown(version: int | Unset | None) -> str:
+    return "nothing" if version is None else f"version {version}"

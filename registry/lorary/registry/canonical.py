@@ -1,0 +1,146 @@
+"""Rewrite a validated adapter in the one form that every version is stored in, and name its content.
+
+The form is plain LoRA: each module's scale is folded into B, so ``lora_alpha == r`` and the factor on
+B·A is 1 everywhere. Servers that ignore ``alpha_pattern`` or rsLoRA then compute the same as PEFT.
+
+Semantics: ``B'[m] = scale[m] * B[m]``, ``A'[m] = A[m]``. B keeps its dtype when every product is
+exactly representable in it (powers of two nearly always); otherwise B' is float32, rounded once.
+
+The digest is a sha256 over the canonical configuration and tensors, the base's fingerprint and the task
+(the template and the labels are part of what a caller gets). It is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lorary.errors import IncompatibleAdapter
+from lorary.registry.base import BaseCard
+from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, AdapterFolder
+from lorary.registry.manifest import Task
+from lorary.registry.safetensors_file import (
+    NUMPY_DTYPES,
+    Array,
+    is_finite,
+    read_header,
+    read_tensor,
+)
+from lorary.registry.safetensors_file import write as write_safetensors
+from lorary.registry.validate import AdapterSpec, lora_key
+
+_METADATA: Final = {"format": "pt"}
+_IDENTITY_VERSION: Final = 1
+
+
+def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, dest: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` of the canonical form.
+
+    Args:
+        files: the validated folder.
+        spec: what validation found.
+        card: its base.
+        dest: an existing folder; the two files are new in it and synced to disk.
+
+    Raises:
+        IncompatibleAdapter: a folded value is beyond float32.
+        OSError: the files cannot be written.
+    """
+    config = json.dumps(canonical_config(spec, card), indent=2, sort_keys=True) + "\n"
+    with (dest / CONFIG_FILE).open("xb") as file:
+        file.write(config.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    source = files.tensors
+    infos = read_header(source).tensors
+    scales = {lora_key(m, "B"): lora.scale for m, lora in spec.modules.items() if lora.scale != 1.0}
+
+    def load(name: str) -> Array:
+        array = read_tensor(source, infos[name])
+        return _fold(name, array, scales[name]) if name in scales else array
+
+    layout = {
+        name: (load(name).dtype if name in scales else NUMPY_DTYPES[info.dtype], info.shape)
+        for name, info in infos.items()
+    }
+    with (dest / TENSORS_FILE).open("xb") as file:
+        write_safetensors(file, layout, load, _METADATA)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def canonical_config(spec: AdapterSpec, card: BaseCard) -> dict[str, Any]:
+    """Return the minimal configuration that PEFT, vLLM and LoRAX read alike."""
+    patterned = {m: lora.rank for m, lora in spec.modules.items() if lora.rank != spec.rank}
+    return {
+        "alpha_pattern": patterned,
+        "base_model_name_or_path": _base_name(spec, card),
+        "bias": "none",
+        "fan_in_fan_out": spec.config.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": spec.rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": patterned,
+        "revision": spec.config.revision,
+        "target_modules": target_modules(spec.modules, card),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _base_name(spec: AdapterSpec, card: BaseCard) -> str:
+    """Return the base's public id; a folder of the training machine means nothing elsewhere."""
+    name = spec.config.base_model_name_or_path
+    return name if name and not name.startswith(("/", ".", "~")) else card.name
+
+
+def target_modules(modules: Mapping[str, Any], card: BaseCard) -> list[str]:
+    """Return last names (``q_proj``) when they mean exactly ``modules`` in this base, else full names."""
+    lasts = {module.rpartition(".")[2] for module in modules}
+    meant = {module for module in card.modules if module.rpartition(".")[2] in lasts}
+    return sorted(lasts if meant == set(modules) else modules)
+
+
+def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: str) -> str:
+    """Return the identity of a version's content.
+
+    Args:
+        base_fingerprint: of the base that the adapter belongs to.
+        task: how text becomes a prompt, and what answers mean.
+        config: hex sha256 of the canonical ``adapter_config.json``.
+        tensors: hex sha256 of the canonical ``adapter_model.safetensors``.
+    """
+    identity = {
+        "identity_version": _IDENTITY_VERSION,
+        "base": base_fingerprint,
+        "task": dataclasses.asdict(task),
+        CONFIG_FILE: config,
+        TENSORS_FILE: tensors,
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
+    return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
+
+
+def _fold(name: str, b: Array, scale: float) -> Array:
+    with np.errstate(over="ignore", under="ignore"):
+        exact = b.astype(np.float64) * scale
+        folded: Array = exact.astype(b.dtype)
+        if b.dtype != np.float32 and not np.array_equal(folded.astype(np.float64), exact):
+            folded = exact.astype(np.float32)
+    if not is_finite(folded):
+        raise IncompatibleAdapter(
+            f"tensor {name} times its scale {scale:g} is beyond float32; the adapter would give NaN"
+        )
+    return folded

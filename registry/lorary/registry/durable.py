@@ -1,0 +1,124 @@
+"""Files that are whole or absent, whatever happens to the process that writes them.
+
+A file is written under a name nobody reads, synced, and only then given its real name in one step; the
+folder is synced after. ``link`` gives a name only if it is free, which makes it a compare-and-swap
+between processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lorary.errors import Conflict, LoraryError, StorageError
+
+LOCK_TIMEOUT_S: Final = 60.0
+_LOCK_POLL_S: Final = 0.01
+_HINTS: Final = {
+    errno.ENOSPC: "free some space and try again; nothing was changed",
+    errno.EDQUOT: "free some quota and try again; nothing was changed",
+    errno.EROFS: "it is mounted read-only",
+    errno.EACCES: "give this user the right to it",
+    errno.EPERM: "its file system may lack hard links, which a registry needs",
+    errno.ENOTSUP: "its file system lacks hard links or locks, which a registry needs",
+    errno.ENOLCK: "its file system lacks locks, which a registry needs",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into a ``StorageError`` that says what was being done."""
+    try:
+        yield
+    except LoraryError:
+        raise
+    except OSError as error:
+        hint = f"; {_HINTS[error.errno]}" if error.errno in _HINTS else ""
+        raise StorageError(f"cannot {doing}: {error.strerror or error}{hint}") from error
+
+
+def write_new(path: Path, content: bytes, *, mode: int = 0o444) -> None:
+    """Write and sync a file that must not exist yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def link_new(staged: Path, target: Path) -> bool:
+    """Give ``staged`` the name ``target`` as well, if it is free; tell whether it was."""
+    try:
+        os.link(staged, target, follow_symlinks=False)
+    except FileExistsError:
+        return False
+    sync_folder(target.parent)
+    return True
+
+
+def replace(staged: Path, target: Path) -> None:
+    """Move ``staged`` to ``target``, whatever is there, in one step."""
+    staged.replace(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, and make their names survive a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def unused_name(folder: Path, kind: str) -> Path:
+    """Return a path in ``folder`` that no other process will choose."""
+    return folder / f"{kind}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the system drops it when a process dies.
+
+    Raises:
+        Conflict: another process holds it for longer than ``LOCK_TIMEOUT_S``.
+        StorageError: the file system has no locks, or the file cannot be opened.
+    """
+    with storage_errors(f"lock {path}"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with storage_errors(f"lock {path}"):
+            _wait_for_lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Conflict(
+                    f"another process has held {path} for {LOCK_TIMEOUT_S:g} s; find it, or retry"
+                ) from None
+            time.sleep(_LOCK_POLL_S)
+        else:
+            return

@@ -1,0 +1,291 @@
+"""A registry in a folder, shared by any number of processes.
+
+::
+
+    <root>/
+      registry.json                    {"format_version": 1, "kind": "lorary-registry"}
+      blobs/sha256/5e/5e1f…            files by the sha256 of their bytes (blobs)
+      adapters/<name>/                 '/' of a team's name is written '%2F'
+        versions/1.json 2.json …       one small file per version, created once (versions)
+        aliases.jsonl                  append-only log of alias moves (aliases)
+        lock                           held while a version is created or an alias moves
+      unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
+      tmp/                             work in progress; left-overs of killed processes are harmless
+
+A push writes blobs, then the manifest (a blob, too), then the unpacked folder, and last the version's
+file. Readers only follow version files, so a push that dies anywhere has changed nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
+from lorary.registry.aliases import AliasLog
+from lorary.registry.blobs import Blobs, Progress, check_file
+from lorary.registry.durable import (
+    link_new,
+    locked,
+    make_folder,
+    storage_errors,
+    sync_folder,
+    unused_name,
+    write_new,
+)
+from lorary.registry.folder import MANIFEST_FILE
+from lorary.registry.manifest import Manifest
+from lorary.registry.refs import check_name
+from lorary.registry.safetensors_file import parse_json
+from lorary.registry.versions import Pointer, Versions
+
+logger = logging.getLogger(__name__)
+
+_FOLDERS: Final = ("blobs", "adapters", "unpacked", "tmp")
+_MARKER: Final = "registry.json"
+_MARKER_CONTENT: Final = b'{"format_version": 1, "kind": "lorary-registry"}\n'
+
+
+class LocalStore:
+    """Versions, aliases and files in a folder. Thread-safe, and safe between processes.
+
+    Args:
+        root: the registry's folder.
+        create: make it if it is missing or empty.
+
+    Raises:
+        ConfigError: the folder is something else than a registry.
+        StorageError: it is missing, or cannot be read, or cannot be created.
+    """
+
+    def __init__(self, root: Path, *, create: bool = False) -> None:
+        self._root = root.absolute()
+        self._blobs = Blobs(self._root / "blobs")
+        self._versions: dict[str, Versions] = {}
+        self._aliases: dict[str, AliasLog] = {}
+        self._mutex = threading.Lock()
+        if create:
+            self._create()
+        self._check()
+
+    @property
+    def url(self) -> str:
+        """The registry's address."""
+        return self._root.as_uri()
+
+    def names(self) -> list[str]:
+        """Return the names of all adapters that have a version."""
+        with storage_errors(f"list {self._root}"):
+            folders = [entry.name for entry in os.scandir(self._root / "adapters")]
+        names = sorted(folder.replace("%2F", "/") for folder in folders)
+        return [name for name in names if self.versions(name).newest()]
+
+    def versions(self, name: str) -> Versions:
+        """Return the versions of an adapter, which may have none."""
+        return self._versions.get(name) or self._remember(name)
+
+    def aliases(self, name: str) -> AliasLog:
+        """Return the alias log of an adapter that has a version."""
+        log = self._aliases.get(name)
+        if log is None:
+            folder = self._folder(name)
+            log = AliasLog(folder / "aliases.jsonl", folder / "lock")
+            log = self._aliases.setdefault(name, log)
+        return log
+
+    def manifest(self, pointer: Pointer) -> Manifest:
+        """Return a version's manifest, checked against its digest.
+
+        Raises:
+            CorruptArtifact: it is missing or damaged.
+        """
+        path = self._blobs.check(pointer.manifest_sha256, pointer.manifest_size)
+        with storage_errors(f"read {path}"):
+            return Manifest.from_json(path.read_bytes())
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Give an empty folder on the store's file system, removed at the end.
+
+        Raises:
+            StorageError: the registry cannot be written.
+        """
+        folder = unused_name(self._root / "tmp", "push")
+        with storage_errors(f"write to registry {self._root}"):
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(
+        self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
+    ) -> Pointer:
+        """Make the files of ``staged`` a version, unless one has the same content already.
+
+        Args:
+            name: the adapter.
+            staged: folder from ``staging``, holding what ``draft.files`` lists, synced.
+            draft: the manifest but for its number.
+            progress: told of bytes read.
+
+        Raises:
+            StorageError: the registry cannot be written.
+        """
+        for entry in draft.files:
+            self._blobs.put(staged / entry.path, entry.sha256, progress)
+        folder = self._folder(name)
+        with storage_errors(f"create {folder}"):
+            make_folder(folder / "versions")
+        versions = self.versions(name)
+        with locked(folder / "lock"):
+            for pointer in reversed(versions.all()):
+                if pointer.digest == draft.digest and self._restore(pointer):
+                    return pointer
+            return self._take_next(versions, staged, draft)
+
+    def fetch(self, pointer: Pointer) -> Path:
+        """Return a folder with the version's files, each checked against its digest just now.
+
+        Raises:
+            CorruptArtifact: a file is missing or damaged.
+        """
+        folder = self._unpacked(pointer)
+        if not folder.exists():
+            self._unpack(pointer)
+        self._check_unpacked(folder, pointer)
+        return folder
+
+    def check(self, pointer: Pointer, progress: Progress | None = None) -> Manifest:
+        """Check every blob of a version and return its manifest.
+
+        Raises:
+            CorruptArtifact: something is missing or damaged.
+        """
+        manifest = self.manifest(pointer)
+        for entry in manifest.files:
+            self._blobs.check(entry.sha256, entry.size, progress)
+        return manifest
+
+    def _take_next(self, versions: Versions, staged: Path, draft: Manifest) -> Pointer:
+        version = versions.newest() + 1
+        raw = dataclasses.replace(draft, version=version).to_json().encode()
+        with storage_errors(f"write version {version} to {self._root}"):
+            write_new(staged / MANIFEST_FILE, raw)
+            sha256 = hashlib.sha256(raw).hexdigest()
+            self._blobs.put(staged / MANIFEST_FILE, sha256)
+            pointer = Pointer(
+                version=version,
+                digest=draft.digest,
+                manifest_sha256=sha256,
+                manifest_size=len(raw),
+                created_at=utc_now(),
+            )
+            self._unpack(pointer)
+            write_new(staged / "pointer.json", pointer.to_json())
+            if not versions.take(pointer, staged / "pointer.json"):
+                raise Conflict(f"version {version} of '{draft.name}' was just created; push again")
+        return pointer
+
+    def _restore(self, pointer: Pointer) -> bool:
+        """Unpack a version whose file blobs are whole; tell whether its manifest is, too."""
+        try:
+            self._unpack(pointer)
+        except CorruptArtifact as error:
+            logger.warning("version %d cannot be restored: %s", pointer.version, error)
+            return False
+        return True
+
+    def _unpack(self, pointer: Pointer) -> None:
+        """Link a version's blobs into a PEFT folder; a damaged one is replaced."""
+        target = self._unpacked(pointer)
+        if target.exists():
+            try:
+                self._check_unpacked(target, pointer)
+            except CorruptArtifact:
+                with storage_errors(f"replace {target}"):
+                    target.rename(unused_name(self._root / "tmp", "damaged"))
+            else:
+                return
+        manifest = self.manifest(pointer)
+        staged = unused_name(self._root / "tmp", "unpack")
+        with storage_errors(f"unpack version {pointer.version} to {target}"):
+            staged.mkdir()
+            for entry in manifest.files:
+                (staged / entry.path).parent.mkdir(exist_ok=True)
+                link_new(self._blobs.path(entry.sha256), staged / entry.path)
+            link_new(self._blobs.path(pointer.manifest_sha256), staged / MANIFEST_FILE)
+            try:
+                staged.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(staged)  # another process was first, with the same files
+            sync_folder(target.parent)
+
+    def _check_unpacked(self, folder: Path, pointer: Pointer) -> None:
+        manifest = self.manifest(pointer)
+        check_file(folder / MANIFEST_FILE, pointer.manifest_sha256, pointer.manifest_size)
+        for entry in manifest.files:
+            check_file(folder / entry.path, entry.sha256, entry.size)
+
+    def _unpacked(self, pointer: Pointer) -> Path:
+        return self._root / "unpacked" / pointer.manifest_sha256
+
+    def _folder(self, name: str) -> Path:
+        return self._root / "adapters" / check_name(name).replace("/", "%2F")
+
+    def _remember(self, name: str) -> Versions:
+        versions = Versions(self._folder(name) / "versions")
+        if not versions.newest():
+            return versions  # not kept: anybody may ask for names that do not exist
+        with self._mutex:
+            return self._versions.setdefault(name, versions)
+
+    def _create(self) -> None:
+        with storage_errors(f"create registry {self._root}"):
+            make_folder(self._root)
+            found = {entry.name for entry in self._root.iterdir()}
+            if _MARKER not in found and not found <= set(_FOLDERS):
+                return  # not ours to fill; the check says so
+            for folder in _FOLDERS:
+                make_folder(self._root / folder)
+            if not (self._root / _MARKER).exists():
+                staged = unused_name(self._root / "tmp", "marker")
+                write_new(staged, _MARKER_CONTENT)
+                link_new(staged, self._root / _MARKER)
+                staged.unlink()
+
+    def _check(self) -> None:
+        if not self._root.is_dir():
+            raise StorageError(
+                f"no registry at {self._root}: no such folder. `registry push` makes one; "
+                "or set --registry or LORARY_REGISTRY."
+            )
+        marker = self._root / _MARKER
+        if not marker.exists():
+            raise ConfigError(
+                f"{self._root} is not a registry: it has no {_MARKER}. Name a registry's folder, or an "
+                "empty one."
+            )
+        with storage_errors(f"read {marker}"):
+            found = parse_json(marker.read_bytes(), str(marker))
+        if found != parse_json(_MARKER_CONTENT, _MARKER):
+            raise ConfigError(
+                f"{marker} says {found}; this Lorary reads format_version 1. Upgrade it."
+            )
+
+
+def utc_now() -> str:
+    """Return the time as ``2026-11-22T10:00:00Z``."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,363 @@
+"""The registry: push, resolve, fetch and pull adapters, move aliases, verify.
+
+What happens in a push:
+
+1. names and the registry itself are checked, before any work;
+2. the folder is validated against the base (``validate``);
+3. its canonical form is written inside the store, unseen, and validated again (``publish``);
+4. the digest is computed, the manifest completed;
+5. the store commits: blobs, manifest, unpacked folder, version number last (``local``);
+6. aliases move, each with a line in the log (``aliases``).
+
+``Registry`` holds the rules; a ``Store`` holds the bytes. A ``Registry`` may be shared by threads.
+"""
+
+from __future__ import annotations
+
+import builtins
+import getpass
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+from lorary.errors import AdapterNotFound, ConfigError, InvalidRef
+from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset
+from lorary.registry.backend import Store
+from lorary.registry.base import BaseCard
+from lorary.registry.blobs import Progress
+from lorary.registry.local import LocalStore, utc_now
+from lorary.registry.manifest import Manifest
+from lorary.registry.publish import stage_version
+from lorary.registry.pull import check_free, copy_version
+from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
+from lorary.registry.results import Resolved, VerifyReport, VersionInfo
+from lorary.registry.verify import verify_all, verify_version
+from lorary.registry.versions import Pointer, Versions
+
+
+class Registry:
+    """Adapters as immutable, numbered, verified versions with movable aliases."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @classmethod
+    def open(cls, address: str | Path, *, create: bool = False) -> Self:
+        """Open a registry.
+
+        Args:
+            address: ``file:///path``, or a path.
+            create: make a local registry that does not exist yet.
+
+        Raises:
+            ConfigError: an address of an unknown kind, or a folder that is something else.
+            StorageError: the folder is missing, or cannot be read or created.
+        """
+        return cls(LocalStore(_local_path(address), create=create))
+
+    @property
+    def url(self) -> str:
+        """The registry's address."""
+        return self._store.url
+
+    def push(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        base: BaseCard,
+        aliases: Sequence[str] = (),
+        description: str = "",
+        allow_zero: bool = False,
+        actor: str = "",
+        progress: Progress | None = None,
+    ) -> VersionInfo:
+        """Validate an adapter folder and keep it as a version; equal content is the version it was.
+
+        Args:
+            folder: a PEFT folder; with ``manifest.json``, its base must be ``base``.
+            name: the adapter.
+            base: the base it was trained on.
+            aliases: to be moved to the version.
+            description: replaces the manifest's own.
+            allow_zero: accept an adapter that changes nothing.
+            actor: who pushes; the system's user if empty.
+            progress: called with the number of bytes just read.
+
+        Raises:
+            InvalidRef: the name or an alias is not valid.
+            CorruptArtifact: the files are not what they claim.
+            IncompatibleAdapter: sound, but not for this base, or not plain LoRA.
+            StorageError: the registry cannot be written, or the folder cannot be read.
+        """
+        check_name(name)
+        for alias in aliases:
+            _check_movable(alias)
+        with self._store.staging() as staged:
+            draft = stage_version(
+                Path(folder),
+                staged,
+                name=name,
+                base=base,
+                description=description,
+                allow_zero=allow_zero,
+                progress=progress,
+            )
+            pointer = self._store.commit(name, staged, draft, progress)
+        for alias in aliases:
+            self._move(name, alias, pointer.version, actor=actor, reason="push")
+        return self._info(name, pointer)
+
+    def resolve(self, ref: str | AdapterRef) -> Resolved:
+        """Return what a ref means just now; two or three ``stat`` calls once an adapter is known.
+
+        Raises:
+            InvalidRef: the text is not a ref, or a digest prefix fits several versions.
+            AdapterNotFound: no such adapter, alias, version or digest.
+        """
+        if isinstance(ref, str):
+            ref = parse_ref(ref)
+        versions = self._known(ref.name)
+        if ref.digest is not None:
+            return self._resolve_digest(ref.name, ref.digest, versions)
+        version = ref.version
+        if ref.alias == LATEST:
+            version = versions.newest()
+        elif ref.alias is not None:
+            version = self._store.aliases(ref.name).state().get(ref.alias)
+            if version is None:
+                raise AdapterNotFound(
+                    f"adapter '{ref.name}' has no alias '{ref.alias}'; it has "
+                    f"{', '.join(sorted(self.aliases(ref.name)))}"
+                )
+        pointer = versions.pointer(version or 0)
+        if pointer is None:
+            raise AdapterNotFound(
+                f"adapter '{ref.name}' has no version {version}; it has 1 to {versions.newest()}"
+            )
+        return Resolved(
+            name=ref.name, version=pointer.version, digest=pointer.digest, alias=ref.alias
+        )
+
+    def manifest(self, resolved: Resolved) -> Manifest:
+        """Return a version's manifest, checked against its digest.
+
+        Raises:
+            AdapterNotFound: the version is gone.
+            CorruptArtifact: the manifest is missing or damaged.
+        """
+        return self._store.manifest(self._pointer(resolved))
+
+    def fetch(self, resolved: Resolved) -> Path:
+        """Return a read-only PEFT folder of the version, every file checked just now.
+
+        The folder belongs to the registry: do not write to it.
+
+        Raises:
+            AdapterNotFound: the version is gone.
+            CorruptArtifact: a file is missing or damaged.
+        """
+        return self._store.fetch(self._pointer(resolved))
+
+    def pull(self, ref: str | AdapterRef, dest: Path, progress: Progress | None = None) -> Path:
+        """Copy a version to ``dest``, a standard PEFT folder; it appears whole or not at all.
+
+        Raises:
+            InvalidRef: the text is not a ref.
+            AdapterNotFound: no such version.
+            AlreadyExists: ``dest`` exists and is not empty.
+            CorruptArtifact: a file is damaged; nothing is written.
+            StorageError: ``dest`` cannot be written.
+        """
+        resolved = self.resolve(ref)
+        dest = Path(dest).absolute()
+        check_free(dest)
+        return copy_version(self.fetch(resolved), self.manifest(resolved), dest, progress)
+
+    def list(self) -> builtins.list[VersionInfo]:
+        """Return every version of every adapter, by name and number."""
+        return [
+            self._info(name, pointer)
+            for name in self._store.names()
+            for pointer in self._store.versions(name).all()
+        ]
+
+    def info(self, resolved: Resolved) -> VersionInfo:
+        """Return one version's description for people."""
+        return self._info(resolved.name, self._pointer(resolved))
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Return where every alias points, ``latest`` included.
+
+        Raises:
+            AdapterNotFound: no such adapter.
+        """
+        versions = self._known(name)
+        return {LATEST: versions.newest(), **self._store.aliases(name).state()}
+
+    def set_alias(
+        self,
+        name: str,
+        alias: str,
+        version: int | None,
+        *,
+        expect: int | Unset | None = UNSET,
+        reason: str = "",
+        actor: str = "",
+    ) -> AliasMove:
+        """Point an alias at a version, or remove it with ``None``.
+
+        Args:
+            name: the adapter.
+            alias: any alias but ``latest``.
+            version: a version's number, or ``None``.
+            expect: where the alias must point before (``None``: nowhere), else nothing changes.
+            reason: for the log.
+            actor: who; the system's user if empty.
+
+        Raises:
+            InvalidRef: the alias is not valid, or is ``latest``.
+            AdapterNotFound: no such adapter or version.
+            Conflict: the alias is not where ``expect`` says.
+        """
+        _check_movable(alias)
+        versions = self._known(name)
+        if version is not None and versions.pointer(version) is None:
+            raise AdapterNotFound(
+                f"adapter '{name}' has no version {version}; it has 1 to {versions.newest()}"
+            )
+        return self._move(name, alias, version, expect=expect, reason=reason, actor=actor)
+
+    def rollback(self, name: str, alias: str, *, reason: str = "", actor: str = "") -> AliasMove:
+        """Return an alias to where it pointed before its last move; again, and it goes further back.
+
+        Raises:
+            AdapterNotFound: no such adapter or alias, or nothing to return to.
+            Conflict: somebody moved the alias meanwhile.
+        """
+        _check_movable(alias)
+        self._known(name)
+        current, before = self._store.aliases(name).before(alias)
+        return self._move(
+            name, alias, before, expect=current, reason=reason, actor=actor, kind="rollback"
+        )
+
+    def log(self, name: str, alias: str | None = None) -> builtins.list[AliasMove]:
+        """Return the moves of all aliases of an adapter, or of one, oldest first.
+
+        Raises:
+            AdapterNotFound: no such adapter.
+        """
+        self._known(name)
+        return [m for m in self._store.aliases(name).moves() if alias in (None, m.alias)]
+
+    def verify(
+        self, ref: str | AdapterRef | None = None, progress: Progress | None = None
+    ) -> VerifyReport:
+        """Read every byte of one version, or of all, and compare it with what was promised.
+
+        Raises:
+            AdapterNotFound: ``ref`` names nothing.
+        """
+        if ref is None:
+            return verify_all(self._store, progress)
+        resolved = self.resolve(ref)
+        check = verify_version(self._store, resolved.name, self._pointer(resolved), progress)
+        return VerifyReport(checks=(check,))
+
+    def _known(self, name: str) -> Versions:
+        versions = self._store.versions(check_name(name))
+        if not versions.newest():
+            raise AdapterNotFound(f"adapter '{name}' is not in the registry")
+        return versions
+
+    def _pointer(self, resolved: Resolved) -> Pointer:
+        pointer = self._known(resolved.name).pointer(resolved.version)
+        if pointer is None or pointer.digest != resolved.digest:
+            raise AdapterNotFound(
+                f"version {resolved.version} of adapter '{resolved.name}' is no longer "
+                f"{resolved.digest[:19]}…; resolve the ref again"
+            )
+        return pointer
+
+    def _resolve_digest(self, name: str, digest: str, versions: Versions) -> Resolved:
+        found = [p for p in versions.all() if p.digest.startswith(digest)]
+        if not found:
+            raise AdapterNotFound(f"adapter '{name}' has no version with digest {digest}…")
+        if len({pointer.digest for pointer in found}) > 1:
+            numbers = ", ".join(str(pointer.version) for pointer in found)
+            raise InvalidRef(
+                f"digest {digest}… fits versions {numbers} of '{name}'; give more digits"
+            )
+        newest = found[-1]
+        return Resolved(name=name, version=newest.version, digest=newest.digest)
+
+    def _move(
+        self,
+        name: str,
+        alias: str,
+        version: int | None,
+        *,
+        expect: int | Unset | None = UNSET,
+        reason: str,
+        actor: str,
+        kind: MoveKind = "set",
+    ) -> AliasMove:
+        move = AliasMove(
+            at=utc_now(),
+            actor=actor or _user(),
+            alias=alias,
+            from_version=None,
+            to_version=version,
+            reason=reason,
+            kind=kind,
+        )
+        return self._store.aliases(name).append(move, expect=expect)
+
+    def _info(self, name: str, pointer: Pointer) -> VersionInfo:
+        manifest = self._store.manifest(pointer)
+        state = self._store.aliases(name).state()
+        return VersionInfo(
+            name=name,
+            version=pointer.version,
+            digest=pointer.digest,
+            aliases=tuple(sorted(a for a, version in state.items() if version == pointer.version)),
+            created_at=pointer.created_at,
+            size_bytes=sum(entry.size for entry in manifest.files),
+            rank=manifest.method.rank,
+            base_name=manifest.base.name,
+            base_fingerprint=manifest.base.fingerprint,
+            task_kind=manifest.task.kind,
+            metrics=manifest.metrics,
+        )
+
+
+def _check_movable(alias: str) -> None:
+    if check_alias(alias) == LATEST:
+        raise InvalidRef(f"alias '{LATEST}' is always the newest version and cannot be moved")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry in passwd
+        return f"uid-{os.getuid()}"
+
+
+def _local_path(address: str | Path) -> Path:
+    if isinstance(address, Path):
+        return address.expanduser()
+    parts = urlsplit(address)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost", "~"):
+            raise ConfigError(
+                f"registry {address!r} names the machine {parts.netloc!r}; write file:///path, with "
+                "three slashes"
+            )
+        path = Path("~" if parts.netloc == "~" else "/") / unquote(parts.path).lstrip("/")
+        return path.expanduser()
+    if "://" in address or not address:
+        raise ConfigError(f"registry {address!r} is not a folder; write file:///path, or a path")
+    return Path(address).expanduser()

@@ -1,0 +1,75 @@
+"""Read every byte of versions and compare it with what was promised when they were pushed."""
+
+from __future__ import annotations
+
+from lorary.errors import CorruptArtifact, LoraryError
+from lorary.registry.backend import Store
+from lorary.registry.blobs import Progress
+from lorary.registry.canonical import content_digest
+from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE
+from lorary.registry.manifest import Manifest
+from lorary.registry.results import VerifyReport, VersionCheck
+from lorary.registry.versions import Pointer
+
+
+def verify_version(
+    store: Store, name: str, pointer: Pointer, progress: Progress | None = None
+) -> VersionCheck:
+    """Check a version's blobs, its manifest, its digest and its unpacked folder."""
+    problem = ""
+    try:
+        manifest = store.check(pointer, progress)
+        _check_identity(name, pointer, manifest)
+        store.fetch(pointer)
+    except LoraryError as error:
+        problem = str(error)
+    return VersionCheck(name=name, version=pointer.version, digest=pointer.digest, problem=problem)
+
+
+def verify_all(store: Store, progress: Progress | None = None) -> VerifyReport:
+    """Check every version of every adapter, and every alias log."""
+    checks: list[VersionCheck] = []
+    problems: list[str] = []
+    for name in store.names():
+        versions = store.versions(name)
+        for version in range(1, versions.newest() + 1):
+            try:
+                pointer = versions.pointer(version)
+            except LoraryError as error:
+                broken = VersionCheck(name=name, version=version, digest="", problem=str(error))
+                checks.append(broken)
+            else:
+                if pointer is not None:
+                    checks.append(verify_version(store, name, pointer, progress))
+        problems.extend(_alias_problems(store, name, versions.newest()))
+    return VerifyReport(checks=tuple(checks), problems=tuple(problems))
+
+
+def _check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
+    if (manifest.name, manifest.version) != (name, pointer.version):
+        raise CorruptArtifact(
+            f"manifest is of {manifest.name}@{manifest.version}, not of {name}@{pointer.version}"
+        )
+    sha256s = {entry.path: entry.sha256 for entry in manifest.files}
+    digest = content_digest(
+        base_fingerprint=manifest.base.fingerprint,
+        task=manifest.task,
+        config=sha256s.get(CONFIG_FILE, ""),
+        tensors=sha256s.get(TENSORS_FILE, ""),
+    )
+    if not manifest.digest == pointer.digest == digest:
+        raise CorruptArtifact(
+            f"digest is {pointer.digest[:19]}…, but the content gives {digest[:19]}…"
+        )
+
+
+def _alias_problems(store: Store, name: str, newest: int) -> list[str]:
+    try:
+        state = store.aliases(name).state()
+    except LoraryError as error:
+        return [f"{name}: {error}"]
+    return [
+        f"{name}: alias '{alias}' points at version {version}, which does not exist"
+        for alias, version in sorted(state.items())
+        if not 1 <= version <= newest
+    ]

@@ -1,0 +1,121 @@
+"""The numbered versions of one adapter: small files that are created once and never changed.
+
+``<adapter>/versions/3.json``::
+
+    {"format_version": 1, "version": 3, "digest": "sha256:5e1f…", "manifest_sha256": "c0ff…",
+     "manifest_size": 4711, "created_at": "2026-11-22T10:00:00Z"}
+
+Numbers are consecutive from 1, so the newest version is found by looking whether the next one exists,
+and a number is taken by creating its file exclusively.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lorary.errors import CorruptArtifact
+from lorary.registry.durable import link_new, storage_errors
+from lorary.registry.safetensors_file import parse_json
+
+_FORMAT_VERSION: Final = 1
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pointer:
+    """What version number stands for: its identity and its manifest.
+
+    Attributes:
+        version: the number, from 1.
+        digest: ``sha256:<hex>`` of the canonical content.
+        manifest_sha256: hex sha256 of the bytes of ``manifest.json``.
+        manifest_size: its size in bytes.
+        created_at: when it was pushed, UTC.
+    """
+
+    version: int
+    digest: str
+    manifest_sha256: str
+    manifest_size: int
+    created_at: str
+
+    def to_json(self) -> bytes:
+        """Return the content of the version's file."""
+        fields = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        return (json.dumps(fields) + "\n").encode()
+
+
+class Versions:
+    """The versions in one folder. Reads are remembered: a version never changes. Thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pointers: dict[int, Pointer] = {}
+        self._newest = 0
+
+    def newest(self) -> int:
+        """Return the newest version's number, 0 if there is none. One ``stat`` when nothing is new."""
+        newest = self._newest
+        with storage_errors(f"look into {self._folder}"):
+            if newest and not self._file(newest).exists():
+                newest = 0  # somebody deleted files; count again
+            while self._file(newest + 1).exists():
+                newest += 1
+        self._newest = newest
+        return newest
+
+    def pointer(self, version: int) -> Pointer | None:
+        """Return a version's pointer, ``None`` if there is no such version.
+
+        Raises:
+            CorruptArtifact: the file is damaged.
+            StorageError: the file cannot be read.
+        """
+        known = self._pointers.get(version)
+        if known is None and 1 <= version <= self.newest():
+            known = self._pointers[version] = self._read(version)
+        return known
+
+    def all(self) -> list[Pointer]:
+        """Return all pointers, oldest first."""
+        found = (self.pointer(version) for version in range(1, self.newest() + 1))
+        return [pointer for pointer in found if pointer is not None]
+
+    def take(self, pointer: Pointer, staged: Path) -> bool:
+        """Make ``staged``, which holds ``pointer.to_json()``, the version's file if it has none yet."""
+        with storage_errors(f"create version {pointer.version} in {self._folder}"):
+            return link_new(staged, self._file(pointer.version))
+
+    def _file(self, version: int) -> Path:
+        return self._folder / f"{version}.json"
+
+    def _read(self, version: int) -> Pointer:
+        file = self._file(version)
+        with storage_errors(f"read {file}"):
+            raw = parse_json(file.read_bytes(), str(file))
+        return _checked(raw, version, file)
+
+
+def _checked(raw: dict[str, Any], version: int, file: Path) -> Pointer:
+    if raw.pop("format_version", None) != _FORMAT_VERSION:
+        raise CorruptArtifact(f"{file} has another format_version than {_FORMAT_VERSION}")
+    try:
+        pointer = Pointer(**raw)
+        is_right = (
+            pointer.version == version
+            and pointer.digest.startswith("sha256:")
+            and _HEX.fullmatch(pointer.digest.removeprefix("sha256:")) is not None
+            and _HEX.fullmatch(pointer.manifest_sha256) is not None
+            and type(pointer.manifest_size) is int
+            and isinstance(pointer.created_at, str)
+        )
+    except (TypeError, AttributeError):
+        is_right = False
+    if not is_right:
+        raise CorruptArtifact(f"{file} is damaged; it is no version file of version {version}")
+    return pointer
