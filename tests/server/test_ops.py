@@ -1,0 +1,123 @@
+"""Every implementation of the mixed-adapter product equals the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorary.server.adapters.ops import native, reference, torch_ops
+from lorary.server.adapters.segments import PoolEntry, Segments
+
+CPU = torch.device("cpu")
+# Against float32 sums of the same numbers: one rounding of the result (bf16), or of every
+# intermediate (torch operators keep the rank product in the pool's dtype).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+OUTS = (48, 16, 16)
+WIDTH = 40
+CAPACITY = 256
+
+
+def popularity(name: str, rows: int, num_adapters: int) -> list[int]:
+    if name == "distinct":
+        return [i % num_adapters for i in range(rows)]
+    if name == "identical":
+        return [0] * rows
+    if name == "skewed":
+        return [0 if i % 3 else i % num_adapters for i in range(rows)]
+    return torch.randint(-1, num_adapters, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def entries(ranks: list[int]) -> list[PoolEntry]:
+    """Adapters over scattered pool rows, one of them a weighted composition."""
+    order = torch.randperm(CAPACITY, generator=torch.Generator().manual_seed(1)).tolist()
+    made, start = [], 0
+    for i, rank in enumerate(ranks):
+        rows = order[start : start + rank]
+        start += rank
+        if i % 2:
+            rows = sorted(rows)
+        scales = (1.0,) * rank if i != 1 else tuple(0.5 + j for j in range(rank))
+        made.append(PoolEntry(tuple(rows), scales))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [[1, 3, 8], [16] * 4, [64, 1, 33], [128]])
+@pytest.mark.parametrize("kind", ["distinct", "uniform", "skewed", "identical"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_product_equals_the_reference(
+    implementation: str, rows: int, kind: str, ranks: list[int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, WIDTH, generator=generator).to(dtype)
+    y = torch.randn(rows, sum(OUTS), generator=generator).to(dtype)
+    a = (torch.randn(len(OUTS), CAPACITY, WIDTH, generator=generator) / WIDTH).to(dtype)
+    b = [(torch.randn(CAPACITY, out, generator=generator) / 8).to(dtype) for out in OUTS]
+    pool = entries(ranks)
+    chosen = popularity(kind, rows, len(pool))
+    row_entries = [pool[i] if i >= 0 else None for i in chosen]
+    long_from = 1 if implementation == "torch" else rows + 1
+    segments = Segments.build(row_entries, device=CPU, long_from=long_from)
+    if segments is None:
+        assert all(e is None for e in row_entries)
+        return
+    expected = reference.add_lora(y, x, a, b, segments)
+    actual = y.clone()
+    if implementation == "native":
+        kernel = native.load()
+        assert not isinstance(kernel, str), kernel
+        kernel.bind(a, b).add_rows(actual, x, segments)
+    else:
+        for segment in segments.long:
+            torch_ops.add_segment(actual, x, a, b, segment)
+    scale = expected.abs().max().clamp_min(1.0)
+    assert (actual.float() - expected).abs().max() <= TOLERANCE[dtype] * scale
+    for row, entry in enumerate(row_entries):
+        if entry is None:
+            assert torch.equal(actual[row], y[row]), "a row without an adapter was touched"
+
+
+def test_native_row_does_not_depend_on_its_company() -> None:
+    """The same row gives the same bits alone, in a crowd, and at another place."""
+    kernel = native.load()
+    assert not isinstance(kernel, str), kernel
+    a = torch.randn(1, 64, WIDTH)
+    b = [torch.randn(64, 32)]
+    pool = [PoolEntry(tuple(range(i, i + 9)), (1.0,) * 9) for i in range(0, 45, 9)]
+    x, y = torch.randn(11, WIDTH), torch.randn(11, 32)
+    bound = kernel.bind(a, b)
+    crowd = y.clone()
+    everyone = Segments.build([pool[i % 5] for i in range(11)], device=CPU, long_from=99)
+    assert everyone is not None
+    bound.add_rows(crowd, x, everyone)
+    for row in range(11):
+        alone = y[row : row + 1].clone()
+        single = Segments.build([pool[row % 5]], device=CPU, long_from=99)
+        assert single is not None
+        bound.add_rows(alone, x[row : row + 1].contiguous(), single)
+        assert torch.equal(alone[0], crowd[row])
+
+
+def test_segments_cover_every_adapter_row_once() -> None:
+    pool = entries([4, 4, 4])
+    rows = [None, pool[0], pool[1], pool[0], pool[0], None, pool[2]]
+    segments = Segments.build(rows, device=CPU, long_from=3)
+    assert segments is not None
+    covered = sorted([r for s in segments.long for r in s.rows.tolist()] + segments.short_rows.tolist())
+    assert covered == [1, 2, 3, 4, 6]
+    assert [s.length for s in segments.long] == [3]
+    assert segments.adapter_of_row == (-1, 0, 1, 0, 0, -1, 2)
+
+
+def test_no_adapter_means_no_segments() -> None:
+    assert Segments.build([None, None], device=CPU, long_from=1) is None
+
+
+def test_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    """Without a compiler the reason comes back, so that the server can say why it is slower."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("LORARY_HOME", str(tmp_path))
+    reason = native.load.__wrapped__()
+    assert isinstance(reason, str)
+    assert "C++ compiler" in reason
