@@ -30,6 +30,7 @@ Wording of every message: what, with the value; why, or the limit; what to do.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -188,3 +189,8 @@ def outcome(error: BaseException) -> Outcome:
         if cls in OUTCOMES:
             return OUTCOMES[cls]
     return OUTCOMES[LoraryError]
+
+
+def reason(cls: type[LoraryError]) -> str:
+    """Return an error class' name on the wire: ``AdapterNotFound`` is ``ADAPTER_NOT_FOUND``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()

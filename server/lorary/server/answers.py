@@ -1,0 +1,121 @@
+"""From the engine's outputs to messages, and the receipt that travels with every answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorary.errors import LoraryError
+from lorary.v1 import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorary.server.engine.request import Finish, Output, PositionLogprobs
+    from lorary.server.targets import Target
+
+_FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What does not change while the server runs; ``GetServerInfo`` tells it."""
+
+    version: str
+    base: str
+    base_fingerprint: str
+    quantization: str
+    device: str
+    dtype: str
+    max_context: int
+    max_batch: int
+    max_rank: int
+    adapter_memory_bytes: int
+
+
+def chunk(output: Output) -> pb.GenerateResponse:
+    """Return the event for new tokens of one answer."""
+    return pb.GenerateResponse(
+        chunk=pb.GenerateChunk(
+            index=output.index,
+            text=output.text,
+            token_ids=output.token_ids,
+            logprobs=[_logprobs(position) for position in output.logprobs],
+        )
+    )
+
+
+def complete(output: Output, finish: Finish, receipt: pb.Receipt) -> pb.GenerateResponse:
+    """Return the event for the end of one answer."""
+    return pb.GenerateResponse(
+        complete=pb.GenerateComplete(
+            index=output.index,
+            text=finish.text,
+            finish_reason=_FINISH_REASONS[finish.reason],
+            matched_stop=finish.matched_stop,
+            usage=usage(finish),
+            receipt=receipt,
+        )
+    )
+
+
+def usage(finish: Finish) -> pb.Usage:
+    """Return the token counts of one answer."""
+    return pb.Usage(
+        prompt_tokens=finish.prompt_tokens,
+        completion_tokens=finish.completion_tokens,
+        cached_tokens=finish.cached_tokens,
+    )
+
+
+def receipt(facts: ServerFacts, target: Target, request_id: str, finish: Finish) -> pb.Receipt:
+    """Return the proof of what answered."""
+    return pb.Receipt(
+        ref=target.ref,
+        name=target.name,
+        version=target.version,
+        digest=target.digest,
+        base_fingerprint=facts.base_fingerprint,
+        quantization=facts.quantization,
+        request_id=request_id,
+        timings=pb.Timings(
+            queue_ns=finish.queue_ns,
+            adapter_load_ns=finish.adapter_load_ns,
+            prefill_ns=finish.prefill_ns,
+            decode_ns=finish.decode_ns,
+        ),
+    )
+
+
+def label_scores(labels: Sequence[str], logprobs: Sequence[float]) -> list[pb.LabelScore]:
+    """Return labels with their probabilities among themselves, most likely first.
+
+    Semantics: probability[i] = exp(logprob[i]) / sum over j of exp(logprob[j])
+
+    Raises:
+        LoraryError: a log probability is not a number, which only a broken model gives.
+    """
+    if len(logprobs) != len(labels) or not all(math.isfinite(value) for value in logprobs):
+        raise LoraryError(
+            f"the model scored {len(labels)} labels with {list(logprobs)}; no probabilities "
+            "follow from that. Check the adapter's weights."
+        )
+    best = max(logprobs)
+    weights = [math.exp(value - best) for value in logprobs]
+    total = sum(weights)
+    scores = [
+        pb.LabelScore(label=label, probability=weight / total, logprob=value)
+        for label, weight, value in zip(labels, weights, logprobs, strict=True)
+    ]
+    return sorted(scores, key=lambda score: -score.logprob)
+
+
+def _logprobs(position: PositionLogprobs) -> pb.PositionLogprobs:
+    return pb.PositionLogprobs(
+        chosen=_logprob(position.chosen), top=[_logprob(pair) for pair in position.top]
+    )
+
+
+def _logprob(pair: tuple[int, float]) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=pair[0], logprob=pair[1])

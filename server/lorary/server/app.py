@@ -1,0 +1,283 @@
+"""The server as a whole: the only place that knows all parts. Starts, drains and stops them.
+
+Draining, after SIGTERM or SIGINT (a second one skips to 5)::
+
+    1. health says NOT_SERVING; calls are still taken for --drain-delay
+    2. new calls get UNAVAILABLE with RetryInfo
+    3. running calls get --drain-timeout to end
+    4. those that are left end with UNAVAILABLE
+    5. gRPC, engine, threads and /metrics stop, in this order; exit 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from lorary.errors import ConfigError, EngineFailed, Unavailable
+from lorary.server.control import ControlService
+from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
+from lorary.server.service import InferenceService, Parts
+from lorary.server.targets import Prompts, Targets
+from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorary.server.build import Backend
+    from lorary.server.calls import Calls
+    from lorary.server.config import ServerConfig
+    from lorary.server.metrics import ServerMetrics
+
+log = logging.getLogger("lorary.server")
+
+INFERENCE = "lorary.v1.Inference"
+# After the drain has ended every call, what gRPC itself needs to say so on the wire.
+LAST_WORDS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where a server listens, with the ports that were taken for 0."""
+
+    grpc: str
+    metrics: str
+
+
+class Server:
+    """A gRPC server and a /metrics server around one backend.
+
+    Args:
+        config: how it runs.
+        backend: engine, residency, registry and prompts, already built; the server owns them from
+            here and stops them.
+        calls: what the engine delivers to.
+        metrics: what engine and residency report to.
+    """
+
+    def __init__(
+        self, config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._calls = calls
+        self._metrics = metrics
+        self._targets = Targets(
+            backend.registry,
+            base=backend.facts.base,
+            fingerprint=backend.facts.base_fingerprint,
+        )
+        self._prompts = Prompts(backend.prompts, backend.decode)
+        self._control = ControlService(backend.registry, backend.residency, self._targets)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._stop_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._grpc: grpc.aio.Server | None = None
+        self._stop_metrics: Callable[[], None] = lambda: None
+
+    async def start(self) -> Addresses:
+        """Listen, begin to step, and say so through health.
+
+        Raises:
+            ConfigError: a port is in use, or the host is not this machine's.
+        """
+        config, loop = self._config, asyncio.get_running_loop()
+        self._calls.attach(loop)
+        self._metrics.on_failure = lambda error: loop.call_soon_threadsafe(self._on_failure, error)
+        self._grpc = self._build_grpc()
+        port = self._bind(self._grpc)
+        metrics_port = self._start_metrics()
+        self._backend.engine.start()
+        await self._grpc.start()
+        await self._health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
+        host = _bracketed(config.host)
+        return Addresses(grpc=f"{host}:{port}", metrics=f"http://{host}:{metrics_port}/metrics")
+
+    def request_stop(self) -> None:
+        """Drain; asked a second time, stop at once."""
+        if self._stop_asked.is_set():
+            self._hurry.set()
+        self._stop_asked.set()
+
+    @property
+    def was_hurried(self) -> bool:
+        """Whether a second request cut the drain short."""
+        return self._hurry.is_set()
+
+    async def serve_until_stopped(self) -> None:
+        """Serve until somebody asks to stop, then drain and stop everything.
+
+        Raises:
+            EngineFailed: the engine broke; everything else has been stopped.
+        """
+        try:
+            await self._stop_asked.wait()
+            if self._failure is None:
+                await self._drain()
+        finally:
+            await self.stop()
+        if self._failure is not None:
+            raise EngineFailed(
+                f"the engine failed ({type(self._failure).__name__}); the log above holds the "
+                "cause. Restart the server."
+            ) from self._failure
+
+    async def stop(self) -> None:
+        """Stop every part now, in order; idempotent."""
+        self._calls.refuse("the server has stopped; try another replica.")
+        self._calls.fail_all(Unavailable("the server stops; try another replica."))
+        await self._calls.wait_idle(LAST_WORDS_S)
+        if self._grpc is not None:
+            await self._grpc.stop(LAST_WORDS_S)
+        await asyncio.to_thread(self._backend.close)
+        for part in (self._control, self._targets, self._prompts):
+            part.close()
+        await asyncio.to_thread(self._stop_metrics)
+        self._stop_metrics = lambda: None
+
+    async def _drain(self) -> None:
+        config = self._config
+        log.info("draining: %d calls in flight", self._calls.num_in_flight)
+        await self._health.enter_graceful_shutdown()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), config.drain_delay)
+        self._calls.refuse("the server is draining; try another replica.")
+        idle = asyncio.ensure_future(self._calls.wait_idle(config.drain_timeout))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (idle, hurry):
+            task.cancel()
+        if self._calls.num_in_flight:
+            log.warning("ending %d calls that did not end in time", self._calls.num_in_flight)
+
+    def _on_failure(self, error: BaseException) -> None:
+        """The engine broke: end every call, then stop."""
+        self._failure = error
+        self._calls.refuse("the engine failed; try another replica.")
+        self._calls.fail_all(EngineFailed("the engine failed"))
+        self._stop_asked.set()
+
+    def _build_grpc(self) -> grpc.aio.Server:
+        config, backend = self._config, self._backend
+        server = grpc.aio.server(
+            interceptors=(
+                RequestIdInterceptor(),
+                ErrorInterceptor(),
+                MetricsInterceptor(self._metrics),
+            ),
+            options=grpc_options(config),
+        )
+        parts = Parts(
+            engine=backend.engine,
+            residency=backend.residency,
+            targets=self._targets,
+            prompts=self._prompts,
+            calls=self._calls,
+            metrics=self._metrics,
+            facts=backend.facts,
+            limits=backend.limits,
+        )
+        self._metrics.describe(backend.facts)
+        self._metrics.watch(backend.engine, backend.residency)
+        register: Any = inference_pb2_grpc.add_InferenceServicer_to_server
+        register(InferenceService(parts), server)
+        register = control_pb2_grpc.add_ControlServicer_to_server
+        register(self._control, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if config.has_reflection:
+            services = [
+                *inference_pb2.DESCRIPTOR.services_by_name.values(),
+                *control_pb2.DESCRIPTOR.services_by_name.values(),
+            ]
+            names = [service.full_name for service in services]
+            names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, server)
+        return server
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        address = f"{_bracketed(self._config.host)}:{self._config.port}"
+        try:
+            return server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise _port_error("--port", self._config.host, self._config.port) from error
+
+    def _start_metrics(self) -> int:
+        config = self._config
+        try:
+            server, thread = start_http_server(
+                config.metrics_port, addr=config.host, registry=self._metrics.registry
+            )
+        except OSError as error:
+            raise _port_error("--metrics-port", config.host, config.metrics_port) from error
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._stop_metrics = stop
+        return int(server.server_port)
+
+
+def grpc_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    """Return the channel options of the server; core ignores unknown names, so tests pin effects."""
+    return (
+        # Two servers must not share a port in silence.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", config.max_message),
+        ("grpc.max_send_message_length", config.max_message),
+        # A peer that is gone without a FIN is noticed within 30 s, and its rows are freed.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        # Clients that wait on a silent stream, or on none, may ping as often as each second.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 900),
+    )
+
+
+def check_ports_free(config: ServerConfig) -> None:
+    """Find out that a port is in use before minutes go into loading the base.
+
+    Raises:
+        ConfigError: it is, or the host is not this machine's.
+    """
+    for name, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                config.host, port, type=socket.SOCK_STREAM
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise _port_error(name, config.host, port) from error
+
+
+def handle_signals(server: Server) -> None:
+    """Let SIGTERM and SIGINT drain the server, and the second of them stop it."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.request_stop)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _port_error(name: str, host: str, port: int) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on '{_bracketed(host)}:{port}': the port is in use, not allowed, or the host "
+        f"is not this machine's. Choose another {name}, or 0 for a free one."
+    )

@@ -1,0 +1,110 @@
+"""Calls in flight: who may enter, and how the engine's outputs find their call.
+
+The engine hands over one list of outputs per step, from its own thread; one
+``call_soon_threadsafe`` carries it to the event loop, where each output goes to its call's queue.
+Everything but ``deliver`` runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lorary.errors import Overloaded, Unavailable
+from lorary.server.engine.request import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorary.errors import LoraryError
+
+
+class Calls:
+    """Admission and dispatch of the calls in flight.
+
+    Args:
+        limit: calls that may be in flight together; more are refused before any work.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._num_in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusal: str | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Calls that were admitted and have not ended."""
+        return self._num_in_flight
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say which loop serves the calls; before the engine delivers anything."""
+        self._loop = loop
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a call as in flight while it runs.
+
+        Raises:
+            Unavailable: the server is draining.
+            Overloaded: ``limit`` calls are in flight.
+        """
+        if self._refusal is not None:
+            raise Unavailable(self._refusal, retry_after_s=0.0)
+        if self._num_in_flight >= self._limit:
+            raise Overloaded(
+                f"{self._num_in_flight} calls are in flight; this server takes {self._limit}. "
+                "Retry later; it is safe."
+            )
+        self._num_in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._idle.set()
+
+    @contextmanager
+    def listening(self, key: str) -> Iterator[asyncio.Queue[Output]]:
+        """Receive the outputs of the engine's request ``key``, in order."""
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._queues[key] = queue
+        try:
+            yield queue
+        finally:
+            del self._queues[key]
+
+    def deliver(self, outputs: list[Output]) -> None:
+        """Hand over one step's outputs; called on the engine's thread."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return  # no loop, no calls: nobody waits for these
+        loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def refuse(self, message: str) -> None:
+        """From now on, admit nobody."""
+        self._refusal = message
+
+    def fail_all(self, error: LoraryError) -> None:
+        """End every call in flight with ``error``."""
+        for key, queue in self._queues.items():
+            queue.put_nowait(Output(request_id=key, index=0, error=error))
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is in flight; whether that came true in time."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            queue = self._queues.get(output.request_id)
+            if queue is not None:  # else: cancelled, and this step did not know yet
+                queue.put_nowait(output)

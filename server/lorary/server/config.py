@@ -1,0 +1,226 @@
+"""What ``lorary serve`` can be told. One frozen dataclass is the source of flags, checks and docs.
+
+Every field carries its help and its range as metadata; the command line (``cli``) and the table in
+docs/operations.md are made from them, and ``__post_init__`` checks the same ranges for callers who
+build a ``ServerConfig`` in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorary.errors import ConfigError
+
+GIB = 2**30
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": GIB,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``2GiB``, ``512MiB``, ``1.5GB`` or ``4096`` stands for.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"size {text!r} is not understood; write 2GiB, 512MiB or a byte count.")
+    return int(float(match[1]) * unit)
+
+
+def format_size(num_bytes: int) -> str:
+    """Return bytes as people write them: the largest binary unit that divides them."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes and num_bytes % size == 0:
+            return f"{num_bytes // size}{unit}"
+    return str(num_bytes)
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    is_size: bool = False,
+) -> Any:
+    """Declare a field with its help, its range, or its choices."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_size": is_size}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """How one server runs.
+
+    Raises:
+        ConfigError: a value is out of its range, or two do not go together.
+    """
+
+    base: str = _option(
+        dataclasses.MISSING, "Base model: a short name (smollm2-135m), a Hub id, or a folder."
+    )
+    registry: str = _option(dataclasses.MISSING, "Registry of adapters: file:///path or a folder.")
+    quantize: Literal["auto", "none", "int8", "nf4"] = _option(
+        "auto",
+        "How the base is quantized; auto is nf4 on CUDA and none on CPU.",
+        choices=("auto", "none", "int8", "nf4"),
+    )
+    device: str = _option("auto", "cpu, cuda or cuda:N; auto takes CUDA where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "Type of what is not quantized; auto is bfloat16 where the device multiplies it.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    threads: int = _option(0, "CPU threads for the maths; 0 leaves it to torch.", low=0, high=1024)
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    port: int = _option(50051, "gRPC port; 0 takes a free one.", low=0, high=65535)
+    metrics_port: int = _option(
+        9400, "Port of /metrics, on the same host; 0 takes a free one.", low=0, high=65535
+    )
+    insecure_bind: bool = _option(
+        False, "Allow a host that is not loopback, although there is no TLS and no authentication."
+    )
+    max_batch: int = _option(32, "Most answers in one step.", low=1, high=4096)
+    max_context: int = _option(
+        2048,
+        "Most tokens of prompt and answer together; cut to what the base can.",
+        low=16,
+        high=2**20,
+    )
+    max_rank: int = _option(64, "Largest rank an adapter may have.", low=1, high=512)
+    adapter_memory: int = _option(
+        GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
+    )
+    prefill_budget: int = _option(
+        512, "Most prompt tokens in one step, so that streams keep flowing.", low=16, high=2**20
+    )
+    max_waiting: int = _option(
+        1024, "Answers that may wait for a place; more are refused.", low=1, high=2**20
+    )
+    max_message: int = _option(
+        4 * 2**20, "Largest message accepted.", low=2**10, high=2**30, is_size=True
+    )
+    tracked_adapters: int = _option(
+        100, "Adapters with metrics of their own; the others share _other.", low=0, high=10_000
+    )
+    drain_delay: float = _option(
+        0.0,
+        "Seconds to go on accepting calls after SIGTERM, until load balancers have noticed.",
+        low=0.0,
+        high=600.0,
+    )
+    drain_timeout: float = _option(
+        30.0, "Seconds that running calls get after that.", low=0.0, high=86_400.0
+    )
+    reflection: bool | None = _option(
+        None, "Offer gRPC reflection; by default only on a loopback host."
+    )
+    ready_file: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
+        None, "Write the addresses there as JSON once ready; removed at the end."
+    )
+    log_format: Literal["human", "json"] = _option(
+        "human", "Form of the log on stderr.", choices=("human", "json")
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _option(
+        "info", "Least severe line that is logged.", choices=("debug", "info", "warning", "error")
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name), field.metadata)
+        if not self.is_loopback and not self.insecure_bind:
+            raise ConfigError(
+                f"host '{self.host}' is not loopback, and this version has neither TLS nor "
+                "authentication: everybody who reaches the port could use and unload adapters. Use "
+                "--host 127.0.0.1, or pass --insecure-bind where the network is trusted."
+            )
+        if self.port and self.port == self.metrics_port:
+            raise ConfigError(
+                f"--port and --metrics-port are both {self.port}; choose two different ones."
+            )
+        if self.ready_file is not None and not self.ready_file.absolute().parent.is_dir():
+            raise ConfigError(
+                f"the folder of --ready-file '{self.ready_file}' does not exist; create it first."
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def has_reflection(self) -> bool:
+        """Whether reflection is offered."""
+        return self.is_loopback if self.reflection is None else self.reflection
+
+
+def flag(name: str) -> str:
+    """Return a field's flag: ``max_batch`` is ``--max-batch``."""
+    return "--" + name.replace("_", "-")
+
+
+def options_table() -> str:
+    """Return every option as a Markdown table, for docs/operations.md."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(ServerConfig):
+        meta = field.metadata
+        default = _shown_default(field)
+        text = str(meta["help"])
+        if meta["choices"]:
+            text += f" One of {', '.join(meta['choices'])}."
+        elif meta["low"] is not None:
+            shown = format_size if meta["is_size"] else _plain
+            text += f" {shown(meta['low'])} to {shown(meta['high'])}."
+        lines.append(f"| `{flag(field.name)}` | {default} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown_default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if field.default is None or field.default is False:
+        return "off" if field.default is False else ""
+    return f"`{format_size(field.default) if field.metadata['is_size'] else field.default}`"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _check(name: str, value: Any, meta: Any) -> None:
+    """Check one value against its field's metadata."""
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{flag(name)} is '{value}'; it is one of {', '.join(meta['choices'])}.")
+    if meta["low"] is not None and not (
+        math.isfinite(value) and meta["low"] <= value <= meta["high"]
+    ):
+        shown = format_size if meta["is_size"] else _plain
+        raise ConfigError(
+            f"{flag(name)} is {value}; it must be between {shown(meta['low'])} and "
+            f"{shown(meta['high'])}."
+        )
+    if isinstance(value, str) and not value:
+        raise ConfigError(f"{flag(name)} is empty; give it a value or leave it out.")

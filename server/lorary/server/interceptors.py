@@ -1,0 +1,224 @@
+"""What wraps every call: an id, a catch-all, and the request metrics; in this order, outermost first.
+
+1. ``RequestIdInterceptor`` gives the call an id (the caller's ``lorary-request-id``, or a new one),
+   visible to logs through ``request_id()`` and to the caller in the trailing metadata.
+2. ``ErrorInterceptor`` turns an error into a rich status. What is not a ``LoraryError`` becomes
+   INTERNAL with an opaque id; its text goes to the log and never to the caller. The same holds for
+   our own errors about the server's inside (``status.PRIVATE``), which keep their status.
+3. ``MetricsInterceptor`` counts the call by method and code, and times it.
+
+``asyncio.CancelledError`` (deadline, cancel, disconnect) passes through all three.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+import time
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+
+from lorary.errors import LoraryError
+from lorary.server import status
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _Interceptor = grpc.aio.ServerInterceptor
+
+REQUEST_ID_KEY = "lorary-request-id"
+MAX_REQUEST_ID_CHARS = 128
+log = logging.getLogger("lorary.server")
+
+_request_id: ContextVar[str] = ContextVar("lorary_request_id", default="")
+
+
+def request_id() -> str:
+    """Return the id of the call that this task serves; ``""`` outside of a call."""
+    return _request_id.get()
+
+
+def is_valid_request_id(text: str) -> bool:
+    """Whether ``text`` may travel in metadata and logs: 1 to 128 printable ASCII characters."""
+    return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
+
+
+def set_request_id(context: Context, value: str) -> None:
+    """Make ``value`` the id of the current call, in logs and in the trailing metadata."""
+    _request_id.set(value)
+    add_trailing(context, REQUEST_ID_KEY, value)
+
+
+def add_trailing(context: Context, key: str, value: str) -> None:
+    """Set one key of the trailing metadata, keeping the others (grpc replaces them all)."""
+    kept = tuple(item for item in (context.trailing_metadata() or ()) if item[0] != key)
+    context.set_trailing_metadata((*kept, (key, value)))
+
+
+class CallMetrics(Protocol):
+    """What ``MetricsInterceptor`` reports to."""
+
+    def on_call(self, method: str, code: str, seconds: float) -> None:
+        """Count one finished call."""
+        ...
+
+
+class _Around(_Interceptor):
+    """Base: runs every handler of the server inside ``around``."""
+
+    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+        """Return the context manager that a call of ``method`` runs in."""
+        raise NotImplementedError
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handler, whichever of the four kinds it is; unknown methods stay unknown."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        wrap = _WRAPPERS[handler.request_streaming, handler.response_streaming]
+        behaviour = next(
+            b
+            for b in (
+                handler.unary_unary,
+                handler.unary_stream,
+                handler.stream_unary,
+                handler.stream_stream,
+            )
+            if b is not None
+        )
+        return wrap(
+            self._wrapped(behaviour, handler_call_details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _wrapped(self, behaviour: Callable[..., Any], method: str) -> Callable[..., Any]:
+        if inspect.isasyncgenfunction(behaviour):
+
+            async def generator(request: Any, context: Context) -> Any:
+                async with self.around(method, context), aclosing(behaviour(request, context)) as g:
+                    async for response in g:
+                        yield response
+
+            return generator
+
+        async def coroutine(request: Any, context: Context) -> Any:
+            async with self.around(method, context):
+                return await behaviour(request, context)
+
+        return coroutine
+
+
+_WRAPPERS: dict[tuple[bool, bool], Callable[..., Any]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+class RequestIdInterceptor(_Around):
+    """Names every call."""
+
+    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+        """Set the id, taken from the caller's metadata when it is a usable one."""
+        return _Named(context)
+
+
+class _Named:
+    """Holds the call's id in the context variable while the call runs."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        metadata = dict(self._context.invocation_metadata() or ())
+        given = metadata.get(REQUEST_ID_KEY, "")
+        known = isinstance(given, str) and is_valid_request_id(given)
+        set_request_id(self._context, str(given) if known else secrets.token_hex(8))
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+class ErrorInterceptor(_Around):
+    """Turns errors into statuses; the only place that does."""
+
+    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+        """End the call with the status of what it raised."""
+        return _Guarded(method, context)
+
+
+class _Guarded:
+    def __init__(self, method: str, context: Context) -> None:
+        self._method = method
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        # A CancelledError, an AbortError and a GeneratorExit go on as they are.
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            return
+        if isinstance(error, LoraryError) and not isinstance(error, status.PRIVATE):
+            name, text = type(error).__name__, status.clip(str(error))
+            log.info("%s refused: %s: %s", self._method, name, text)
+            await status.abort(self._context, status.to_status(error))
+        error_id = secrets.token_hex(8)
+        log.error("%s failed, error %s", self._method, error_id, exc_info=error)
+        await status.abort(self._context, status.private_status(error, error_id))
+
+
+class MetricsInterceptor(_Around):
+    """Counts and times every call."""
+
+    def __init__(self, metrics: CallMetrics) -> None:
+        self._metrics = metrics
+
+    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+        """Report method, code and seconds once the call has ended."""
+        return _Measured(self._metrics, method, context)
+
+
+class _Measured:
+    def __init__(self, metrics: CallMetrics, method: str, context: Context) -> None:
+        self._metrics = metrics
+        self._method = method
+        self._context = context
+        self._started = 0.0
+
+    async def __aenter__(self) -> None:
+        self._started = time.monotonic()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        seconds = time.monotonic() - self._started
+        self._metrics.on_call(self._method, self._code(error).name, seconds)
+
+    def _code(self, error: BaseException | None) -> grpc.StatusCode:
+        if error is None:
+            return grpc.StatusCode.OK
+        if isinstance(error, grpc.aio.AbortError):
+            return status.as_code(self._context.code())
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            remaining = self._context.time_remaining()
+            is_late = remaining is not None and remaining <= 0
+            return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+        return status.code_of(error)

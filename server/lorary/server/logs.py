@@ -1,0 +1,47 @@
+"""The server's log on stderr: for people, or one JSON object per line. Set up by ``app`` only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from lorary.server.interceptors import request_id
+
+
+class _Human(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s%(call)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        call = request_id()
+        record.call = f"  [{call}]" if call else ""
+        return super().format(record)
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if call := request_id():
+            line["request_id"] = call
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure(log_format: str, level: str) -> None:
+    """Send the log of this process to stderr; replaces what was set up before."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if log_format == "json" else _Human())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("lorary").setLevel(level.upper())

@@ -1,0 +1,112 @@
+"""The life of a server process: check, build, announce, serve, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lorary.server import logs
+from lorary.server.app import Server, check_ports_free, handle_signals
+from lorary.server.build import build_backend
+from lorary.server.calls import Calls
+from lorary.server.metrics import ServerMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lorary.server.app import Addresses
+    from lorary.server.build import Backend
+    from lorary.server.config import ServerConfig
+
+log = logging.getLogger("lorary.server")
+
+# The engine's Python shares the interpreter with the event loop: with the default of 5 ms a unary
+# call waits 4 ms for its turn, with this 1 ms.
+SWITCH_INTERVAL_S = 0.0005
+EXIT_INTERRUPTED = 130
+
+
+def run(config: ServerConfig, *, as_json: bool) -> int:
+    """Run a server until it is told to stop; return the process' exit code.
+
+    Args:
+        config: how it runs.
+        as_json: print the ready line as JSON.
+
+    Raises:
+        LoraryError: it cannot start, or its engine broke.
+    """
+    logs.configure(config.log_format, config.log_level)
+    started = time.monotonic()
+    check_ports_free(config)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
+    # Every call in flight is an answer that runs or waits, or is about to.
+    calls = Calls(config.max_batch + config.max_waiting)
+    backend = build_backend(config, deliver=calls.deliver, observer=metrics)
+    log.info("built in %.1f s", time.monotonic() - started)
+    return asyncio.run(_serve(config, backend, calls, metrics, as_json=as_json))
+
+
+async def _serve(
+    config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics, *, as_json: bool
+) -> int:
+    server = Server(config, backend, calls, metrics)
+    try:
+        addresses = await server.start()
+        handle_signals(server)
+    except BaseException:
+        await server.stop()
+        raise
+    facts = ready_facts(addresses, backend)
+    with _ready_file(config.ready_file, facts):
+        print(json.dumps(facts) if as_json else ready_line(facts), flush=True)  # noqa: T201
+        await server.serve_until_stopped()
+    log.info("stopped")
+    return EXIT_INTERRUPTED if server.was_hurried else 0
+
+
+def ready_facts(addresses: Addresses, backend: Backend) -> dict[str, Any]:
+    """Return what a script needs to know of a server that is ready."""
+    facts = backend.facts
+    return {
+        "event": "ready",
+        "address": addresses.grpc,
+        "metrics": addresses.metrics,
+        "base": facts.base,
+        "fingerprint": facts.base_fingerprint,
+        "quantization": facts.quantization,
+        "device": facts.device,
+        "version": facts.version,
+        "pid": os.getpid(),
+    }
+
+
+def ready_line(facts: dict[str, Any]) -> str:
+    """Return the same for people, in one line that begins with ``ready:``."""
+    return (
+        f"ready: {facts['address']} serves {facts['base']} ({facts['quantization']}, "
+        f"{facts['device']}, {facts['fingerprint'][:19]}), metrics at {facts['metrics']}"
+    )
+
+
+@contextmanager
+def _ready_file(path: Path | None, facts: dict[str, Any]) -> Iterator[None]:
+    """Keep ``path`` there, complete, while the server is ready."""
+    if path is None:
+        yield
+        return
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial.write_text(json.dumps(facts) + "\n")
+    partial.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""The gRPC face of the data plane: decode, submit, stream, encode; no torch.
+
+The life of one ``Generate`` call:
+
+1. It is admitted, or refused before any work (queue full, draining).
+2. Its fields are checked; a bad one ends the call with its path.
+3. Its ref becomes a version and a digest; the digest goes into the trailing metadata.
+4. Its input becomes token ids, with the adapter's own template.
+5. One ``Request`` with a ``Lease`` of its own per answer goes to the engine.
+6. Outputs arrive through ``Calls`` and leave as chunks, then one complete event per answer.
+7. Whatever ends the call early cancels what still runs: an error, or a ``CancelledError`` at
+   whichever ``await`` is current (the caller cancelled, its deadline passed, it is gone).
+
+Who releases a lease: ``[acquire, submit)`` the service; ``[submit, end of the answer)`` the engine,
+which alone knows when no step reads the adapter any more.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lorary.errors import DeadlineExceeded, LoraryError
+from lorary.server import answers, validate
+from lorary.server.adapters.residency import BaseLease
+from lorary.server.engine.request import Request, Sampling
+from lorary.server.interceptors import add_trailing, request_id, set_request_id
+from lorary.v1 import inference_pb2 as pb
+from lorary.v1 import inference_pb2_grpc
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterator, Sequence
+
+    import grpc
+
+    from lorary.server.answers import ServerFacts
+    from lorary.server.calls import Calls
+    from lorary.server.engine.request import Lease, Output
+    from lorary.server.metrics import ServerMetrics
+    from lorary.server.ports import EngineLike, ResidencyLike
+    from lorary.server.targets import Prompts, Target, Targets
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+DIGEST_KEY = "lorary-adapter-digest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the service works with."""
+
+    engine: EngineLike
+    residency: ResidencyLike
+    targets: Targets
+    prompts: Prompts
+    calls: Calls
+    metrics: ServerMetrics
+    facts: ServerFacts
+    limits: validate.Limits
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """``lorary.v1.Inference``."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        """Stream chunks and one complete event per answer."""
+        arrived_s = time.monotonic()
+        with self._parts.calls.admitted():
+            kind = self._check(request.input, request.request_id, context)
+            sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
+            target = await self._target(request.adapter, context)
+            prompt_ids = await self._prompt_ids(request.input, kind, target)
+            sampling = validate.complete(
+                sampling, request.sampling, target.task, len(prompt_ids), self._parts.limits
+            )
+            prototype = self._request(prompt_ids, sampling, arrived_s, context)
+            with self._running(target, prototype, num_answers) as outputs:
+                await self._stream(outputs, target, prototype, num_answers, context)
+
+    async def Classify(  # noqa: N802
+        self, request: pb.ClassifyRequest, context: Context
+    ) -> pb.ClassifyResponse:
+        """Score every label in one prefill."""
+        arrived_s = time.monotonic()
+        with self._parts.calls.admitted():
+            kind = self._check(request.input, request.request_id, context)
+            target = await self._target(request.adapter, context)
+            labels = validate.read_labels(request.labels, target.task)
+            label_ids = await self._parts.prompts.label_ids(labels)
+            room = max(len(ids) for ids in label_ids)
+            prompt_ids = await self._prompt_ids(request.input, kind, target, room=room)
+            prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
+            prototype.labels = label_ids
+            with self._running(target, prototype, 1) as outputs:
+                output = await _next(outputs)
+            if output.finish is None:
+                raise LoraryError("the engine answered a scoring request without scores.")
+            self._parts.metrics.answer(target.name, arrived_s).on_output(output)
+        return pb.ClassifyResponse(
+            scores=answers.label_scores(labels, output.finish.label_logprobs),
+            usage=answers.usage(output.finish),
+            receipt=answers.receipt(self._parts.facts, target, request_id(), output.finish),
+        )
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: Context
+    ) -> pb.TokenizeResponse:
+        """Return the ids that Generate would read."""
+        with self._parts.calls.admitted():
+            kind = validate.check_input(request.input, self._parts.limits)
+            target = await self._target(request.adapter, context)
+            ids = await self._parts.prompts.token_ids(request.input, kind, target)
+            return pb.TokenizeResponse(token_ids=ids, pieces=await self._parts.prompts.pieces(ids))
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        """Describe the base, its limits, and what is resident."""
+        facts, metrics = self._parts.facts, self._parts.metrics
+        return pb.GetServerInfoResponse(
+            version=facts.version,
+            base=facts.base,
+            base_fingerprint=facts.base_fingerprint,
+            quantization=facts.quantization,
+            device=facts.device,
+            dtype=facts.dtype,
+            max_context=facts.max_context,
+            max_batch=facts.max_batch,
+            max_rank=facts.max_rank,
+            adapter_memory_bytes=facts.adapter_memory_bytes,
+            adapter_memory_used_bytes=sum(
+                resident.device_bytes for resident in self._parts.residency.snapshot()
+            ),
+            steps_by_distinct_adapters=metrics.steps_by_distinct_adapters,
+            num_running=self._parts.engine.num_running,
+            num_waiting=self._parts.engine.num_waiting,
+        )
+
+    def _check(self, message: pb.Input, given_id: str, context: Context) -> str:
+        """Check what can be checked without a registry; return the input's kind."""
+        validate.check_request_id(given_id)
+        if given_id:
+            set_request_id(context, given_id)
+        return validate.check_input(message, self._parts.limits)
+
+    async def _target(self, ref: str, context: Context) -> Target:
+        target = await self._parts.targets.resolve(ref)
+        add_trailing(context, DIGEST_KEY, target.digest)
+        return target
+
+    async def _prompt_ids(
+        self, message: pb.Input, kind: str, target: Target, *, room: int = 1
+    ) -> Sequence[int]:
+        ids = await self._parts.prompts.token_ids(message, kind, target)
+        validate.check_length(ids, self._parts.limits, room=room)
+        return ids
+
+    def _request(
+        self, prompt_ids: Sequence[int], sampling: Sampling, arrived_s: float, context: Context
+    ) -> Request:
+        """Return the request that all answers of a call are copies of.
+
+        Callers may reuse their ids, and two callers may choose the same one; the engine's key is
+        the caller's id made unique.
+        """
+        remaining_s = context.time_remaining()
+        if remaining_s is not None and remaining_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the work began; allow more time.")
+        return Request(
+            request_id=f"{request_id()}/{secrets.token_hex(4)}",
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            lease=BaseLease(),
+            arrived_s=arrived_s,
+            deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
+        )
+
+    @contextmanager
+    def _running(
+        self, target: Target, prototype: Request, num_answers: int
+    ) -> Iterator[asyncio.Queue[Output]]:
+        """Run a call's answers on the engine, and cancel them if the call ends early.
+
+        Every answer has a lease of its own, so that the first to end does not take the adapter
+        from the others.
+        """
+        engine = self._parts.engine
+        with self._parts.calls.listening(prototype.request_id) as outputs:
+            try:
+                for index in range(num_answers):
+                    self._submit(replace(prototype, lease=self._lease(target), index=index))
+                yield outputs
+            except BaseException:
+                engine.cancel(prototype.request_id)
+                raise
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self._parts.engine.submit(request)
+        except BaseException:
+            request.lease.release()
+            raise
+
+    def _lease(self, target: Target) -> Lease:
+        if not target.digest:
+            return BaseLease()
+        return self._parts.residency.acquire(target.resolved)
+
+    async def _stream(
+        self,
+        outputs: asyncio.Queue[Output],
+        target: Target,
+        prototype: Request,
+        num_answers: int,
+        context: Context,
+    ) -> None:
+        """Write events until every answer has ended."""
+        metrics = self._parts.metrics
+        meters = [metrics.answer(target.name, prototype.arrived_s) for _ in range(num_answers)]
+        num_open = num_answers
+        while num_open:
+            output = await _next(outputs)
+            meters[output.index].on_output(output)
+            if output.token_ids or output.text:
+                await context.write(answers.chunk(output))
+            if output.finish is not None:
+                num_open -= 1
+                receipt = answers.receipt(self._parts.facts, target, request_id(), output.finish)
+                await context.write(answers.complete(output, output.finish, receipt))
+
+
+async def _next(outputs: asyncio.Queue[Output]) -> Output:
+    output = await outputs.get()
+    if output.error is not None:
+        raise output.error
+    return output

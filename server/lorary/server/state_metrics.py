@@ -1,0 +1,74 @@
+"""Gauges that mirror a state: read when Prometheus asks, so they are never stale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from lorary.server.metrics import ServerMetrics
+    from lorary.server.ports import EngineLike, ResidencyLike
+
+
+class StateCollector:
+    """Gauges that are read, not written: what runs, what waits, what is resident."""
+
+    def __init__(
+        self, metrics: ServerMetrics, engine: EngineLike, residency: ResidencyLike
+    ) -> None:
+        self._metrics = metrics
+        self._engine = engine
+        self._residency = residency
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauges as they are now."""
+        yield from self._requests()
+        yield from self._residents()
+
+    def _requests(self) -> Iterator[Metric]:
+        running, waiting = self._engine.num_running, self._engine.num_waiting
+        last = self._metrics.last_step
+        for_adapter = min(waiting, last.num_waiting_for_adapter if last else 0)
+        yield _gauge("lorary_requests_running", "Answers that share the steps now.", running)
+        family = GaugeMetricFamily(
+            "lorary_requests_waiting", "Answers that wait, and for what.", labels=["reason"]
+        )
+        family.add_metric(["capacity"], waiting - for_adapter)
+        family.add_metric(["adapter_loading"], for_adapter)
+        yield family
+        # The last step's figure is from before its answers ended; with none left, nothing is held.
+        used = last.kv_tokens_used if last and running else 0
+        yield _gauge("lorary_kv_tokens_used", "Tokens held in the KV cache.", used)
+        capacity = last.kv_tokens_total if last else 0
+        yield _gauge("lorary_kv_tokens_capacity", "Tokens the KV cache can hold.", capacity)
+
+    def _residents(self) -> Iterator[Metric]:
+        residents = self._residency.snapshot()
+        states = GaugeMetricFamily(
+            "lorary_adapters", "Adapters on the device, coming, or going.", labels=["state"]
+        )
+        for state in ("resident", "loading", "unloading"):
+            states.add_metric([state], sum(r.state == state for r in residents))
+        yield states
+        num_bytes = sum(r.device_bytes for r in residents)
+        yield _gauge("lorary_adapter_bytes", "Device bytes that adapters take.", num_bytes)
+        info = GaugeMetricFamily(
+            "lorary_adapter_info",
+            "1 for every version on the device, at most as many as have series of their own.",
+            labels=["adapter", "version", "digest"],
+        )
+        shown = [r for r in residents if r.state == "resident"][: self._metrics.adapters.limit]
+        for resident in shown:
+            info.add_metric([resident.name, str(resident.version), resident.digest], 1)
+        yield info
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    family = GaugeMetricFamily(name, text)
+    family.add_metric([], value)
+    return family

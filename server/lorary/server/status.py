@@ -1,0 +1,145 @@
+"""From an error to what a caller sees: a gRPC status with ``google.rpc`` details.
+
+Every status carries ``ErrorInfo(reason, domain)``, where the reason is the class' name
+(``ADAPTER_NOT_FOUND``), so that a client can raise the same class again. Beside it:
+
+====================================  ==========================================================
+``InvalidRequest``, ``InvalidRef``    ``BadRequest`` with the field's path
+``NotFound`` and below                ``ResourceInfo``
+``IncompatibleAdapter``               ``PreconditionFailure``
+``Overloaded``, ``Unavailable``       ``RetryInfo``
+``PRIVATE``, and what is not ours     ``RequestInfo`` with an opaque id, and nothing else
+====================================  ==========================================================
+
+Messages quote what the caller sent. What they might say of the server's own folders is cut out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from lorary.errors import (
+    AdapterNotFound,
+    BaseNotFound,
+    ConfigError,
+    EngineFailed,
+    IncompatibleAdapter,
+    InvalidRef,
+    InvalidRequest,
+    LoraryError,
+    MissingDependency,
+    NotFound,
+    Overloaded,
+    StorageError,
+    TrainingFailed,
+    Unavailable,
+    outcome,
+    reason,
+)
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+DOMAIN = "lorary"
+DETAILS_KEY = "grpc-status-details-bin"
+# Details travel in trailing metadata, which peers cap at 8 KiB; the message travels twice.
+MAX_MESSAGE_CHARS = 700
+# Errors about the server's inside: the caller gets the status and an id, the log gets the text.
+PRIVATE = (ConfigError, EngineFailed, MissingDependency, StorageError, TrainingFailed)
+_FOLDERS = re.compile(r"(?<![\w/])/(?:[^\s'\":/]+/)+")
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """Return the gRPC status code of ``error``."""
+    return grpc.StatusCode[outcome(error).grpc_status]
+
+
+def to_status(error: LoraryError) -> status_pb2.Status:
+    """Return the rich status of one of our errors; its message is meant for the caller."""
+    message = str(error)
+    if not isinstance(error, InvalidRequest | InvalidRef):
+        message = _FOLDERS.sub("…/", message)
+    message = clip(message)
+    details = [_error_info(error), *_details(error, message)]
+    return _status(code_of(error), message, details)
+
+
+def private_status(error: BaseException, error_id: str) -> status_pb2.Status:
+    """Return a status that says nothing but an id to look for in the server's log."""
+    details = [_error_info(error), error_details_pb2.RequestInfo(request_id=error_id)]
+    return _status(
+        code_of(error), f"internal error {error_id}; the server's log holds the cause.", details
+    )
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> None:
+    """End the call with ``status``, keeping the trailing metadata that was set before.
+
+    Raises:
+        grpc.aio.AbortError: always; it is how grpc.aio ends a call.
+    """
+    trailing = tuple(context.trailing_metadata() or ())
+    details = (DETAILS_KEY, status.SerializeToString())
+    await context.abort(_CODES[status.code], status.message, trailing_metadata=(*trailing, details))
+
+
+def as_code(code: grpc.StatusCode | int | None) -> grpc.StatusCode:
+    """Return a status code that grpc.aio gave as a number or as an enum member."""
+    if isinstance(code, grpc.StatusCode):
+        return code
+    return _CODES.get(code or 0, grpc.StatusCode.UNKNOWN)
+
+
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _error_info(error: BaseException) -> Message:
+    name = reason(type(error)) if isinstance(error, LoraryError) else "INTERNAL"
+    info: Message = error_details_pb2.ErrorInfo(reason=name, domain=DOMAIN)
+    return info
+
+
+def _status(code: grpc.StatusCode, message: str, details: list[Message]) -> status_pb2.Status:
+    packed = []
+    for detail in details:
+        any_detail = any_pb2.Any()
+        any_detail.Pack(detail)
+        packed.append(any_detail)
+    return status_pb2.Status(code=code.value[0], message=message, details=packed)
+
+
+def _details(error: LoraryError, message: str) -> list[Message]:
+    """Return what the class of ``error`` adds to ErrorInfo."""
+    if isinstance(error, InvalidRequest | InvalidRef):
+        field = error.field if isinstance(error, InvalidRequest) else "adapter"
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=clip(field, 100), description=message
+        )
+        return [error_details_pb2.BadRequest(field_violations=[violation])]
+    if isinstance(error, NotFound):
+        kinds = {AdapterNotFound: "adapter", BaseNotFound: "base"}
+        kind = next((k for cls, k in kinds.items() if isinstance(error, cls)), "resource")
+        return [error_details_pb2.ResourceInfo(resource_type=kind, description=message)]
+    if isinstance(error, IncompatibleAdapter):
+        unmet = error_details_pb2.PreconditionFailure.Violation(
+            type=reason(type(error)), subject="adapter", description=message
+        )
+        return [error_details_pb2.PreconditionFailure(violations=[unmet])]
+    if isinstance(error, Overloaded | Unavailable):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+    return []
+
+
+def clip(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """Cut a text in its middle, so that what and what-to-do both stay."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"

@@ -1,0 +1,162 @@
+"""Which adapter a call means, and what the model reads: refs to versions, inputs to token ids.
+
+Both may block (a registry on a network, a tokenizer on a long text), so both run on small thread
+pools of their own; the event loop only waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorary.errors import IncompatibleAdapter, InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lorary.registry.manifest import Task
+    from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
+    from lorary.v1 import inference_pb2 as pb
+
+T = TypeVar("T")
+
+NUM_REGISTRY_THREADS = 4
+MAX_CACHED_TASKS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a call's ``adapter`` turned out to be; all but ``ref`` is empty for the bare base."""
+
+    ref: str
+    name: str = ""
+    version: int = 0
+    digest: str = ""
+    task: Task | None = None
+    resolved: Any = None
+
+
+class Targets:
+    """Resolves refs through the registry; remembers tasks by digest, which never changes.
+
+    Args:
+        registry: where refs become versions.
+        base: name of the resident base, for messages.
+        fingerprint: its fingerprint; versions made for another are refused.
+    """
+
+    def __init__(self, registry: RegistryLike, *, base: str, fingerprint: str) -> None:
+        self._registry = registry
+        self._base = base
+        self._fingerprint = fingerprint
+        self._pool = ThreadPoolExecutor(NUM_REGISTRY_THREADS, thread_name_prefix="lorary-registry")
+        self._tasks: OrderedDict[str, Task] = OrderedDict()
+
+    async def resolve(self, ref: str) -> Target:
+        """Return what ``ref`` means now.
+
+        Raises:
+            InvalidRef: it does not parse.
+            AdapterNotFound: no such version.
+            IncompatibleAdapter: it was made for another base.
+        """
+        if not ref:
+            return Target(ref="")
+        resolved = await self.run(self._registry.resolve, ref)
+        return Target(
+            ref=ref,
+            name=resolved.name,
+            version=resolved.version,
+            digest=resolved.digest,
+            task=await self._task(resolved),
+            resolved=resolved,
+        )
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a blocking call of the registry on its threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def close(self) -> None:
+        """Stop the threads; what has not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _task(self, resolved: Any) -> Task:
+        task = self._tasks.get(resolved.digest)
+        if task is None:
+            manifest = await self.run(self._registry.manifest, resolved)
+            self._check_base(resolved, manifest)
+            task = self._tasks[resolved.digest] = manifest.task
+            if len(self._tasks) > MAX_CACHED_TASKS:
+                self._tasks.popitem(last=False)
+        else:
+            self._tasks.move_to_end(resolved.digest)
+        return task
+
+    def _check_base(self, resolved: Any, manifest: ManifestLike) -> None:
+        wanted = manifest.base
+        if wanted.fingerprint != self._fingerprint:
+            raise IncompatibleAdapter(
+                f"adapter '{resolved.name}@{resolved.version}' was made for base '{wanted.name}' "
+                f"({wanted.fingerprint[:19]}); this server runs '{self._base}' "
+                f"({self._fingerprint[:19]}). Ask a server of that base."
+            )
+
+
+class Prompts:
+    """Turns inputs into token ids on one thread: tokenizers do not like to be shared."""
+
+    def __init__(self, builder: PromptsLike, decode: Callable[[list[int]], str]) -> None:
+        self._builder = builder
+        self._decode = decode
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lorary-prompts")
+
+    async def token_ids(self, message: pb.Input, kind: str, target: Target) -> Sequence[int]:
+        """Return the prompt's ids; ``kind`` is what ``validate.check_input`` said.
+
+        Raises:
+            InvalidRequest: the input does not suit the adapter or the base.
+        """
+        if kind == "token_ids":
+            return tuple(message.token_ids.ids)
+        if kind == "prompt":
+            return await self._run(self._builder.from_prompt, message.prompt)
+        if kind == "chat":
+            turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
+            return await self._run(self._builder.from_chat, turns)
+        if target.task is None:
+            raise InvalidRequest(
+                "plain text needs an adapter whose task has a template, and this call is to the "
+                "bare base. Name an adapter, or send prompt, chat or token_ids.",
+                field="input.text",
+            )
+        return await self._run(self._builder.from_task, target.task, {"text": message.text})
+
+    async def label_ids(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return every label's ids.
+
+        Raises:
+            InvalidRequest: a label has no tokens, or two labels have the same.
+        """
+        ids = await self._run(lambda: tuple(self._builder.label_ids(label) for label in labels))
+        for i, one in enumerate(ids):
+            if not one or one in ids[:i]:
+                why = "has no tokens" if not one else "has the same tokens as another"
+                raise InvalidRequest(
+                    f"label {labels[i][:64]!r} {why} and cannot be scored. Rename it.",
+                    field=f"labels[{i}]",
+                )
+        return ids
+
+    async def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token alone."""
+        return await self._run(lambda: [self._decode([i]) for i in ids])
+
+    def close(self) -> None:
+        """Stop the thread; what has not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

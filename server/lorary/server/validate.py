@@ -1,0 +1,278 @@
+"""From a message to the engine's nouns: every range of ``inference.proto`` is checked here.
+
+Checks run before any work; each raises ``InvalidRequest`` with the dotted path of its field.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorary.errors import InvalidRequest
+from lorary.server.engine.request import Sampling
+from lorary.server.interceptors import MAX_REQUEST_ID_CHARS, is_valid_request_id
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorary.registry.manifest import Task
+    from lorary.v1 import inference_pb2 as pb
+
+DEFAULT_MAX_TOKENS = 256
+MAX_ANSWERS = 16
+MAX_LABELS = 128
+MAX_LOGPROBS = 20
+MAX_MESSAGES = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_TEMPERATURE = 100.0
+# No real text has this many characters per token; longer inputs are refused before the tokenizer
+# spends seconds on them.
+MAX_CHARS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the resident base allows: tokens of prompt and answer together, and ids."""
+
+    max_context: int
+    vocab_size: int
+
+
+def check_request_id(value: str) -> None:
+    """Refuse an id that could not travel in metadata and logs; an empty one is not given."""
+    if value and not is_valid_request_id(value):
+        raise InvalidRequest(
+            f"request_id has {len(value)} characters or ones that are not printable ASCII; at most "
+            f"{MAX_REQUEST_ID_CHARS} printable ASCII characters are allowed. Shorten it, or leave "
+            "it empty.",
+            field="request_id",
+        )
+
+
+def check_input(message: pb.Input, limits: Limits) -> str:
+    """Check the shape of an input and return which kind it is.
+
+    Returns:
+        ``"text"``, ``"prompt"``, ``"chat"`` or ``"token_ids"``.
+
+    Raises:
+        InvalidRequest: none is set, it is empty, too long to fit, or an id is out of range.
+    """
+    kind: str | None = message.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequest(
+            "input is missing; set one of text, prompt, chat, token_ids.", field="input"
+        )
+    if kind == "token_ids":
+        _check_token_ids(message.token_ids.ids, limits)
+    elif kind == "chat":
+        _check_chat(message.chat.messages, limits)
+    else:
+        _check_text(message.text if kind == "text" else message.prompt, f"input.{kind}", limits)
+    return kind
+
+
+def check_length(prompt_ids: Sequence[int], limits: Limits, *, room: int = 1) -> None:
+    """Refuse a prompt that is empty, or leaves no room for ``room`` further tokens."""
+    if not prompt_ids:
+        raise InvalidRequest("the prompt has no tokens; send some text.", field="input")
+    if len(prompt_ids) + room > limits.max_context:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt_ids)} tokens and needs room for {room} more; this server's "
+            f"context holds {limits.max_context}. Shorten it, or start the server with a larger "
+            "--max-context.",
+            field="input",
+        )
+
+
+def read_sampling(params: pb.SamplingParams, limits: Limits) -> tuple[Sampling, int]:
+    """Check how to answer, without regard to prompt and adapter.
+
+    Returns:
+        The sampling, which ``complete`` still has to finish, and how many answers to draw.
+    """
+    values = {name: _number(params, name, *bounds) for name, bounds in _FLOATS.items()}
+    for name in ("top_p", "repetition_penalty"):
+        if values[name] == 0.0:
+            raise _out_of_range(name, 0.0, _FLOATS[name][3])
+    max_tokens = params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    if max_tokens < 1:
+        raise _out_of_range("max_tokens", max_tokens, "at least 1")
+    num_answers = params.n if params.HasField("n") else 1
+    if not 1 <= num_answers <= MAX_ANSWERS:
+        raise _out_of_range("n", num_answers, f"between 1 and {MAX_ANSWERS}")
+    if params.logprobs > MAX_LOGPROBS:
+        raise _out_of_range("logprobs", params.logprobs, f"at most {MAX_LOGPROBS}")
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        # A k that reaches the whole vocabulary filters nothing, which is what 0 says.
+        top_k=params.top_k if params.top_k < limits.vocab_size else 0,
+        min_tokens=params.min_tokens,
+        stop=_stop_strings(params),
+        stop_token_ids=_stop_token_ids(params, limits),
+        ignore_eos=params.ignore_eos,
+        seed=params.seed if params.HasField("seed") else None,
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
+        **values,
+    )
+    return sampling, num_answers
+
+
+def complete(
+    sampling: Sampling,
+    params: pb.SamplingParams,
+    task: Task | None,
+    num_prompt_tokens: int,
+    limits: Limits,
+) -> Sampling:
+    """Fill in the adapter's defaults and fit the answer into what the context has left.
+
+    A default number of tokens is cut to the room there is; one that the caller asked for is never
+    cut in silence.
+
+    Raises:
+        InvalidRequest: prompt and max_tokens exceed the context, or min_tokens exceeds max_tokens.
+    """
+    room = limits.max_context - num_prompt_tokens
+    max_tokens = sampling.max_tokens
+    if not params.HasField("max_tokens"):
+        max_tokens = min(task.max_new_tokens if task else max_tokens, room)
+    elif max_tokens > room:
+        raise InvalidRequest(
+            f"max_tokens is {max_tokens} and the prompt has {num_prompt_tokens} tokens; this "
+            f"server's context holds {limits.max_context} together. Ask for at most {room}.",
+            field="sampling.max_tokens",
+        )
+    if sampling.min_tokens > max_tokens:
+        raise _out_of_range("min_tokens", sampling.min_tokens, f"at most max_tokens ({max_tokens})")
+    stop = sampling.stop or (task.stop if task else ())
+    return replace(sampling, max_tokens=max_tokens, stop=stop)
+
+
+def read_labels(labels: Sequence[str], task: Task | None) -> tuple[str, ...]:
+    """Return the labels to score: those sent, else the adapter's own.
+
+    Raises:
+        InvalidRequest: none, too many, an empty one, or two that are the same.
+    """
+    chosen = tuple(labels) or (task.labels if task else ())
+    if not chosen:
+        raise InvalidRequest(
+            "no labels were sent and the adapter has none of its own; send the labels to score.",
+            field="labels",
+        )
+    if len(chosen) > MAX_LABELS:
+        raise InvalidRequest(
+            f"{len(chosen)} labels were sent; at most {MAX_LABELS} can be scored. Send fewer.",
+            field="labels",
+        )
+    seen: dict[str, int] = {}
+    for i, label in enumerate(chosen):
+        if not label.strip():
+            raise InvalidRequest(f"label {i} is empty; name it.", field=f"labels[{i}]")
+        if label in seen:
+            raise InvalidRequest(
+                f"labels {seen[label]} and {i} are both {label[:64]!r}; labels must differ.",
+                field=f"labels[{i}]",
+            )
+        seen[label] = i
+    return chosen
+
+
+# name: (default, lowest, highest, how the range reads)
+_FLOATS: dict[str, tuple[float, float, float, str]] = {
+    "temperature": (0.0, 0.0, MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"),
+    "top_p": (1.0, 0.0, 1.0, "in (0, 1]"),
+    "min_p": (0.0, 0.0, 1.0, "in [0, 1]"),
+    "frequency_penalty": (0.0, -2.0, 2.0, "in [-2, 2]"),
+    "presence_penalty": (0.0, -2.0, 2.0, "in [-2, 2]"),
+    "repetition_penalty": (1.0, 0.0, 2.0, "in (0, 2]"),
+}
+
+
+def _number(
+    params: pb.SamplingParams, name: str, default: float, lowest: float, highest: float, want: str
+) -> float:
+    if not params.HasField(name):  # type: ignore[arg-type]
+        return default
+    value = float(getattr(params, name))
+    if not math.isfinite(value) or not lowest <= value <= highest:
+        raise _out_of_range(name, value, want)
+    return value
+
+
+def _out_of_range(name: str, value: float, want: str) -> InvalidRequest:
+    shown = value if isinstance(value, int) else f"{value:g}"
+    return InvalidRequest(f"{name} is {shown}; it must be {want}.", field=f"sampling.{name}")
+
+
+def _stop_strings(params: pb.SamplingParams) -> tuple[str, ...]:
+    if len(params.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            f"{len(params.stop)} stop strings were sent; at most {MAX_STOP_STRINGS} are allowed.",
+            field="sampling.stop",
+        )
+    for i, text in enumerate(params.stop):
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop string {i} has {len(text)} characters; it must have 1 to {MAX_STOP_CHARS}.",
+                field=f"sampling.stop[{i}]",
+            )
+    return tuple(params.stop)
+
+
+def _stop_token_ids(params: pb.SamplingParams, limits: Limits) -> tuple[int, ...]:
+    ids = tuple(params.stop_token_ids)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"{len(ids)} stop token ids were sent; at most {MAX_STOP_TOKEN_IDS} are allowed.",
+            field="sampling.stop_token_ids",
+        )
+    for i, token_id in enumerate(ids):
+        if token_id >= limits.vocab_size:
+            raise _not_in_vocabulary(token_id, f"sampling.stop_token_ids[{i}]", limits)
+    return ids
+
+
+def _check_token_ids(ids: Sequence[int], limits: Limits) -> None:
+    if not ids:
+        raise InvalidRequest(
+            "token_ids is empty; send at least one id.", field="input.token_ids.ids"
+        )
+    check_length(ids, limits)
+    # One pass in C for the usual case; the slow one only names the culprit.
+    if max(ids) >= limits.vocab_size:
+        i = next(i for i, token_id in enumerate(ids) if token_id >= limits.vocab_size)
+        raise _not_in_vocabulary(ids[i], f"input.token_ids.ids[{i}]", limits)
+
+
+def _not_in_vocabulary(token_id: int, field: str, limits: Limits) -> InvalidRequest:
+    return InvalidRequest(
+        f"token id {token_id} is not in the base's vocabulary; ids are below {limits.vocab_size}.",
+        field=field,
+    )
+
+
+def _check_chat(messages: Sequence[pb.ChatMessage], limits: Limits) -> None:
+    field = "input.chat.messages"
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise InvalidRequest(
+            f"{len(messages)} chat messages were sent; send 1 to {MAX_MESSAGES}.", field=field
+        )
+    for i, message in enumerate(messages):
+        _check_text(message.content, f"{field}[{i}].content", limits)
+
+
+def _check_text(text: str, field: str, limits: Limits) -> None:
+    if not text:
+        raise InvalidRequest(f"{field} is empty; send some text.", field=field)
+    most = limits.max_context * MAX_CHARS_PER_TOKEN
+    if len(text) > most:
+        raise InvalidRequest(
+            f"{field} has {len(text)} characters; this server's context of {limits.max_context} "
+            f"tokens takes at most {most}. Shorten it.",
+            field=field,
+        )
