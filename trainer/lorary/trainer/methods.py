@@ -1,0 +1,79 @@
+"""Put a low-rank method onto a loaded base: LoRA on a whole one, QLoRA on a quantized one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lorary.errors import InvalidRecipe
+from lorary.registry.manifest import Method
+from lorary.trainer.fast_lora import speed_up
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lorary.trainer.recipe import MethodRecipe
+
+ALL_LINEAR = "all-linear"
+
+
+def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointing: bool) -> Any:
+    """Wrap ``model`` with a fresh adapter; the base is frozen, A and B are float32.
+
+    B starts at zero, so the adapter starts as no change. Draws from torch's global generator.
+
+    Raises:
+        InvalidRecipe: ``target_modules`` match no linear layer of this base.
+    """
+    import peft
+
+    targets: str | list[str] = list(recipe.target_modules)
+    if ALL_LINEAR in recipe.target_modules:
+        targets = linear_names(model)
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=recipe.rank,
+        lora_alpha=recipe.scaled_alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="bitsandbytes")
+            wrapped = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InvalidRecipe(
+            f"method.target_modules {list(recipe.target_modules)} cannot be trained on this base: "
+            f"{error}. It has {', '.join(linear_names(model))}; use those, or {ALL_LINEAR}."
+        ) from error
+    if gradient_checkpointing:
+        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        wrapped.enable_input_require_grads()
+    wrapped.config.use_cache = False
+    speed_up(wrapped)
+    return wrapped
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Return the last names of all linear layers but the output head, quantized ones included."""
+    import torch
+
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return sorted(names)
+
+
+def describe(wrapped: Any, recipe: MethodRecipe) -> Method:
+    """Return the manifest's account of the method."""
+    config = wrapped.peft_config["default"]
+    return Method(
+        name=recipe.name,
+        rank=recipe.rank,
+        alpha=recipe.scaled_alpha,
+        target_modules=tuple(sorted(config.target_modules)),
+    )

@@ -1,0 +1,272 @@
+"""What to train, in one YAML file: typed, strict, checked in full before any work.
+
+A sample; everything but ``task.template`` and ``data.source`` has a default::
+
+    name: sentiment
+    base: smollm2-135m
+    task: {kind: classification, template: "…{{ text }}…", labels: [negative, positive]}
+    data: {source: movie-reviews, num_test: 400}
+    method: {rank: 8}
+    training: {max_steps: 60, batch_size: 16, learning_rate: 5.0e-4}
+    evaluation: {batch_size: 32}
+
+``--set training.learning_rate=1e-3`` changes one key. Unknown keys are errors that name the nearest
+valid one; docs/recipes.md has the table of all keys, generated from the classes below.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorary.errors import InvalidRecipe
+from lorary.registry.manifest import Task
+
+Metric = Literal["auto", "accuracy", "rouge", "bleu", "exact_match"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecipe:
+    """What the adapter does; becomes the manifest's task."""
+
+    kind: Literal["generation", "classification"] = "generation"
+    """Free text, or one label of a fixed set."""
+    template: str
+    """Jinja over the input columns (``text`` first); renders the whole prompt, special tokens too."""
+    labels: tuple[str, ...] = ()
+    """The label set of a classification, at least two."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens, when evaluated and when served by default; 1 to 4096."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, beside the base's end token; at most 16."""
+
+    def __post_init__(self) -> None:
+        _within("task.max_new_tokens", self.max_new_tokens, 1, 4096)
+        if not self.template.strip():
+            raise InvalidRecipe("task.template is empty; write the whole prompt, with {{ text }}.")
+        if len(self.stop) > 16 or "" in self.stop:
+            raise InvalidRecipe("task.stop holds an empty string or more than 16; fix the list.")
+        if self.kind == "generation" and self.labels:
+            raise InvalidRecipe(
+                "task.labels is set for a generation; set task.kind to classification."
+            )
+        if self.kind == "classification" and len(self.labels) < 2:
+            raise InvalidRecipe(
+                f"task.labels has {len(self.labels)} labels; a classification needs at least two."
+            )
+        if len(set(self.labels)) != len(self.labels):
+            raise InvalidRecipe(f"task.labels repeats a label: {list(self.labels)}.")
+
+    def to_manifest(self) -> Task:
+        """Return the manifest's form."""
+        return Task(
+            kind=self.kind,
+            template=self.template,
+            labels=self.labels,
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRecipe:
+    """Where examples come from, and which are held out."""
+
+    source: str
+    """``movie-reviews``, ``news-headlines``, ``jupyter-fr``, or ``file``."""
+    path: str = ""
+    """For ``file``: a .jsonl or .csv file, relative to the recipe's folder."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """For ``file``: template input (and ``target``) to column name; default: the same names."""
+    num_test: int = 200
+    """Examples held out to measure base and adapter; at least 1."""
+    num_validation: int = 64
+    """Examples held out to choose the best step; 0 turns early stopping off."""
+    max_train: int = 0
+    """Train on at most this many examples; 0 is all."""
+    max_similarity: float = 0.5
+    """Held-out examples share at most this word-Jaccard with any other; (0, 1]; 1 is no limit."""
+    max_words: int = 0
+    """Cut each ``text`` to this many words; 0 does not cut."""
+    min_words: int = 1
+    """Held-out examples have at least this many words."""
+    seed: int = 0
+    """Salt of the split's hash; another seed is another split."""
+
+    def __post_init__(self) -> None:
+        _within("data.num_test", self.num_test, 1, 1_000_000)
+        _within("data.num_validation", self.num_validation, 0, 1_000_000)
+        _within("data.max_train", self.max_train, 0, 1_000_000_000)
+        _within("data.max_similarity", self.max_similarity, 0.01, 1.0)
+        _within("data.max_words", self.max_words, 0, 1_000_000)
+        _within("data.min_words", self.min_words, 1, 1_000_000)
+        if self.source == "file" and not self.path:
+            raise InvalidRecipe("data.source is 'file' but data.path is empty; name a file.")
+        if self.source != "file" and (self.path or self.columns):
+            raise InvalidRecipe(
+                f"data.path and data.columns are for source 'file', not '{self.source}'."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodRecipe:
+    """Which low-rank method, of which size."""
+
+    name: Literal["lora", "qlora"] = "lora"
+    """``lora`` on the whole base, ``qlora`` on a quantized one."""
+    quantization: Literal["auto", "none", "int8", "nf4"] = "auto"
+    """Of the base while training; auto is nf4 for qlora and none for lora."""
+    rank: int = 8
+    """Rank of every pair A, B; 1 to 512."""
+    alpha: float = 0.0
+    """Scale times rank; 0 means twice the rank."""
+    dropout: float = 0.0
+    """On the input of A; [0, 1). Above 0 trains on a slower path."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Module name endings, or ``all-linear``: every linear layer but the output head."""
+
+    def __post_init__(self) -> None:
+        _within("method.rank", self.rank, 1, 512)
+        _within("method.alpha", self.alpha, 0.0, 1e4)
+        _within("method.dropout", self.dropout, 0.0, 0.99)
+        if not self.target_modules:
+            raise InvalidRecipe("method.target_modules is empty; use [all-linear].")
+        if self.name == "qlora" and self.quantization == "none":
+            raise InvalidRecipe("method.name is qlora with quantization none; use lora.")
+        if self.name == "lora" and self.quantization in ("int8", "nf4"):
+            raise InvalidRecipe(
+                f"method.quantization is '{self.quantization}' with lora; set method.name to qlora."
+            )
+
+    @property
+    def base_quantization(self) -> Literal["none", "int8", "nf4"]:
+        """The quantization with ``auto`` resolved."""
+        if self.quantization != "auto":
+            return self.quantization
+        return "nf4" if self.name == "qlora" else "none"
+
+    @property
+    def scaled_alpha(self) -> float:
+        """``alpha`` with its default resolved."""
+        return self.alpha or 2.0 * self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRecipe:
+    """How long, how fast, in which order."""
+
+    max_steps: int = 100
+    """Optimizer steps; 1 to 10 million."""
+    batch_size: int = 8
+    """Rows of a forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes of an optimizer step."""
+    learning_rate: float = 5e-4
+    """Peak of the schedule."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps over which it rises; [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's; [0, 1]."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    eval_every: int = 0
+    """Steps between validation losses (and checkpoints); 0 is a quarter of max_steps."""
+    patience: int = 3
+    """Stop after this many validations without a better loss."""
+    max_length: int = 1024
+    """Longest row in tokens, prompt and answer; longer ones are left out and counted."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the base's arithmetic; A and B are always float32. auto is what the device does well."""
+    device: str = "auto"
+    """A torch device; auto is cuda when there is one, else cpu."""
+    gradient_checkpointing: bool = False
+    """Trade a third more compute for less memory."""
+    seed: int = 0
+    """Of initial weights, order and dropout."""
+
+    def __post_init__(self) -> None:
+        _within("training.max_steps", self.max_steps, 1, 10_000_000)
+        _within("training.batch_size", self.batch_size, 1, 65_536)
+        _within("training.gradient_accumulation", self.gradient_accumulation, 1, 65_536)
+        _within("training.learning_rate", self.learning_rate, 1e-9, 1.0)
+        _within("training.warmup", self.warmup, 0.0, 0.99)
+        _within("training.weight_decay", self.weight_decay, 0.0, 1.0)
+        _within("training.max_grad_norm", self.max_grad_norm, 1e-6, 1e6)
+        _within("training.eval_every", self.eval_every, 0, 10_000_000)
+        _within("training.patience", self.patience, 1, 1_000_000)
+        _within("training.max_length", self.max_length, 2, 10_000_000)
+        _within("training.seed", self.seed, 0, 2**32 - 1)
+
+    @property
+    def steps_between_evals(self) -> int:
+        """``eval_every`` with its default resolved."""
+        return self.eval_every or max(1, -(-self.max_steps // 4))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecipe:
+    """How base and adapter are measured on the held-out examples."""
+
+    metric: Metric = "auto"
+    """auto is accuracy for a classification, rouge for a generation."""
+    batch_size: int = 32
+    """Prompts answered at a time."""
+    num_golden_probes: int = 3
+    """Held-out prompts whose logits go into the manifest, for servers to replay; 1 to 16."""
+    skip_base: bool = False
+    """Measure the adapter only."""
+
+    def __post_init__(self) -> None:
+        _within("evaluation.batch_size", self.batch_size, 1, 65_536)
+        _within("evaluation.num_golden_probes", self.num_golden_probes, 1, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A whole training run."""
+
+    name: str
+    """What the adapter is called; lower-case letters, digits, ``-``, ``_``, ``.``, ``/``."""
+    base: str = "smollm2-135m"
+    """Short name, local folder or Hub id of the base."""
+    description: str = ""
+    """One line for people; goes into the manifest."""
+    task: TaskRecipe
+    data: DataRecipe
+    method: MethodRecipe = field(default_factory=MethodRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})?", self.name):
+            raise InvalidRecipe(
+                f"name is '{self.name}'; use lower-case letters, digits, '-', '_', '.', and at most "
+                "one '/'."
+            )
+        if not self.base.strip():
+            raise InvalidRecipe("base is empty; name one, such as smollm2-135m.")
+        is_classification = self.task.kind == "classification"
+        if self.evaluation.metric == "accuracy" and not is_classification:
+            raise InvalidRecipe(
+                "evaluation.metric is accuracy for a generation; use rouge or bleu."
+            )
+        if self.evaluation.metric not in ("auto", "accuracy") and is_classification:
+            raise InvalidRecipe(
+                f"evaluation.metric is {self.evaluation.metric} for a classification; use accuracy."
+            )
+
+    @property
+    def metric(self) -> Metric:
+        """``evaluation.metric`` with its default resolved."""
+        if self.evaluation.metric != "auto":
+            return self.evaluation.metric
+        return "accuracy" if self.task.kind == "classification" else "rouge"
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside ``[low, high]``, NaN included."""
+    if not low <= value <= high:
+        raise InvalidRecipe(f"{name} is {value}; it must be between {low:g} and {high:g}.")
