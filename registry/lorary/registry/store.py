@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import builtins
 import getpass
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-from lorary.errors import AdapterNotFound, ConfigError, InvalidRef
+from lorary.errors import AdapterNotFound, ConfigError, CorruptArtifact, InvalidRef
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset
 from lorary.registry.backend import Store
 from lorary.registry.base import BaseCard
@@ -35,6 +36,8 @@ from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, pa
 from lorary.registry.results import Resolved, VerifyReport, VersionInfo
 from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer, Versions
+
+logger = logging.getLogger(__name__)
 
 
 class Registry:
@@ -177,12 +180,21 @@ class Registry:
         return copy_version(self.fetch(resolved), self.manifest(resolved), dest, progress)
 
     def list(self) -> builtins.list[VersionInfo]:
-        """Return every version of every adapter, by name and number."""
-        return [
-            self._info(name, pointer)
-            for name in self._store.names()
-            for pointer in self._store.versions(name).all()
-        ]
+        """Return every version of every adapter, by name and number.
+
+        A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
+        """
+        infos: builtins.list[VersionInfo] = []
+        for name in self._store.names():
+            versions = self._store.versions(name)
+            for version in range(1, versions.newest() + 1):
+                try:
+                    pointer = versions.pointer(version)
+                    if pointer is not None:
+                        infos.append(self._info(name, pointer))
+                except CorruptArtifact as error:
+                    logger.warning("%s@%d is damaged and not listed: %s", name, version, error)
+        return infos
 
     def info(self, resolved: Resolved) -> VersionInfo:
         """Return one version's description for people."""

@@ -1,0 +1,142 @@
+"""The tables of the ``registry`` command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from lorary.registry.aliases import AliasMove
+from lorary.registry.cli_support import table
+from lorary.registry.manifest import Manifest, Metrics
+from lorary.registry.results import VerifyReport, VersionInfo
+
+_DIGEST_CHARS = 19
+
+
+def versions(infos: Sequence[VersionInfo]) -> Table:
+    """One row per version."""
+    result = table(
+        "adapter",
+        "version",
+        "aliases",
+        "digest",
+        "rank",
+        "size",
+        "base",
+        "task",
+        "metric",
+        "pushed",
+    )
+    for info in infos:
+        result.add_row(
+            info.name,
+            str(info.version),
+            ", ".join(info.aliases),
+            info.digest[:_DIGEST_CHARS],
+            str(info.rank),
+            size(info.size_bytes),
+            escape(info.base_name),
+            info.task_kind,
+            _primary(info.metrics),
+            info.created_at,
+        )
+    return result
+
+
+def manifest(info: VersionInfo, described: Manifest) -> Table:
+    """One row per fact."""
+    method, task, base = described.method, described.task, described.base
+    rows = {
+        "version": f"{info.name}@{info.version}",
+        "digest": info.digest,
+        "aliases": ", ".join(info.aliases),
+        "description": described.description,
+        "pushed": info.created_at,
+        "trained": described.created_at,
+        "base": f"{base.name} ({base.architecture}, quantization {base.quantization})",
+        "base fingerprint": base.fingerprint,
+        "method": f"{method.name}, rank {method.rank}, alpha {method.alpha:g}",
+        "modules": ", ".join(method.target_modules),
+        "task": task.kind,
+        "labels": ", ".join(task.labels),
+        "template": json.dumps(task.template, ensure_ascii=False) if task.template else "",
+        "metrics": _all_metrics(described.metrics),
+        "data": json.dumps(described.data, ensure_ascii=False) if described.data else "",
+        "probes": str(len(described.golden_probes)) if described.golden_probes else "",
+        "files": "\n".join(f"{f.path}  {size(f.size)}  {f.sha256[:12]}…" for f in described.files),
+    }
+    result = table("", "")
+    result.show_header = False
+    for key, value in rows.items():
+        if value:
+            result.add_row(f"[bold]{key}[/]", escape(value))
+    return result
+
+
+def moves(found: Sequence[AliasMove]) -> Table:
+    """One row per move of an alias."""
+    result = table("at", "who", "alias", "from", "to", "kind", "reason")
+    for move in found:
+        result.add_row(
+            move.at,
+            escape(move.actor),
+            move.alias,
+            "-" if move.from_version is None else str(move.from_version),
+            "-" if move.to_version is None else str(move.to_version),
+            move.kind,
+            escape(move.reason),
+        )
+    return result
+
+
+def aliases(found: dict[str, int]) -> Table:
+    """One row per alias."""
+    result = table("alias", "version")
+    for alias, version in sorted(found.items()):
+        result.add_row(alias, str(version))
+    return result
+
+
+def report(found: VerifyReport) -> Table:
+    """One row per version, and per further problem."""
+    result = table("adapter", "version", "digest", "result")
+    for check in found.checks:
+        outcome = f"[red]{escape(check.problem)}[/]" if check.problem else "[green]ok[/]"
+        result.add_row(check.name, str(check.version), check.digest[:_DIGEST_CHARS], outcome)
+    for problem in found.problems:
+        result.add_row("", "", "", f"[red]{escape(problem)}[/]")
+    return result
+
+
+def size(num_bytes: int) -> str:
+    """Return a size for people: ``9.8 MB``."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _primary(metrics: Metrics | None) -> str:
+    if metrics is None or metrics.primary not in metrics.adapter:
+        return ""
+    before = metrics.base.get(metrics.primary)
+    after = metrics.adapter[metrics.primary]
+    arrow = "" if before is None else f"{before:.3g} → "
+    return escape(f"{metrics.primary} {arrow}{after:.3g}")
+
+
+def _all_metrics(metrics: Metrics | None) -> str:
+    if metrics is None:
+        return ""
+    names = sorted(metrics.base.keys() | metrics.adapter.keys())
+    lines = [
+        f"{name}: base {metrics.base.get(name, float('nan')):.4g}, "
+        f"adapter {metrics.adapter.get(name, float('nan')):.4g}"
+        for name in names
+    ]
+    return "\n".join([*lines, f"on {metrics.num_examples} held-out examples"])
