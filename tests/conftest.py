@@ -20,7 +20,30 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
-WORDS = "the a cat dog sat ran on in mat hat big red blue sky sun good bad film was is not very".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "in",
+    "mat",
+    "hat",
+    "big",
+    "red",
+    "blue",
+    "sky",
+    "sun",
+    "good",
+    "bad",
+    "film",
+    "was",
+    "is",
+    "not",
+    "very",
+]
 VOCAB = 160
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -17,7 +17,9 @@ def backend() -> Any:
     return build_tokenizer().backend_tokenizer
 
 
-def stream(backend: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+def stream(
+    backend: Any, ids: list[int], stop: tuple[str, ...] = ()
+) -> tuple[list[str], TextStream]:
     text = TextStream(backend, stop)
     pieces = []
     for token in ids:

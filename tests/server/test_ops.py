@@ -24,7 +24,9 @@ def popularity(name: str, rows: int, num_adapters: int) -> list[int]:
         return [0] * rows
     if name == "skewed":
         return [0 if i % 3 else i % num_adapters for i in range(rows)]
-    return torch.randint(-1, num_adapters, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.randint(
+        -1, num_adapters, (rows,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
 
 
 def entries(ranks: list[int]) -> list[PoolEntry]:
@@ -104,7 +106,9 @@ def test_segments_cover_every_adapter_row_once() -> None:
     rows = [None, pool[0], pool[1], pool[0], pool[0], None, pool[2]]
     segments = Segments.build(rows, device=CPU, long_from=3)
     assert segments is not None
-    covered = sorted([r for s in segments.long for r in s.rows.tolist()] + segments.short_rows.tolist())
+    covered = sorted(
+        [r for s in segments.long for r in s.rows.tolist()] + segments.short_rows.tolist()
+    )
     assert covered == [1, 2, 3, 4, 6]
     assert [s.length for s in segments.long] == [3]
     assert segments.adapter_of_row == (-1, 0, 1, 0, 0, -1, 2)

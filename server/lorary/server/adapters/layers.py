@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ class LoraGroup:
             self._add_adapters(y, x, segments)
         if len(self.layers) == 1:
             return (y,)
-        return y.split(self.spec.out_features, dim=-1)
+        return torch.split(y, list(self.spec.out_features), dim=-1)
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
         assert self.pool is not None, "a step with adapters before attach()"
@@ -130,7 +130,7 @@ class LoraModel:
         long_from: an adapter with at least this many rows in a step is multiplied on its own.
     """
 
-    def __init__(self, model: nn.Module, *, memory_bytes: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, *, memory_bytes: int, dtype: torch.dtype) -> None:
         self.model = model
         self.groups = install(model)
         device = next(model.parameters()).device
@@ -151,7 +151,7 @@ class LoraModel:
             group.attach(pool, kernel if has_kernel else None)
 
 
-def install(model: nn.Module) -> list[LoraGroup]:
+def install(model: Any) -> list[LoraGroup]:
     """Replace every linear layer but the head, in place, and return the groups.
 
     Raises:
@@ -194,7 +194,7 @@ def _grouped(linears: dict[str, nn.Module]) -> list[tuple[str, ...]]:
     return result + [(n,) for n in rest]
 
 
-def _shape(layer: nn.Module) -> tuple[int, int] | None:
+def _shape(layer: Any) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer, plain, quantized, or GPT-2's transposed one."""
     if isinstance(layer, nn.Linear):  # bitsandbytes' layers are subclasses
         return layer.out_features, layer.in_features

@@ -159,9 +159,7 @@ class Residency:
         self,
         *,
         pool: AdapterPool,
-        load: Callable[
-            [Resolved], tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]
-        ],
+        load: Callable[[Resolved], tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]],
         on_change: Callable[[], None],
         observer: ResidencyObserver | None = None,
         num_workers: int = 2,

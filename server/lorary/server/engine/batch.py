@@ -110,7 +110,7 @@ def build_batch(
         position_ids=torch.tensor([rows.positions], device=device),
         plan=_plan(rows, decode, chunks, cache, device),
         segments=Segments.build(rows.entries, device=device, long_from=long_from),
-        logits_rows=torch.tensor(sampler_rows + scorer_rows, device=device),
+        logits_rows=torch.tensor(sampler_rows + scorer_rows, dtype=torch.long, device=device),
         samplers=tuple(samplers),
         scorers=tuple(scorers),
         advanced=tuple(advanced),
@@ -136,9 +136,7 @@ def _add_branches(
     spans: list[tuple[int, int]] = []
     for label in sequence.request.labels:
         branch = list(label[:-1])
-        rows.extend(
-            sequence, branch, list(range(prompt, prompt + len(branch))), cache_position
-        )
+        rows.extend(sequence, branch, list(range(prompt, prompt + len(branch))), cache_position)
         spans.append((cache_position, len(branch)))
         cache_position += len(branch)
     if cache_position == prompt:
@@ -173,9 +171,7 @@ def _plan(
         cache=cache,
         write_index=write_index,
         num_decode=len(decode),
-        decode_slots=None
-        if is_dense
-        else torch.tensor([s.slot for s in decode], device=device),
+        decode_slots=None if is_dense else torch.tensor([s.slot for s in decode], device=device),
         span=span,
         lengths=torch.tensor(lengths, device=device),
         longest=max(lengths, default=0),

@@ -249,9 +249,7 @@ class Engine:
         scheduled: Scheduled = self._scheduler.next_batch(self._admit)
         if scheduled.is_empty:
             return
-        batch = build_batch(
-            scheduled, self._cache, device=self._device, long_from=self._long_from
-        )
+        batch = build_batch(scheduled, self._cache, device=self._device, long_from=self._long_from)
         logits = self._runner.forward(batch)
         for sequence, count in batch.advanced:
             sequence.num_computed += count
@@ -417,8 +415,6 @@ class Engine:
         outputs = [self._end(s, error=error) for s in self._scheduler.everyone()]
         for request in inbox:
             request.lease.release()
-            outputs.append(
-                Output(request_id=request.request_id, index=request.index, error=error)
-            )
+            outputs.append(Output(request_id=request.request_id, index=request.index, error=error))
         if outputs:
             self._deliver(outputs)

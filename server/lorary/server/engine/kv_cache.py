@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class KVShape:
     head_dim: int
 
     @classmethod
-    def from_config(cls, config: object, context: int) -> KVShape:
+    def from_config(cls, config: Any, context: int) -> KVShape:
         """Read the shape from a transformers config.
 
         Raises:
@@ -103,9 +104,7 @@ class KVCache:
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
 
 
-def _lazy_zeros(
-    size: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros that cost memory on the CPU only where they are written.
 
     Zeros, and not whatever memory held before, because attention reads positions beyond a row's

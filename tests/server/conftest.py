@@ -1,0 +1,151 @@
+"""A real engine over the tiny base and a real local registry, driven without a network."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from lorary.registry import BaseCard, Registry
+from lorary.server.adapters.residency import BaseLease
+from lorary.server.engine.assemble import EngineLimits, assemble
+from lorary.server.engine.request import Finish, Output, Request, Sampling, StepStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from lorary.errors import LoraryError
+
+
+class Collector:
+    """Receives what an engine delivers; waits for answers."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.outputs: dict[tuple[str, int], list[Output]] = {}
+        self.steps: list[StepStats] = []
+        self.errors: list[BaseException] = []
+
+    def deliver(self, outputs: list[Output]) -> None:
+        with self._changed:
+            for output in outputs:
+                self.outputs.setdefault((output.request_id, output.index), []).append(output)
+            self._changed.notify_all()
+
+    def on_step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def on_error(self, error: BaseException) -> None:
+        self.errors.append(error)
+
+    def wait_started(self, request_id: str, index: int = 0) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: (request_id, index) in self.outputs, 30)
+
+    def wait(
+        self, request_id: str, index: int = 0
+    ) -> tuple[list[int], Finish | None, LoraryError | None]:
+        """Return the tokens of an answer and how it ended."""
+        key = (request_id, index)
+
+        def is_done() -> bool:
+            last = self.outputs.get(key, [Output(request_id="", index=0)])[-1]
+            return last.finish is not None or last.error is not None
+
+        with self._changed:
+            assert self._changed.wait_for(is_done, 60), f"{key} never ended"
+            outputs = self.outputs[key]
+        tokens = [token for output in outputs for token in output.token_ids]
+        return tokens, outputs[-1].finish, outputs[-1].error
+
+
+class EngineWorld:
+    """An engine, its adapters by name, and its outputs."""
+
+    def __init__(
+        self, base: Path, registry: Registry, *, start: bool = True, **limits: Any
+    ) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.collector = Collector()
+        self.registry = registry
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        assembled = assemble(
+            model=model,
+            tokenizer=self.tokenizer,
+            card=BaseCard.from_folder(base),
+            registry=registry,
+            limits=EngineLimits(**{"max_batch": 8, "max_context": 256, **limits}),
+            dtype=torch.float32,
+            deliver=self.collector.deliver,
+            engine_observer=self.collector,
+        )
+        self.engine, self.residency, self.lora = (
+            assembled.engine,
+            assembled.residency,
+            assembled.lora,
+        )
+        if start:
+            self.engine.start()
+        self._count = 0
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        adapter: str = "",
+        *,
+        index: int = 0,
+        request_id: str = "",
+        deadline_s: float | None = None,
+        labels: tuple[tuple[int, ...], ...] = (),
+        **sampling: Any,
+    ) -> str:
+        self._count += 1
+        request_id = request_id or f"r{self._count}"
+        lease: Any = BaseLease()
+        if adapter:
+            lease = self.residency.acquire(self.registry.resolve(adapter))
+        self.engine.submit(
+            Request(
+                request_id=request_id,
+                index=index,
+                prompt_ids=list(prompt_ids),
+                sampling=Sampling(**{"max_tokens": 12, **sampling}),
+                lease=lease,
+                labels=labels,
+                deadline_s=deadline_s,
+            )
+        )
+        return request_id
+
+    def close(self) -> None:
+        self.engine.shutdown()
+        self.residency.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_registry(
+    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Registry:
+    registry = Registry.open(tmp_path_factory.mktemp("registry") / "store", create=True)
+    card = BaseCard.from_folder(tiny_base)
+    for name, folder in tiny_adapters.items():
+        registry.push(folder, name, base=card)
+    return registry
+
+
+@pytest.fixture
+def make_world(tiny_base: Path, tiny_registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
+    worlds: list[EngineWorld] = []
+
+    def make(base: Path | None = None, *, start: bool = True, **limits: Any) -> EngineWorld:
+        worlds.append(EngineWorld(base or tiny_base, tiny_registry, start=start, **limits))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()

@@ -1,0 +1,168 @@
+"""An answer's life: stop conditions, seeds, cancel, deadline, failure, shutdown; nothing leaks."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from lorary.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailed,
+    IncompatibleAdapter,
+    Overloaded,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.server.conftest import EngineWorld
+
+PROMPT = [5, 6, 7, 8]
+
+
+def assert_idle(world: EngineWorld) -> None:
+    """Every slot and every hold is back."""
+    end = time.monotonic() + 5
+    while world.engine.num_running or world.engine.num_waiting:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert world.engine._cache.num_free == world.engine._cache.num_slots
+    assert all(r.num_holders == 0 for r in world.residency.snapshot())
+
+
+def test_stop_token_max_tokens_and_text(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world()
+    tokens, finish, _ = world.collector.wait(world.submit(PROMPT, ignore_eos=True))
+    assert finish is not None
+    assert (len(tokens), finish.reason, finish.completion_tokens) == (12, "length", 12)
+    assert finish.text == world.tokenizer.decode(tokens, skip_special_tokens=True)
+    at = tokens[4]
+    first = tokens.index(at)
+    stopped, finish, _ = world.collector.wait(
+        world.submit(PROMPT, ignore_eos=True, stop_token_ids=(at,))
+    )
+    assert finish is not None
+    assert stopped == tokens[: first + 1]
+    assert finish.reason == "stop"
+    assert finish.text == world.tokenizer.decode(tokens[:first], skip_special_tokens=True)
+
+
+def test_stop_string_ends_the_answer(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world()
+    _, finish, _ = world.collector.wait(world.submit(PROMPT, ignore_eos=True))
+    assert finish is not None
+    stop = finish.text[3:6]
+    _, cut, _ = world.collector.wait(world.submit(PROMPT, ignore_eos=True, stop=(stop,)))
+    assert cut is not None
+    assert cut.text == finish.text[: finish.text.index(stop)]
+    assert (cut.reason, cut.matched_stop) == ("stop", stop)
+
+
+def test_seed_gives_the_same_tokens_in_any_company(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world()
+    alone, _, _ = world.collector.wait(world.submit(PROMPT, "alpha", temperature=1.5, seed=11))
+    others = [world.submit([9, 9, i + 3], temperature=1.0, ignore_eos=True) for i in range(5)]
+    again, _, _ = world.collector.wait(world.submit(PROMPT, "alpha", temperature=1.5, seed=11))
+    different, _, _ = world.collector.wait(world.submit(PROMPT, "alpha", temperature=1.5, seed=12))
+    assert alone == again
+    assert alone != different
+    for request_id in others:
+        world.collector.wait(request_id)
+
+
+def test_answers_of_one_call_differ(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world()
+    for index in range(3):
+        world.submit(PROMPT, index=index, request_id="n", temperature=2.0, seed=1, ignore_eos=True)
+    answers = {tuple(world.collector.wait("n", index)[0]) for index in range(3)}
+    assert len(answers) == 3
+
+
+def test_cancel_frees_everything(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world(max_batch=1)
+    running = world.submit(PROMPT, "alpha", max_tokens=200, ignore_eos=True)
+    queued = world.submit(PROMPT, "bravo", max_tokens=200, ignore_eos=True)
+    world.collector.wait_started(running)
+    world.engine.cancel(queued)
+    world.engine.cancel(running)
+    world.engine.cancel("nobody")
+    for request_id in (running, queued):
+        assert isinstance(world.collector.wait(request_id)[2], Cancelled)
+    assert_idle(world)
+
+
+def test_deadline_ends_the_answer_wherever_it_is(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world(max_batch=1)
+    soon = time.monotonic() + 0.05
+    running = world.submit(PROMPT, max_tokens=250, ignore_eos=True, deadline_s=soon)
+    queued = world.submit(PROMPT, "alpha", deadline_s=time.monotonic() - 1)
+    for request_id in (running, queued):
+        assert isinstance(world.collector.wait(request_id)[2], DeadlineExceeded)
+    assert_idle(world)
+
+
+def test_full_queue_refuses_and_takes_nothing(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world(max_batch=1, max_waiting=1)
+    running = world.submit(PROMPT, max_tokens=200, ignore_eos=True)
+    world.collector.wait_started(running)
+    world.submit(PROMPT)
+    with pytest.raises(Overloaded, match="--max-waiting"):
+        world.submit(PROMPT)
+    world.engine.cancel(running)
+
+
+def test_adapter_that_cannot_be_loaded_fails_its_own_request_only(
+    make_world: Callable[..., EngineWorld],
+) -> None:
+    world = make_world(max_rank=16)
+    bad = world.submit(PROMPT, "echo")
+    good = world.submit(PROMPT, "bravo")
+    assert isinstance(world.collector.wait(bad)[2], IncompatibleAdapter)
+    assert world.collector.wait(good)[2] is None
+    assert_idle(world)
+
+
+def test_step_that_raises_fails_everyone_and_says_so(
+    make_world: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world()
+    running = world.submit(PROMPT, max_tokens=200, ignore_eos=True)
+    world.collector.wait_started(running)
+
+    def explode(batch: object) -> torch.Tensor:
+        raise RuntimeError("device on fire")
+
+    monkeypatch.setattr(world.engine._runner, "forward", explode)
+    error = world.collector.wait(running)[2]
+    assert isinstance(error, EngineFailed)
+    assert "fire" not in str(error)
+    assert_idle(world)
+    assert not world.engine.is_alive
+    assert [str(e) for e in world.collector.errors] == ["device on fire"]
+    with pytest.raises(Unavailable):
+        world.submit(PROMPT)
+
+
+def test_shutdown_ends_what_is_in_flight(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world()
+    running = world.submit(PROMPT, max_tokens=250, ignore_eos=True)
+    world.collector.wait_started(running)
+    world.engine.shutdown()
+    assert isinstance(world.collector.wait(running)[2], Unavailable)
+    assert not world.engine.is_alive
+    assert_idle(world)
+
+
+def test_timings_and_counts_are_told(make_world: Callable[..., EngineWorld]) -> None:
+    world = make_world()
+    _, finish, _ = world.collector.wait(world.submit(PROMPT, "foxtrot", ignore_eos=True))
+    assert finish is not None
+    assert (finish.prompt_tokens, finish.completion_tokens) == (4, 12)
+    assert finish.prefill_ns > 0
+    assert finish.decode_ns > 0
+    assert finish.adapter_load_ns > 0
