@@ -1,0 +1,425 @@
+"""An engine, a residency, a registry and prompts whose every answer can be worked out on paper.
+
+Tokens are numbers below 1000, and the text of token 12 is ``"12 "``. The adapters are ``alpha``
+(number 1) and ``beta`` (number 2); the bare base has number 0.
+
+    next token = last token + number of the adapter + 1        (modulo 1000)
+
+So from prompt ``[2, 5]``, adapter ``beta`` gives 8, 11, 14 and the bare base gives 6, 7, 8.
+A label is a number, too; its log probability is minus its distance from the next token: from prompt
+``[2, 5]``, ``beta`` scores label ``"8"`` with 0.0 and label ``"10"`` with -2.0.
+
+Prompts: ``"2 5"`` is ``[2, 5]``; a task's template puts 100 in front, a chat 200; so ``text="2 5"``
+reads ``[100, 2, 5]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+
+from lorary.errors import AdapterNotFound, Cancelled, DeadlineExceeded, LoraryError, Unavailable
+from lorary.registry import parse_ref
+from lorary.registry.manifest import BaseIdentity, Task
+from lorary.server.answers import ServerFacts
+from lorary.server.app import Server
+from lorary.server.build import Backend
+from lorary.server.calls import Calls
+from lorary.server.config import ServerConfig
+from lorary.server.engine.request import Finish, Output, PositionLogprobs, Request, StepStats
+from lorary.server.metrics import ServerMetrics
+from lorary.server.validate import Limits
+from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from lorary.server.ports import Observer
+
+VOCAB = 1000
+CONTEXT = 64
+FINGERPRINT = "sha256:" + "b" * 64
+ADAPTERS = {"alpha": 1, "beta": 2, "other-base": 3}
+
+
+@dataclass(frozen=True)
+class FakeResolved:
+    name: str
+    version: int
+    digest: str
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class FakeManifest:
+    base: BaseIdentity
+    task: Task
+
+
+@dataclass(frozen=True)
+class FakeVersion:
+    name: str
+    version: int
+    digest: str
+    aliases: tuple[str, ...]
+    rank: int
+    task_kind: str
+
+
+def digest_of(name: str) -> str:
+    return "sha256:" + f"{ADAPTERS[name]:x}" * 64
+
+
+class FakeRegistry:
+    """One version of each adapter; ``alpha`` generates, ``beta`` classifies into 8 and 10."""
+
+    def __init__(self) -> None:
+        self.broken: BaseException | None = None
+
+    def resolve(self, ref: str) -> FakeResolved:
+        if self.broken is not None:
+            raise self.broken
+        parsed = parse_ref(ref)
+        if parsed.name not in ADAPTERS or parsed.version not in (None, 1):
+            raise AdapterNotFound(f"adapter '{ref}' is not in the registry.")
+        return FakeResolved(parsed.name, 1, digest_of(parsed.name), parsed.alias)
+
+    def manifest(self, resolved: FakeResolved) -> FakeManifest:
+        fingerprint = "sha256:" + "e" * 64 if resolved.name == "other-base" else FINGERPRINT
+        task = (
+            Task(kind="classification", template="100 {{ text }}", labels=("8", "10"))
+            if resolved.name == "beta"
+            else Task(template="100 {{ text }}", max_new_tokens=5, stop=("900",))
+        )
+        return FakeManifest(BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"), task)
+
+    def list(self) -> list[FakeVersion]:
+        return [
+            FakeVersion(name, 1, digest_of(name), ("prod",), 8, self.manifest(self.resolve(name)).task.kind)
+            for name in ADAPTERS
+        ]
+
+
+class FakePrompts:
+    """Numbers in a text are its tokens."""
+
+    def from_prompt(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def from_task(self, task: Task, inputs: Mapping[str, str]) -> list[int]:
+        return [100, *self.from_prompt(inputs["text"])]
+
+    def from_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return [200, *(int(w) for m in messages for w in m["content"].split())]
+
+    def label_ids(self, label: str) -> tuple[int, ...]:
+        return (int(label),)
+
+
+@dataclass
+class FakeLease:
+    residency: FakeResidency
+    name: str
+    digest: str
+    is_ready: bool
+    error: LoraryError | None = None
+    is_released: bool = False
+
+    def release(self) -> None:
+        if not self.is_released:
+            self.is_released = True
+            self.residency.num_released += 1
+
+
+@dataclass(frozen=True)
+class FakeResident:
+    name: str
+    version: int
+    digest: str
+    state: str
+    pinned: bool
+    rank: int
+    device_bytes: int
+    num_holders: int
+
+
+@dataclass
+class FakeResidency:
+    """Adapters named in ``slow`` stay on their way until ``arrive`` or ``fail`` is called."""
+
+    slow: set[str] = field(default_factory=set)
+    leases: list[FakeLease] = field(default_factory=list)
+    num_released: int = 0
+    resident: dict[str, FakeResident] = field(default_factory=dict)
+
+    @property
+    def num_held(self) -> int:
+        return len(self.leases) - self.num_released
+
+    def acquire(self, resolved: FakeResolved) -> FakeLease:
+        is_ready = resolved.name not in self.slow
+        lease = FakeLease(self, resolved.name, resolved.digest, is_ready)
+        self.leases.append(lease)
+        if is_ready:
+            self.load(resolved)
+        return lease
+
+    def arrive(self, name: str) -> None:
+        for lease in self.leases:
+            lease.is_ready = lease.is_ready or lease.name == name
+
+    def fail(self, name: str, error: LoraryError) -> None:
+        for lease in self.leases:
+            if lease.name == name:
+                lease.error = error
+
+    def load(self, resolved: FakeResolved, *, pin: bool = False) -> None:
+        self.resident[resolved.digest] = FakeResident(
+            resolved.name, resolved.version, resolved.digest, "resident", pin, 8, 4096, 0
+        )
+
+    def unload(self, digest: str) -> None:
+        self.resident.pop(digest, None)
+
+    def snapshot(self) -> list[FakeResident]:
+        return list(self.resident.values())
+
+
+class FakeEngine:
+    """Steps on a thread of its own; ``gate`` cleared holds it before the next step."""
+
+    def __init__(self, deliver: Callable[[list[Output]], None], observer: Observer) -> None:
+        self._deliver = deliver
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._running: list[tuple[Request, list[int]]] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="fake-engine")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.cancelled: list[str] = []
+        self.submitted: list[Request] = []
+        self.refusal: LoraryError | None = None
+        self.bomb: Exception | None = None
+        self.num_steps = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        return sum(r.lease.is_ready for r, _ in self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not r.lease.is_ready for r, _ in self._running)
+
+    def submit(self, request: Request) -> None:
+        if self._stopping:
+            raise Unavailable("the engine is stopping")
+        if self.refusal is not None:
+            raise self.refusal
+        with self._lock:
+            self.submitted.append(request)
+            self._running.append((request, []))
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            self.cancelled.append(request_id)
+
+    def shutdown(self) -> None:
+        self._stopping = True
+        self.gate.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self.gate.wait()
+                if self.bomb is not None:
+                    raise self.bomb
+                self._step()
+                time.sleep(0.001)
+        except Exception as error:  # noqa: BLE001 - the top of a thread
+            self._end_all(LoraryError("engine down"))
+            self._observer.on_error(error)
+            return
+        self._end_all(Unavailable("the engine has stopped"))
+
+    def _step(self) -> None:
+        outputs = []
+        with self._lock:
+            for entry in list(self._running):
+                output = self._advance(*entry)
+                if output is None:
+                    continue
+                outputs.append(output)
+                if output.finish is not None or output.error is not None:
+                    self._running.remove(entry)
+                    entry[0].lease.release()
+        if outputs:
+            self.num_steps += 1
+            self._observer.on_step(self._stats(outputs))
+            self._deliver(outputs)
+
+    def _advance(self, request: Request, tokens: list[int]) -> Output | None:
+        error = request.lease.error
+        if request.request_id in self.cancelled:
+            error = Cancelled("cancelled")
+        elif request.deadline_s is not None and time.monotonic() >= request.deadline_s:
+            error = DeadlineExceeded("the deadline passed")
+        if error is not None:
+            return Output(request_id=request.request_id, index=request.index, error=error)
+        if not request.lease.is_ready:
+            return None
+        number = ADAPTERS.get(getattr(request.lease, "name", ""), 0)
+        last = (*request.prompt_ids, *tokens)[-1]
+        token = (last + number + 1) % VOCAB
+        if request.labels:
+            scores = tuple(-float(abs(ids[0] - token)) for ids in request.labels)
+            return self._output(request, tokens, scores=scores)
+        tokens.append(token)
+        return self._output(request, tokens)
+
+    def _output(
+        self, request: Request, tokens: list[int], scores: tuple[float, ...] = ()
+    ) -> Output:
+        output = Output(request_id=request.request_id, index=request.index)
+        if not scores:
+            output.token_ids, output.text = [tokens[-1]], f"{tokens[-1]} "
+            if request.sampling.logprobs is not None:
+                top = tuple((i, -1.0) for i in range(request.sampling.logprobs))
+                output.logprobs = [PositionLogprobs(chosen=(tokens[-1], -0.5), top=top)]
+        if scores or len(tokens) >= request.sampling.max_tokens:
+            output.finish = Finish(
+                reason="scored" if scores else "length",
+                text="".join(f"{token} " for token in tokens),
+                matched_stop="",
+                prompt_tokens=len(request.prompt_ids),
+                completion_tokens=len(tokens),
+                cached_tokens=0,
+                queue_ns=1,
+                adapter_load_ns=2,
+                prefill_ns=3,
+                decode_ns=4,
+                label_logprobs=scores,
+            )
+        return output
+
+    def _stats(self, outputs: list[Output]) -> StepStats:
+        digests = {r.lease.digest for r, _ in self._running} - {""}
+        return StepStats(
+            seconds=0.001,
+            num_decode_rows=len(outputs),
+            num_prefill_tokens=0,
+            num_distinct_adapters=len(digests),
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_waiting_for_adapter=self.num_waiting,
+            kv_tokens_used=10,
+            kv_tokens_total=CONTEXT * 4,
+        )
+
+    def _end_all(self, error: LoraryError) -> None:
+        with self._lock:
+            ended, self._running = self._running, []
+        for request, _ in ended:
+            request.lease.release()
+        self._deliver(
+            [Output(request_id=r.request_id, index=r.index, error=error) for r, _ in ended]
+        )
+
+
+@dataclass
+class Edge:
+    """A running server around fakes, and a channel to it."""
+
+    server: Server
+    engine: FakeEngine
+    residency: FakeResidency
+    registry: FakeRegistry
+    calls: Calls
+    metrics: ServerMetrics
+    address: str
+    metrics_url: str
+    channel: grpc.aio.Channel
+
+    @property
+    def inference(self) -> Any:
+        return _stub(inference_pb2_grpc.InferenceStub, self.channel)
+
+    @property
+    def control(self) -> Any:
+        return _stub(control_pb2_grpc.ControlStub, self.channel)
+
+
+def _stub(kind: Any, channel: grpc.aio.Channel) -> Any:
+    return kind(channel)
+
+
+@asynccontextmanager
+async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
+    """Start a server on free loopback ports; stop it, whatever the test did with it."""
+    values = {"base": "tiny", "registry": "unused", "port": 0, "metrics_port": 0, **options}
+    config = ServerConfig(**values)
+    calls, metrics = Calls(limit), ServerMetrics(num_tracked_adapters=config.tracked_adapters)
+    engine, residency = FakeEngine(calls.deliver, metrics), FakeResidency()
+    registry = FakeRegistry()
+    backend = Backend(
+        engine=engine,
+        residency=residency,
+        registry=registry,
+        prompts=FakePrompts(),
+        decode=lambda ids: "".join(f"{i} " for i in ids),
+        facts=ServerFacts(
+            version="0.0",
+            base="tiny",
+            base_fingerprint=FINGERPRINT,
+            quantization="none",
+            device="cpu",
+            dtype="float32",
+            max_context=CONTEXT,
+            max_batch=config.max_batch,
+            max_rank=config.max_rank,
+            adapter_memory_bytes=config.adapter_memory,
+        ),
+        limits=Limits(max_context=CONTEXT, vocab_size=VOCAB),
+        close=engine.shutdown,
+    )
+    server = Server(config, backend, calls, metrics)
+    addresses = await server.start()
+    try:
+        async with grpc.aio.insecure_channel(addresses.grpc) as channel:
+            yield Edge(
+                server,
+                engine,
+                residency,
+                registry,
+                calls,
+                metrics,
+                addresses.grpc,
+                addresses.metrics,
+                channel,
+            )
+    finally:
+        engine.gate.set()
+        await server.stop()
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until ``condition`` holds; fail the test when it never does."""
+    import asyncio
+
+    for _ in itertools.count():
+        if condition():
+            return
+        timeout_s -= 0.01
+        assert timeout_s > 0, "never became true"
+        await asyncio.sleep(0.01)

@@ -1,0 +1,213 @@
+"""Bad input, one row each: the status, the field's path, and a server that lives on."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.rpc import error_details_pb2, status_pb2
+
+from lorary.v1 import inference_pb2 as pb
+from tests.edge.fakes import CONTEXT, VOCAB, serving
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.edge.fakes import Edge
+
+NAN = math.nan
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def edge() -> AsyncIterator[Edge]:
+    """One server for the whole table: it must survive every row."""
+    async with serving() as running:
+        yield running
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
+    """The google.rpc details of an error, by message name."""
+    raw = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
+    found = {}
+    for packed in status_pb2.Status.FromString(raw).details:
+        name = packed.TypeName().rsplit(".", 1)[-1]
+        message = getattr(error_details_pb2, name)()
+        packed.Unpack(message)
+        found[name] = message
+    return found
+
+
+async def generate_error(edge: Edge, request: pb.GenerateRequest) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in edge.inference.Generate(request):
+            pass
+    return caught.value
+
+
+SAMPLING: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -0.1}, "sampling.temperature"),
+    ({"temperature": NAN}, "sampling.temperature"),
+    ({"temperature": math.inf}, "sampling.temperature"),
+    ({"temperature": 100.5}, "sampling.temperature"),
+    ({"top_p": 0.0}, "sampling.top_p"),
+    ({"top_p": 1.01}, "sampling.top_p"),
+    ({"top_p": NAN}, "sampling.top_p"),
+    ({"min_p": -0.5}, "sampling.min_p"),
+    ({"frequency_penalty": 2.5}, "sampling.frequency_penalty"),
+    ({"presence_penalty": -2.5}, "sampling.presence_penalty"),
+    ({"repetition_penalty": 0.0}, "sampling.repetition_penalty"),
+    ({"repetition_penalty": 2.5}, "sampling.repetition_penalty"),
+    ({"max_tokens": 0}, "sampling.max_tokens"),
+    ({"max_tokens": 2**31}, "sampling.max_tokens"),
+    ({"max_tokens": CONTEXT - 1}, "sampling.max_tokens"),  # and a prompt of 2
+    ({"min_tokens": 4, "max_tokens": 3}, "sampling.min_tokens"),
+    ({"min_tokens": 1000}, "sampling.min_tokens"),
+    ({"n": 0}, "sampling.n"),
+    ({"n": 17}, "sampling.n"),
+    ({"logprobs": 21}, "sampling.logprobs"),
+    ({"stop": ["x"] * 17}, "sampling.stop"),
+    ({"stop": ["x", ""]}, "sampling.stop[1]"),
+    ({"stop": ["x" * 257]}, "sampling.stop[0]"),
+    ({"stop_token_ids": [1, VOCAB]}, "sampling.stop_token_ids[1]"),
+    ({"stop_token_ids": [1] * 129}, "sampling.stop_token_ids"),
+]
+
+
+@pytest.mark.parametrize(("fields", "path"), SAMPLING)
+async def test_impossible_sampling_is_refused_by_its_path(
+    edge: Edge, fields: dict[str, Any], path: str
+) -> None:
+    request = pb.GenerateRequest(
+        input=pb.Input(prompt="2 5"), sampling=pb.SamplingParams(**fields)
+    )
+    error = await generate_error(edge, request)
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)["BadRequest"].field_violations[0].field == path
+    assert details(error)["ErrorInfo"].reason == "INVALID_REQUEST"
+    assert not edge.engine.submitted
+
+
+async def test_extreme_but_possible_sampling_is_taken(edge: Edge) -> None:
+    sampling = pb.SamplingParams(
+        temperature=100, top_p=1e-6, min_p=1, top_k=2**32 - 1, n=16, max_tokens=1, logprobs=20,
+        frequency_penalty=-2, presence_penalty=2, repetition_penalty=2, seed=2**64 - 1,
+        stop=["x" * 256] * 16,
+    )  # fmt: skip
+    request = pb.GenerateRequest(input=pb.Input(prompt="2 5"), sampling=sampling)
+    events = [event async for event in edge.inference.Generate(request)]
+    assert sum(event.HasField("complete") for event in events) == 16
+    assert edge.engine.submitted[0].sampling.top_k == 0
+    edge.engine.submitted.clear()
+
+
+INPUTS: list[tuple[pb.Input, str]] = [
+    (pb.Input(), "input"),
+    (pb.Input(prompt=""), "input.prompt"),
+    (pb.Input(text=""), "input.text"),
+    (pb.Input(text="2"), "input.text"),  # the bare base has no template
+    (pb.Input(prompt="1 " * CONTEXT), "input"),
+    (pb.Input(prompt="1" * (CONTEXT * 32 + 1)), "input.prompt"),
+    (pb.Input(token_ids=pb.TokenIds()), "input.token_ids.ids"),
+    (pb.Input(token_ids=pb.TokenIds(ids=[0, 1, 2, VOCAB])), "input.token_ids.ids[3]"),
+    (pb.Input(token_ids=pb.TokenIds(ids=[1] * CONTEXT)), "input"),
+    (pb.Input(chat=pb.ChatMessages()), "input.chat.messages"),
+    (
+        pb.Input(chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="")])),
+        "input.chat.messages[0].content",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "path"), INPUTS)
+async def test_bad_inputs_are_refused_by_their_path(
+    edge: Edge, message: pb.Input, path: str
+) -> None:
+    error = await generate_error(edge, pb.GenerateRequest(input=message))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)["BadRequest"].field_violations[0].field == path
+    assert not edge.engine.submitted
+
+
+REFS = ["../x", "/etc/passwd", "a\0b", "x" * 300, "sentimеnt", "alpha.", "alpha@", "@prod", "A", "a/b/c"]
+
+
+@pytest.mark.parametrize("ref", REFS)
+async def test_refs_that_are_none_are_invalid(edge: Edge, ref: str) -> None:
+    error = await generate_error(
+        edge, pb.GenerateRequest(adapter=ref, input=pb.Input(prompt="2"))
+    )
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)["BadRequest"].field_violations[0].field == "adapter"
+
+
+async def test_an_unknown_adapter_is_not_found_and_leaves_no_trace(edge: Edge) -> None:
+    error = await generate_error(
+        edge, pb.GenerateRequest(adapter="nobody@3", input=pb.Input(prompt="2"))
+    )
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert details(error)["ErrorInfo"].reason == "ADAPTER_NOT_FOUND"
+    assert details(error)["ResourceInfo"].resource_type == "adapter"
+    assert not edge.residency.leases
+    names = {sample.labels.get("adapter") for m in edge.metrics.registry.collect() for sample in m.samples}
+    assert "nobody" not in names
+
+
+async def test_an_adapter_of_another_base_is_refused(edge: Edge) -> None:
+    error = await generate_error(
+        edge, pb.GenerateRequest(adapter="other-base", input=pb.Input(prompt="2"))
+    )
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert details(error)["PreconditionFailure"].violations[0].type == "INCOMPATIBLE_ADAPTER"
+    assert not edge.residency.leases
+
+
+@pytest.mark.parametrize("request_id", ["x" * 129, "tab\t", "naïve", "two\nlines"])
+async def test_request_ids_must_fit_metadata(edge: Edge, request_id: str) -> None:
+    error = await generate_error(
+        edge, pb.GenerateRequest(input=pb.Input(prompt="2"), request_id=request_id)
+    )
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)["BadRequest"].field_violations[0].field == "request_id"
+
+
+LABELS: list[tuple[str, list[str], str]] = [
+    ("", [], "labels"),
+    ("alpha", [], "labels"),
+    ("", ["1", " "], "labels[1]"),
+    ("", ["1", "2", "1"], "labels[2]"),
+    ("", ["1", "01"], "labels[1]"),  # other text, same tokens
+    ("", [str(i) for i in range(129)], "labels"),
+]
+
+
+@pytest.mark.parametrize(("adapter", "labels", "path"), LABELS)
+async def test_bad_labels_are_refused_by_their_path(
+    edge: Edge, adapter: str, labels: list[str], path: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await edge.inference.Classify(
+            pb.ClassifyRequest(adapter=adapter, input=pb.Input(prompt="2"), labels=labels)
+        )
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(caught.value)["BadRequest"].field_violations[0].field == path
+
+
+async def test_a_message_over_the_limit_is_refused_and_the_server_lives(edge: Edge) -> None:
+    request = pb.GenerateRequest(input=pb.Input(prompt="1 " * 2_500_000))
+    error = await generate_error(edge, request)
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await edge.inference.GetServerInfo(pb.GetServerInfoRequest())).base == "tiny"
+
+
+async def test_oversized_metadata_is_refused_and_the_server_lives(edge: Edge) -> None:
+    call = edge.inference.GetServerInfo(
+        pb.GetServerInfoRequest(), metadata=(("x-big", "x" * 20_000),)
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await edge.inference.GetServerInfo(pb.GetServerInfoRequest())).base == "tiny"
