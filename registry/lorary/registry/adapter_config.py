@@ -125,7 +125,7 @@ def parse_config(raw: bytes, *, max_rank: int) -> AdapterConfig:
     for where, value in {"r": rank, **rank_pattern}.items():
         if not 1 <= value <= max_rank:
             raise IncompatibleAdapter(
-                f"adapter_config.json has rank {value:g} for {show(where)}; 1 to {max_rank} are accepted"
+                f"adapter_config.json has rank {_shown(value)} for {show(where)}; 1 to {max_rank} are accepted"
             )
     alpha = _positive("lora_alpha", config.get("lora_alpha"))
     return AdapterConfig(

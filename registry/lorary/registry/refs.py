@@ -78,7 +78,7 @@ def parse_ref(text: str) -> AdapterRef:
     check_name(name)
     if not at:
         return AdapterRef(name=name, alias=LATEST)
-    return parse_selector(name, selector)
+    return _parse_selector(name, selector)
 
 
 def parse_selector(name: str, selector: str) -> AdapterRef:
@@ -87,7 +87,10 @@ def parse_selector(name: str, selector: str) -> AdapterRef:
     Raises:
         InvalidRef: it is neither an alias, nor a version, nor a digest.
     """
-    selector = selector.removeprefix("@")
+    return _parse_selector(check_name(name), selector.removeprefix("@"))
+
+
+def _parse_selector(name: str, selector: str) -> AdapterRef:
     if _VERSION.fullmatch(selector):
         return AdapterRef(name=name, version=int(selector))
     if _DIGEST.fullmatch(selector):
