@@ -1,0 +1,46 @@
+"""Call a Lorary server: ``Client`` for threads, ``AsyncClient`` for asyncio. Needs grpcio only.
+
+Example::
+
+    from lorary.client import Client
+
+    with Client("127.0.0.1:50051") as client:
+        client.wait_until_ready()
+        answer = client.generate("the film was a delight", adapter="sentiment@prod")
+        print(answer.text, answer.receipt.digest)
+
+Errors are the classes of ``lorary.errors``: what the server refused raises here as what it was.
+"""
+
+from lorary.client.aio import AsyncClient
+from lorary.client.messages import Message, SamplingOptions
+from lorary.client.results import (
+    AdapterInfo,
+    Chunk,
+    Classification,
+    GenerateResult,
+    PositionLogprobs,
+    Receipt,
+    ServerInfo,
+    Timings,
+    Tokens,
+    Usage,
+)
+from lorary.client.sync import Client
+
+__all__ = [
+    "AdapterInfo",
+    "AsyncClient",
+    "Chunk",
+    "Classification",
+    "Client",
+    "GenerateResult",
+    "Message",
+    "PositionLogprobs",
+    "Receipt",
+    "SamplingOptions",
+    "ServerInfo",
+    "Timings",
+    "Tokens",
+    "Usage",
+]

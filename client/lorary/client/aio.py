@@ -1,0 +1,278 @@
+"""The client for asyncio; the same calls as ``Client``, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+import grpc.aio
+
+from lorary.client import messages as m
+from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
+from lorary.client.failures import from_rpc_error
+from lorary.client.results import GenerateResult
+from lorary.errors import Unavailable
+from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from typing import Unpack
+
+    from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
+
+
+class AsyncClient:
+    """A connection to one server, for the event loop that makes it.
+
+    Args:
+        target: ``host:port``, or any gRPC target such as ``dns:///lorary:50051``.
+        timeout_s: deadline of a whole call, unless the call sets its own; ``None`` sets none.
+        channel: an open channel to use instead; it stays the caller's to close.
+
+    Example::
+
+        async with AsyncClient("127.0.0.1:50051") as client:
+            async for event in client.stream("a long day", adapter="translation@prod"):
+                print(event.text, end="")
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        channel: grpc.aio.Channel | None = None,
+    ) -> None:
+        self.target = target
+        self._timeout_s = timeout_s
+        self._owned = None
+        if channel is None:
+            channel = self._owned = grpc.aio.insecure_channel(target, options=channel_options())
+        inference: Any = inference_pb2_grpc.InferenceStub
+        control: Any = control_pb2_grpc.ControlStub
+        self._inference: Any = inference(channel)
+        self._control: Any = control(channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; running calls end as cancelled."""
+        if self._owned is not None:
+            await self._owned.close(None)
+
+    async def wait_until_ready(self, timeout_s: float = 60.0) -> ServerInfo:
+        """Wait until the server answers; return its description.
+
+        Raises:
+            Unavailable: it does not within ``timeout_s``.
+        """
+        deadline = Deadline(timeout_s)
+        while True:
+            try:
+                answer = await self._inference.GetServerInfo(
+                    inference_pb2.GetServerInfoRequest(),
+                    timeout=max(deadline.remaining_s, 0.001),
+                    wait_for_ready=True,
+                )
+                return m.server_info(answer)
+            except grpc.RpcError as error:
+                cause = from_rpc_error(error, self.target)
+                if deadline.is_over or not isinstance(cause, Unavailable):
+                    raise Unavailable(
+                        f"the server at '{self.target}' was not ready within {timeout_s:g} s: {cause}"
+                    ) from error
+            await asyncio.sleep(min(0.2, deadline.remaining_s))
+
+    async def generate(
+        self,
+        text: str | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[m.Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[m.SamplingOptions],
+    ) -> GenerateResult:
+        """Return one whole answer.
+
+        Args:
+            text: plain text for the adapter's own template. Exactly one of ``text``, ``prompt``,
+                ``messages`` and ``token_ids`` is given.
+            prompt: a complete prompt, special tokens included.
+            messages: chat messages for the base's chat template.
+            token_ids: token ids, taken as they are.
+            adapter: ``name``, ``name@alias``, ``name@3``, ``name@sha256:…``; empty: the bare base.
+            request_id: an id for the server's log; the server makes one when empty.
+            timeout_s: deadline of this call; default: the client's.
+            sampling: see ``SamplingOptions``.
+
+        Raises:
+            LoraryError: what the server refused, as the class that it was.
+
+        Example::
+
+            (await client.generate("the film was a delight", adapter="sentiment@prod")).text
+            await client.generate(prompt="Once upon a time", max_tokens=32, temperature=0.8, seed=1)
+        """
+        request = m.generate_request(
+            1, text, prompt, messages, token_ids, adapter, request_id, sampling
+        )
+        (answer,) = await self._all(request, timeout_s)
+        return answer
+
+    async def generate_many(
+        self,
+        n: int,
+        text: str | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[m.Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[m.SamplingOptions],
+    ) -> list[GenerateResult]:
+        """Return ``n`` answers to the same input, by index; see ``generate``."""
+        request = m.generate_request(
+            n, text, prompt, messages, token_ids, adapter, request_id, sampling
+        )
+        return await self._all(request, timeout_s)
+
+    def stream(
+        self,
+        text: str | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[m.Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str = "",
+        request_id: str = "",
+        timeout_s: float | None = None,
+        **sampling: Unpack[m.SamplingOptions],
+    ) -> AsyncIterator[Chunk | GenerateResult]:
+        """Yield chunks as they come, then the whole answer; see ``generate``.
+
+        Leaving the loop early cancels the call.
+
+        Example::
+
+            async for event in client.stream("a long day", adapter="translation@prod"):
+                match event:
+                    case Chunk(text=text):
+                        print(text, end="", flush=True)
+                    case GenerateResult(receipt=receipt):
+                        print(receipt.digest)
+        """
+        request = m.generate_request(
+            1, text, prompt, messages, token_ids, adapter, request_id, sampling
+        )
+        return self._stream(request, timeout_s)
+
+    async def classify(
+        self,
+        text: str | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[m.Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str = "",
+        labels: Sequence[str] = (),
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Classification:
+        """Return the probability of every label, in one pass over the input.
+
+        ``labels`` is what to score, by default the adapter's own; the rest is as in ``generate``.
+
+        Example::
+
+            (await client.classify("the film was a delight", adapter="sentiment@prod")).label
+        """
+        request = inference_pb2.ClassifyRequest(
+            adapter=adapter,
+            input=m.make_input(text, prompt, messages, token_ids),
+            labels=labels,
+            request_id=request_id,
+        )
+        return m.classification(await self._call(self._inference.Classify, request, timeout_s))
+
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[m.Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str = "",
+        timeout_s: float | None = None,
+    ) -> Tokens:
+        """Return the token ids that ``generate`` would read."""
+        request = inference_pb2.TokenizeRequest(
+            adapter=adapter, input=m.make_input(text, prompt, messages, token_ids)
+        )
+        return m.tokens(await self._call(self._inference.Tokenize, request, timeout_s))
+
+    async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """Return the server's base, limits and load."""
+        request = inference_pb2.GetServerInfoRequest()
+        return m.server_info(await self._call(self._inference.GetServerInfo, request, timeout_s))
+
+    async def list_adapters(
+        self, *, resident_only: bool = False, timeout_s: float | None = None
+    ) -> list[AdapterInfo]:
+        """Return the versions that the server knows, and which of them are on its device."""
+        request = control_pb2.ListAdaptersRequest(resident_only=resident_only)
+        answer = await self._call(self._control.ListAdapters, request, timeout_s)
+        return [m.adapter_info(adapter) for adapter in answer.adapters]
+
+    async def load_adapter(
+        self, adapter: str, *, pin: bool = False, timeout_s: float | None = None
+    ) -> AdapterInfo:
+        """Load a version and return when it is on the device; ``pin`` keeps it there."""
+        request = control_pb2.LoadAdapterRequest(adapter=adapter, pin=pin)
+        answer = await self._call(self._control.LoadAdapter, request, timeout_s)
+        return m.adapter_info(answer.adapter)
+
+    async def unload_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
+        """Free a version's memory once its running calls have ended."""
+        request = control_pb2.UnloadAdapterRequest(adapter=adapter)
+        answer = await self._call(self._control.UnloadAdapter, request, timeout_s)
+        return m.adapter_info(answer.adapter)
+
+    async def _call(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return await method(
+                request, timeout=self._timeout_s if timeout_s is None else timeout_s
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.target) from error
+
+    async def _all(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None
+    ) -> list[GenerateResult]:
+        events = self._stream(request, timeout_s)
+        answers = [event async for event in events if isinstance(event, GenerateResult)]
+        return sorted(answers, key=lambda answer: answer.index)
+
+    async def _stream(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None
+    ) -> AsyncIterator[Chunk | GenerateResult]:
+        answers = m.Answers()
+        call = self._inference.Generate(
+            request, timeout=self._timeout_s if timeout_s is None else timeout_s
+        )
+        try:
+            async for event in call:
+                yield answers.read(event)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.target) from error
+        finally:
+            call.cancel()

@@ -1,0 +1,253 @@
+"""From arguments to requests, and from responses to results; shared by both clients."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+from lorary.client.results import (
+    AdapterInfo,
+    Chunk,
+    Classification,
+    FinishReason,
+    GenerateResult,
+    PositionLogprobs,
+    Receipt,
+    ServerInfo,
+    Timings,
+    Tokens,
+    Usage,
+)
+from lorary.errors import InvalidRequest
+from lorary.v1 import control_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FINISH_REASONS: dict[int, FinishReason] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+class Message(TypedDict):
+    """One turn of a conversation; ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How the next token is chosen; what is left out takes the adapter's or the server's default."""
+
+    temperature: float
+    """0 takes the most likely token (default); at most 100."""
+    top_p: float
+    top_k: int
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    seed: int
+    logprobs: int
+
+
+def make_input(
+    text: str | None,
+    prompt: str | None,
+    messages: Sequence[Message] | None,
+    token_ids: Sequence[int] | None,
+) -> inference_pb2.Input:
+    """Return the input message for exactly one of the four.
+
+    Raises:
+        InvalidRequest: none or several are given.
+    """
+    given = {"text": text, "prompt": prompt, "messages": messages, "token_ids": token_ids}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise InvalidRequest(
+            f"give exactly one of text, prompt, messages, token_ids; got {named or 'none'}.",
+            field="input",
+        )
+    if messages is not None:
+        turns = [inference_pb2.ChatMessage(**turn) for turn in messages]
+        return inference_pb2.Input(chat=inference_pb2.ChatMessages(messages=turns))
+    if token_ids is not None:
+        return inference_pb2.Input(token_ids=_set("input.token_ids", _token_ids, token_ids))
+    if prompt is not None:
+        return inference_pb2.Input(prompt=prompt)
+    return inference_pb2.Input(text=text or "")
+
+
+def make_sampling(options: Mapping[str, Any]) -> inference_pb2.SamplingParams:
+    """Return the sampling message; ``None`` is the same as left out.
+
+    Raises:
+        TypeError: an option that does not exist.
+        InvalidRequest: a value that cannot be sent at all; ranges are the server's affair.
+    """
+    known = set(inference_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+    params = inference_pb2.SamplingParams()
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise TypeError(f"'{name}' is no sampling option{hint}")
+        if value is not None:
+            _set(f"sampling.{name}", _assign, params, name, value)
+    return params
+
+
+def generate_request(
+    n: int,
+    text: str | None,
+    prompt: str | None,
+    messages: Sequence[Message] | None,
+    token_ids: Sequence[int] | None,
+    adapter: str,
+    request_id: str,
+    sampling: Mapping[str, Any],
+) -> inference_pb2.GenerateRequest:
+    """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
+    return inference_pb2.GenerateRequest(
+        adapter=adapter,
+        input=make_input(text, prompt, messages, token_ids),
+        sampling=make_sampling({**sampling, "n": n}),
+        request_id=request_id,
+    )
+
+
+def _assign(params: inference_pb2.SamplingParams, name: str, value: Any) -> None:
+    if name in ("stop", "stop_token_ids"):
+        getattr(params, name).extend([value] if isinstance(value, str) else value)
+    else:
+        setattr(params, name, value)
+
+
+def _token_ids(ids: Sequence[int]) -> inference_pb2.TokenIds:
+    return inference_pb2.TokenIds(ids=ids)
+
+
+def _set(field: str, function: Any, *args: Any) -> Any:
+    """Call ``function``; what protobuf refuses becomes an InvalidRequest for ``field``."""
+    try:
+        return function(*args)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{field} cannot be {args[-1]!r}: {error}.", field=field) from error
+
+
+class Answers:
+    """Follows a Generate stream: events in, chunks and whole answers out."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, list[int]] = {}
+        self._logprobs: dict[int, list[PositionLogprobs]] = {}
+
+    def read(self, event: inference_pb2.GenerateResponse) -> Chunk | GenerateResult:
+        """Return what one event says; a ``GenerateResult`` ends its answer."""
+        if event.WhichOneof("event") == "chunk":
+            return self._chunk(event.chunk)
+        complete = event.complete
+        return GenerateResult(
+            index=complete.index,
+            text=complete.text,
+            token_ids=tuple(self._tokens.pop(complete.index, ())),
+            finish_reason=FINISH_REASONS[complete.finish_reason],
+            matched_stop=complete.matched_stop,
+            usage=usage(complete.usage),
+            receipt=receipt(complete.receipt),
+            logprobs=tuple(self._logprobs.pop(complete.index, ())),
+        )
+
+    def _chunk(self, message: inference_pb2.GenerateChunk) -> Chunk:
+        chunk = Chunk(
+            index=message.index,
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            logprobs=tuple(_position(position) for position in message.logprobs),
+        )
+        self._tokens.setdefault(chunk.index, []).extend(chunk.token_ids)
+        self._logprobs.setdefault(chunk.index, []).extend(chunk.logprobs)
+        return chunk
+
+
+def _position(message: inference_pb2.PositionLogprobs) -> PositionLogprobs:
+    return PositionLogprobs(
+        chosen=(message.chosen.token_id, message.chosen.logprob),
+        top=tuple((one.token_id, one.logprob) for one in message.top),
+    )
+
+
+def usage(message: inference_pb2.Usage) -> Usage:
+    """Return token counts."""
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        cached_tokens=message.cached_tokens,
+    )
+
+
+def receipt(message: inference_pb2.Receipt) -> Receipt:
+    """Return what answered; nanoseconds become seconds."""
+    timings = message.timings
+    return Receipt(
+        ref=message.ref,
+        name=message.name,
+        version=message.version,
+        digest=message.digest,
+        base_fingerprint=message.base_fingerprint,
+        quantization=message.quantization,
+        request_id=message.request_id,
+        timings=Timings(
+            queue_s=timings.queue_ns / 1e9,
+            adapter_load_s=timings.adapter_load_ns / 1e9,
+            prefill_s=timings.prefill_ns / 1e9,
+            decode_s=timings.decode_ns / 1e9,
+        ),
+    )
+
+
+def classification(message: inference_pb2.ClassifyResponse) -> Classification:
+    """Return labels and their probabilities."""
+    return Classification(
+        label=message.scores[0].label,
+        probabilities={score.label: score.probability for score in message.scores},
+        logprobs={score.label: score.logprob for score in message.scores},
+        usage=usage(message.usage),
+        receipt=receipt(message.receipt),
+    )
+
+
+def tokens(message: inference_pb2.TokenizeResponse) -> Tokens:
+    """Return ids and pieces."""
+    return Tokens(token_ids=tuple(message.token_ids), pieces=tuple(message.pieces))
+
+
+def server_info(message: inference_pb2.GetServerInfoResponse) -> ServerInfo:
+    """Return the server's description."""
+    fields = {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
+    steps = tuple(fields.pop("steps_by_distinct_adapters"))
+    return ServerInfo(**fields, steps_by_distinct_adapters=steps)
+
+
+def adapter_info(message: control_pb2.Adapter) -> AdapterInfo:
+    """Return one version's state."""
+    name = control_pb2.Residency.Name(message.residency).removeprefix("RESIDENCY_").lower()
+    return AdapterInfo(
+        name=message.name,
+        version=message.version,
+        digest=message.digest,
+        aliases=tuple(message.aliases),
+        residency=cast("Any", name),
+        pinned=message.pinned,
+        rank=message.rank,
+        device_bytes=message.device_bytes,
+        num_running=message.num_running,
+        task=message.task,
+    )
