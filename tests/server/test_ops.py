@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorary.server.adapters.ops import native, reference, torch_ops
+from lorary.server.adapters.ops import reference, torch_ops
 from lorary.server.adapters.segments import PoolEntry, Segments
+from lorary.server.native import library as native
 
 CPU = torch.device("cpu")
 # Against float32 sums of the same numbers: one rounding of the result (bf16), or of every

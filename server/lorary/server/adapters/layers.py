@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from lorary.errors import ConfigError
-from lorary.server.adapters.ops import native, torch_ops
+from lorary.server.adapters.ops import torch_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
+from lorary.server.native import library as native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ class LoraGroup:
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
-    def attach(self, pool: GroupPool, kernel: native.NativeKernel | None) -> None:
+    def attach(self, pool: GroupPool, kernel: native.NativeKernels | None) -> None:
         """Give the group its rows, and the row-wise kernel if there is one for them."""
         self.pool = pool
         if kernel is not None and pool.a.device.type == "cpu" and kernel.supports(pool.a.dtype):

@@ -5,8 +5,9 @@ order), then the prefill chunks. Decode rows attend all at once with two batched
 neighbouring slots; every chunk attends on its own. The step's plan is read from a context variable
 that the runner sets for one forward.
 
-On the CPU the batched products are twice as fast as torch's flash attention for one query token
-(its tiles are made for long queries), so SDPA is used for prefill only.
+Decode attention has two implementations: the native kernel on the CPU, which reads exactly what
+each row needs, and two batched products elsewhere. SDPA is used for prefill only: on the CPU its
+tiles are made for long queries (half the speed of the products for one token).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.native.library import NativeKernels
 
 NAME = "lorary"
 
@@ -60,6 +62,9 @@ class AttentionPlan:
         span: decode attention reads slots [0, span).
         lengths: int64 [span], positions to read per slot, this step's included; 1 where no decode.
         longest: the largest of ``lengths``.
+        row_slots: int32 [num_decode], slot of each decode row, for the native kernel.
+        row_lengths: int32 [num_decode], positions each decode row reads, likewise.
+        native: the native kernels, where they serve this cache.
         chunks: the prefill chunks.
     """
 
@@ -70,6 +75,9 @@ class AttentionPlan:
     span: int
     lengths: torch.Tensor
     longest: int
+    row_slots: torch.Tensor
+    row_lengths: torch.Tensor
+    native: NativeKernels | None
     chunks: tuple[Chunk, ...]
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -137,7 +145,20 @@ def attend(
     parts: list[torch.Tensor] = []
     if plan.num_decode:
         decode = rows[: plan.num_decode]
-        parts.append(_decode(plan, decode, k_layer, v_layer, scale, sliding_window, softcap))
+        if plan.native is not None:
+            out = plan.native.decode_attention(
+                decode,
+                k_layer,
+                v_layer,
+                plan.row_slots,
+                plan.row_lengths,
+                scale=scale,
+                softcap=softcap,
+                window=sliding_window,
+            )
+        else:
+            out = _decode(plan, decode, k_layer, v_layer, scale, sliding_window, softcap)
+        parts.append(out)
     for chunk in plan.chunks:
         q = query[:, :, chunk.row : chunk.row + chunk.length]
         parts.append(_prefill(chunk, q, k_layer, v_layer, scale, sliding_window, softcap))

@@ -175,5 +175,8 @@ def _plan(
         span=span,
         lengths=torch.tensor(lengths, device=device),
         longest=max(lengths, default=0),
+        row_slots=torch.tensor([s.slot for s in decode], dtype=torch.int32),
+        row_lengths=torch.tensor([s.num_computed + 1 for s in decode], dtype=torch.int32),
+        native=cache.native,
         chunks=tuple(chunks),
     )

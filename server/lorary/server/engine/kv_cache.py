@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lorary.errors import ConfigError
+from lorary.server.native import library as native
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,13 @@ class KVCache:
                 f"({self.bytes_for(shape, num_slots, dtype)} bytes); lower --max-batch or "
                 "--max-context"
             ) from error
+        kernels = native.load() if device.type == "cpu" else None
+        self.native = (
+            kernels
+            if isinstance(kernels, native.NativeKernels) and kernels.supports(dtype)
+            else None
+        )
+        """The native kernels, where they serve this cache."""
         self._free = list(range(num_slots - 1, -1, -1))
 
     @staticmethod

@@ -8,34 +8,11 @@
 // adapter's pages in cache. Each row's result depends on that row alone: the order of summation is
 // fixed, whatever else is in the batch.
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "common.h"
+
 namespace {
-
-inline float load(const float* p) { return *p; }
-inline float load(const uint16_t* p) {
-    uint32_t bits = static_cast<uint32_t>(*p) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline void store(float* p, float value) { *p = value; }
-inline void store(uint16_t* p, float value) {  // round to nearest, ties to even; inputs are finite
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits += 0x7fffu + ((bits >> 16) & 1u);
-    *p = static_cast<uint16_t>(bits >> 16);
-}
-
-template <typename T>
-float dot(const float* x, const T* a, int64_t n) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += x[i] * load(a + i);
-    return sum;
-}
 
 template <typename T>
 void one_row(const T* x, T* y, const T* a, const T* const* b, const int64_t* outs, int64_t members,
@@ -98,8 +75,8 @@ void add_rows(const T* x, T* y, const T* a, const T* const* b, const int64_t* ou
 
 extern "C" {
 
-// Bumped whenever a signature changes; the loader refuses any other.
-int lorary_abi() { return 1; }
+// Bumped whenever a signature in this folder changes; the loader refuses any other.
+int lorary_abi() { return 2; }
 
 void lorary_add_rows_bf16(const uint16_t* x, uint16_t* y, const uint16_t* a, const uint16_t* const* b,
                           const int64_t* outs, int64_t members, int64_t cap, int64_t in,

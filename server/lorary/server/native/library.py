@@ -1,6 +1,6 @@
-"""The CPU's row-wise kernel: compiled once by the system's C++ compiler, called through ctypes.
+"""The CPU kernels: compiled once by the system's C++ compiler, called through ctypes.
 
-The library lies in ``$LORARY_HOME/kernels/<hash of source, flags and CPU>.so`` (default
+The library lies in ``$LORARY_HOME/kernels/<hash of sources, flags and CPU>.so`` (default
 ``~/.cache/lorary``). Without a compiler ``load`` returns the reason instead, and the caller says so
 once and uses torch operators: slower, same results.
 """
@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.segments import Segments
 
-_ABI = 1
-_SOURCE = Path(__file__).with_name("native.cpp")
+_ABI = 2
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "adapters.cpp", _FOLDER / "attention.cpp")
+_HEADERS = (_FOLDER / "common.h",)
 # Not -ffast-math: linked into a shared library it would switch off denormals for the whole process.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_ADD_ROWS = [*[_POINTER] * 5, *[_INT64] * 4, *[_POINTER] * 5, _INT64, ctypes.c_int]
+_DECODE = [*[_POINTER] * 6, *[_INT64] * 7, _FLOAT, _FLOAT, _INT64, ctypes.c_int]
 
 
-class NativeKernel:
+class NativeKernels:
     """The compiled library.
 
     Calls are safe from any thread; each spreads its rows over torch's number of threads, through the
@@ -43,30 +49,79 @@ class NativeKernel:
         if library.lorary_abi() != _ABI:
             raise OSError(f"kernel library {path} has another ABI; delete it")
         self.path = path
-        self._functions = {
-            torch.bfloat16: library.lorary_add_rows_bf16,
-            torch.float32: library.lorary_add_rows_f32,
+        self._add_rows = {
+            dtype: _typed(library, f"lorary_add_rows_{suffix}", _ADD_ROWS)
+            for dtype, suffix in _SUFFIX.items()
         }
-        for function in self._functions.values():
-            function.restype = None
-            function.argtypes = (
-                [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 5
-            ) + [ctypes.c_int64, ctypes.c_int]
+        self._decode = {
+            dtype: _typed(library, f"lorary_decode_{suffix}", _DECODE)
+            for dtype, suffix in _SUFFIX.items()
+        }
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """Whether there is a kernel for this dtype."""
-        return dtype in self._functions
+        """Whether there are kernels for this dtype."""
+        return dtype in _SUFFIX
 
     def bind(self, a: torch.Tensor, b: Sequence[torch.Tensor]) -> BoundKernel:
         """Fix the pool of one group of layers, so that a call passes only what changes per step."""
-        return BoundKernel(self._functions[a.dtype], a, b)
+        return BoundKernel(self._add_rows[a.dtype], a, b)
+
+    def decode_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slots: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend one token per row over its slot (semantics in attention.cpp).
+
+        Shapes: q [n, H, D] with unit stride in D, k and v [slots, Hkv, context, D] contiguous, slots
+        and lengths int32 [n] → [n, H, D] of q's dtype.
+        """
+        rows, heads, dim = q.shape
+        kv_heads, context = k.shape[1], k.shape[2]
+        out = torch.empty(rows, heads, dim, dtype=q.dtype)
+        self._decode[q.dtype](
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            slots.data_ptr(),
+            lengths.data_ptr(),
+            rows,
+            kv_heads,
+            heads // kv_heads,
+            dim,
+            context,
+            q.stride(0),
+            q.stride(1),
+            scale,
+            softcap or 0.0,
+            window or 0,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def _typed(library: ctypes.CDLL, name: str, arguments: Sequence[type]) -> ctypes._NamedFuncPointer:
+    function = getattr(library, name)
+    function.restype = None
+    function.argtypes = list(arguments)
+    return function  # type: ignore[no-any-return]
 
 
 class BoundKernel:
     """The kernel over one group's pool; holds the pool's tensors alive."""
 
-    def __init__(self, function: object, a: torch.Tensor, b: Sequence[torch.Tensor]) -> None:
-        self._function: ctypes._NamedFuncPointer = function  # type: ignore[assignment]
+    def __init__(
+        self, function: ctypes._NamedFuncPointer, a: torch.Tensor, b: Sequence[torch.Tensor]
+    ) -> None:
+        self._function = function
         self._tensors = (a, *b)
         members, cap, width = a.shape
         self._b = (ctypes.c_void_p * members)(*[t.data_ptr() for t in b])
@@ -101,10 +156,10 @@ class BoundKernel:
 
 
 @functools.cache
-def load() -> NativeKernel | str:
-    """Return the kernel, compiling it if need be, or the reason why there is none."""
+def load() -> NativeKernels | str:
+    """Return the kernels, compiling them if need be, or the reason why there is none."""
     if platform.system() != "Linux":
-        return f"the native kernel is built on Linux only, not on {platform.system()}"
+        return f"the native kernels are built on Linux only, not on {platform.system()}"
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     library = _library_path()
     if not library.exists():
@@ -114,14 +169,16 @@ def load() -> NativeKernel | str:
         if error:
             return error
     try:
-        return NativeKernel(library)
+        return NativeKernels(library)
     except (OSError, AttributeError) as error:
         return f"cannot load {library}: {error}"
 
 
 def _library_path() -> Path:
     home = Path(os.environ.get("LORARY_HOME") or Path.home() / ".cache" / "lorary")
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for source in (*_SOURCES, *_HEADERS):
+        digest.update(source.read_bytes())
     digest.update(" ".join(_FLAGS).encode())
     digest.update(_cpu_identity().encode())
     return home / "kernels" / f"{digest.hexdigest()[:24]}.so"
@@ -145,7 +202,7 @@ def _compile(compiler: str, library: Path) -> str:
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *_FLAGS, str(_SOURCE), "-o", temporary],
+            [compiler, *_FLAGS, *map(str, _SOURCES), "-o", temporary],
             capture_output=True,
             text=True,
             check=False,
