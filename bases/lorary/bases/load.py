@@ -36,6 +36,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         CorruptArtifact: the folder holds no tokenizer that transformers can read, or it has no
             end-of-text token, without which no answer could end.
     """
+    quiet_bitsandbytes()
     from transformers import AutoTokenizer
 
     try:
@@ -78,6 +79,7 @@ def load_model(
         ConfigError: an unknown quantization or device, or one that this device cannot do.
         CorruptArtifact: not a causal language model that transformers knows.
     """
+    quiet_bitsandbytes()
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -125,9 +127,6 @@ def _quantizer(quantization: str, dtype: torch.dtype) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
-    # It would say at every matrix multiplication that activations are rounded to float16, and
-    # once that an optional kernel is absent; what fails still raises.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -136,3 +135,12 @@ def _quantizer(quantization: str, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep bitsandbytes' warnings out of the log; what fails still raises.
+
+    It says at import that an optional kernel is absent, and at every int8 matrix multiplication
+    that activations are rounded to float16. Call before anything imports it (peft does).
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

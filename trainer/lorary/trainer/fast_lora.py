@@ -11,14 +11,10 @@ Semantics: ``y = x Wᵀ + bias + s (x Aᵀ) Bᵀ``, with x [..., in], W [out, in
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-
-if TYPE_CHECKING:
-    from torch.autograd.function import FunctionCtx
 
 
 class LoraUpdate(Function):
@@ -30,6 +26,7 @@ class LoraUpdate(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """Compute, and keep what the gradients need."""
         a_low, b_low = a.to(x.dtype), (b * scale).to(x.dtype)
         h = x @ a_low.t()
         y.addmm_(h, b_low.t())
@@ -40,6 +37,7 @@ class LoraUpdate(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return one gradient per argument of ``forward``."""
         (grad,) = grads
         x, h, a_low, b_low = ctx.saved_tensors
         grad_h = grad @ b_low
@@ -58,6 +56,7 @@ class LoraLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """Compute, and keep what the gradients need."""
         a_low, b_low = a.to(x.dtype), (b * scale).to(x.dtype)
         y, h = x @ w.t(), x @ a_low.t()
         y.addmm_(h, b_low.t())
@@ -67,6 +66,7 @@ class LoraLinear(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return one gradient per argument of ``forward``."""
         (grad,) = grads
         x, w, h, a_low, b_low = ctx.saved_tensors
         grad_h = grad @ b_low
@@ -79,6 +79,11 @@ class LoraLinear(Function):
         return grad_x, None, grad_a, grad_b, None
 
 
+# Function.apply has no types.
+_apply_update: Any = LoraUpdate.apply
+_apply_linear: Any = LoraLinear.apply
+
+
 def speed_up(model: nn.Module) -> int:
     """Give every plain LoRA layer of a PEFT model the fast forward, in place.
 
@@ -88,20 +93,26 @@ def speed_up(model: nn.Module) -> int:
     Returns:
         How many layers were changed.
     """
-    from peft.tuners.lora import LoraLayer
-
     changed = 0
     for module in model.modules():
-        is_plain = isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
-        if is_plain and not module.use_dora.get("default") and not module.lora_bias.get("default"):
+        if _is_plain(module):
             module.forward = types.MethodType(_forward, module)
             changed += 1
     return changed
 
 
+def _is_plain(layer: Any) -> bool:
+    """Whether a module is a linear LoRA layer without DoRA and LoRA biases."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), nn.Linear):
+        return False
+    return not layer.use_dora.get("default") and not layer.lora_bias.get("default")
+
+
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of a PEFT LoRA layer; ``self`` is the layer."""
-    dropout = self.lora_dropout["default"] if "default" in self.lora_dropout else None
+    dropout = self.lora_dropout["default"]
     is_dropping = isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training
     if self.disable_adapters or self.merged or args or kwargs or is_dropping:
         result: Tensor = type(self).forward(self, x, *args, **kwargs)
@@ -109,9 +120,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
     scale, base, rows = self.scaling["default"], self.base_layer, x.reshape(-1, x.shape[-1])
     if type(base) is nn.Linear and base.bias is None and base.weight.dtype == x.dtype:
-        y = LoraLinear.apply(rows, base.weight, a, b, scale)
+        y = _apply_linear(rows, base.weight, a, b, scale)
     else:
         # A quantized layer brings its own autograd; its output may be a view that must not be
         # written, hence the copy.
-        y = LoraUpdate.apply(base(rows).clone(), rows, a, b, scale)
+        y = _apply_update(base(rows).clone(), rows, a, b, scale)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]

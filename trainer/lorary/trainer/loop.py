@@ -7,7 +7,6 @@ learned token; everything else, also what a model does to its logits afterwards,
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,10 @@ if TYPE_CHECKING:
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose data set is a list of ready batches, in order.
-
-    Attributes:
-        num_tokens: unpadded tokens trained on by this process.
-    """
+    """Trainer whose data set is a list of batches, already planned and taken in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.num_tokens = 0
         # The loss is a sum over tokens divided by their number in the whole step.
         self.model_accepts_loss_kwargs = True
 
@@ -54,8 +48,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         logits, targets = selected_logits(model, inputs["input_ids"], inputs["labels"])
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
-        if model.training:
-            self.num_tokens += int(inputs["input_ids"].ne(self._pad_token_id).sum())
         if not torch.isfinite(loss):
             raise TrainingFailed(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}. Lower "
@@ -63,10 +55,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                 f"{self.args.learning_rate:g}) or method.alpha, or set training.dtype=float32."
             )
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    @property
-    def _pad_token_id(self) -> int:
-        return int(self.processing_class.pad_token_id)
 
 
 def selected_logits(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +89,3 @@ def _head_reads(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[N
         yield
     finally:
         handle.remove()
-
-
-def perplexity(loss: float) -> float:
-    """Return e to the loss; infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import Method
 from lorary.trainer.fast_lora import speed_up
+from lorary.trainer.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +39,7 @@ def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointi
         bias="none",
     )
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="bitsandbytes")
+        with quiet_libraries():
             wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise InvalidRecipe(

@@ -1,0 +1,170 @@
+"""Measure a model on held-out examples the way it will be used: greedy answers, scored labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from lorary.trainer.metrics import score_labels, score_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from lorary.bases.prompts import PromptBuilder
+    from lorary.trainer.recipe import Recipe
+    from lorary.trainer.sources import Example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Figures, and what the model said to each example.
+
+    Attributes:
+        predictions: the likeliest label (classification) or the generated text.
+        generated: the generated text.
+    """
+
+    metrics: dict[str, float]
+    predictions: tuple[str, ...]
+    generated: tuple[str, ...]
+
+
+class Evaluator:
+    """Asks one model the recipe's questions; the caller sets which adapter is active."""
+
+    def __init__(self, model: Any, tokenizer: Any, builder: PromptBuilder, recipe: Recipe) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._builder = builder
+        self._recipe = recipe
+        self._task = recipe.task.to_manifest()
+
+    @torch.inference_mode()
+    def evaluate(
+        self, examples: Sequence[Example], advance: Callable[[int], None] | None = None
+    ) -> Evaluation:
+        """Answer every example and score the answers.
+
+        Args:
+            examples: held out.
+            advance: told after each batch how many more examples are done.
+        """
+        was_training, used_cache = self._model.training, self._model.config.use_cache
+        self._model.eval()
+        self._model.config.use_cache = True
+        try:
+            return self._evaluate(examples, advance or (lambda _count: None))
+        finally:
+            self._model.config.use_cache = used_cache
+            self._model.train(was_training)
+
+    def _evaluate(self, examples: Sequence[Example], advance: Callable[[int], None]) -> Evaluation:
+        prompts = [self._builder.from_task(self._task, example.inputs) for example in examples]
+        references = [example.target for example in examples]
+        generated = [""] * len(prompts)
+        chosen = [0] * len(prompts)
+        labels = [self._builder.label_ids(label) for label in self._task.labels]
+        for batch in _by_length(prompts, self._recipe.evaluation.batch_size):
+            part = [prompts[i] for i in batch]
+            texts, first_logits = self.generate(part)
+            scores = self.label_logprobs(part, labels, first_logits) if labels else None
+            for place, i in enumerate(batch):
+                generated[i] = texts[place]
+                if scores is not None:
+                    chosen[i] = int(scores[place].argmax())
+            advance(len(batch))
+        if labels:
+            predictions = [self._task.labels[k] for k in chosen]
+            metrics = score_labels(predictions, generated, references)
+        else:
+            predictions = generated
+            metrics = score_texts(self._recipe.metric, predictions, references)
+        return Evaluation(
+            metrics={name: round(value, 4) for name, value in metrics.items()},
+            predictions=tuple(predictions),
+            generated=tuple(generated),
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]]) -> tuple[list[str], Tensor]:
+        """Answer a batch greedily, without any of the base's own sampling settings.
+
+        Returns:
+            The texts, cut at stop strings, outer white space removed; and the logits of the first
+            new token, float32 [B, vocab].
+        """
+        from transformers import GenerationConfig
+
+        input_ids, mask = self._pad_left(prompts)
+        eos = self._tokenizer.eos_token_id
+        settings = GenerationConfig(
+            max_new_tokens=self._task.max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=self._tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        result = self._model.generate(
+            input_ids=input_ids, attention_mask=mask, generation_config=settings
+        )
+        texts = []
+        for row in result.sequences[:, input_ids.shape[1] :].tolist():
+            ids = row[: row.index(eos)] if eos in row else row
+            texts.append(self._cut(self._tokenizer.decode(ids, skip_special_tokens=True)))
+        return texts, result.logits[0].float()
+
+    def label_logprobs(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], first: Tensor
+    ) -> Tensor:
+        """Return the log probability of each label as the answer's beginning, [B, labels].
+
+        ``first`` are the logits after the prompt; they suffice for labels of one token, longer ones
+        are read in another pass.
+        """
+        logprobs = F.log_softmax(first, dim=-1)
+        scores = torch.stack([logprobs[:, ids[0]] for ids in labels], dim=1)
+        for k, ids in enumerate(labels):
+            if len(ids) > 1:
+                rows = [[*prompt, *ids[:-1]] for prompt in prompts]
+                input_ids, mask = self._pad_left(rows)
+                logits = self._model(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+                    logits_to_keep=len(ids) - 1,
+                    use_cache=False,
+                ).logits
+                rest = torch.tensor(ids[1:], device=logits.device).view(1, -1, 1)
+                later = F.log_softmax(logits.float(), dim=-1).gather(
+                    2, rest.expand(len(rows), -1, 1)
+                )
+                scores[:, k] += later.sum(dim=(1, 2))
+        return scores
+
+    def _pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return ids and attention mask, int64 [B, T], prompts ending in the last column."""
+        device = self._model.device
+        longest = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), longest), self._tokenizer.pad_token_id)
+        mask = torch.zeros_like(input_ids)
+        for i, prompt in enumerate(prompts):
+            input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[i, longest - len(prompt) :] = 1
+        return input_ids.to(device), mask.to(device)
+
+    def _cut(self, text: str) -> str:
+        """End a text before the first stop string."""
+        ends = [text.find(stop) for stop in self._task.stop if stop in text]
+        return text[: min(ends, default=len(text))].strip()
+
+
+def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of indices, longest prompts first, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

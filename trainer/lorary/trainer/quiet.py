@@ -1,0 +1,23 @@
+"""Keep the libraries' remarks about each other off the terminal; errors still raise."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within the context, drop warnings that no user of Lorary can act on.
+
+    peft 0.21 reads an attribute that transformers 5.23 renamed, and bitsandbytes calls a deprecated
+    torch function.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", module="bitsandbytes")
+        yield

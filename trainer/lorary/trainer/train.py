@@ -1,0 +1,278 @@
+"""A training run from recipe to output folder, in the order in which it happens.
+
+1. prepare: recipe, base, data, rows; everything that can be wrong is found here, before any work
+2. load the base (quantized where the recipe says so) and attach the method
+3. fit, with checkpoints beside the output folder
+4. evaluate adapter and base on the same held-out examples
+5. write the output folder in one rename, then drop the checkpoints
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorary.bases import Base, PromptBuilder, find_base
+from lorary.bases.load import default_dtype, load_model, load_tokenizer
+from lorary.errors import InvalidRecipe
+from lorary.trainer.checkpoints import newest_checkpoint, run_identity
+from lorary.trainer.data import Row, Splits, data_facts, encode_rows, load_splits
+from lorary.trainer.output import (
+    build_manifest,
+    check_output,
+    golden_probes,
+    save_adapter,
+    write_output,
+)
+from lorary.trainer.progress import Reporter
+from lorary.trainer.report import write_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from lorary.registry.manifest import Manifest
+    from lorary.trainer.evaluate import Evaluation
+    from lorary.trainer.fit import Fit
+    from lorary.trainer.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that is known to be possible; ``recipe`` has no ``auto`` left."""
+
+    recipe: Recipe
+    base: Base
+    tokenizer: Any
+    builder: PromptBuilder
+    splits: Splits
+    train_rows: list[Row]
+    validation_rows: list[Row]
+    num_too_long: int
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint must match to be resumed."""
+        return run_identity(self.recipe, self.base.card.fingerprint, self.splits.fingerprint)
+
+
+def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
+    """Find the base, read and split the data, tokenize; loads no weights, writes no output.
+
+    Raises:
+        InvalidRecipe: the data does not fit the recipe, or the device cannot do what it says.
+        BaseNotFound, MissingDependency: the base or the data is not here.
+    """
+    say = (reporter or Reporter(quiet=True)).note
+    recipe = resolve_auto(recipe)
+    base = find_base(recipe.base, progress=say)
+    tokenizer = load_tokenizer(base)
+    builder = PromptBuilder(tokenizer)
+    splits = load_splits(recipe)
+    task, longest = recipe.task.to_manifest(), recipe.training.max_length
+    train_rows, too_long = encode_rows(splits.train, task, builder, longest)
+    validation_rows, too_long_too = encode_rows(splits.validation, task, builder, longest)
+    for label in recipe.task.labels:
+        builder.label_ids(label)
+    for example in splits.test:
+        builder.from_task(task, example.inputs)
+    return Prepared(
+        recipe=recipe,
+        base=base,
+        tokenizer=tokenizer,
+        builder=builder,
+        splits=splits,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        num_too_long=too_long + too_long_too,
+    )
+
+
+def resolve_auto(recipe: Recipe) -> Recipe:
+    """Return the recipe with device and dtype decided for this machine."""
+    import torch
+
+    training = recipe.training
+    device = training.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRecipe(f"training.device is '{device}', which torch does not know.") from error
+    dtype: Literal["auto", "bfloat16", "float32"] = training.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if default_dtype(device) == torch.bfloat16 else "float32"
+    return replace(recipe, training=replace(training, device=device, dtype=dtype))
+
+
+def train(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> Manifest:
+    """Train, evaluate and write an adapter.
+
+    Args:
+        recipe: what to do.
+        output: folder to make; it appears only when everything in it is done.
+        resume: go on from the newest checkpoint of the same recipe, base and data.
+        force: replace an earlier output, and drop checkpoints of another run.
+        reporter: where progress goes.
+
+    Raises:
+        AlreadyExists, InvalidRecipe, IncompatibleAdapter, TrainingFailed, Cancelled, StorageError,
+        BaseNotFound, MissingDependency: each says what to do.
+    """
+    reporter = reporter or Reporter()
+    started = time.monotonic()
+    check_output(output, force=force)
+    run = prepare(recipe, reporter)
+    checkpoints = output.with_name(f"{output.name}.checkpoints")
+    resume_from = newest_checkpoint(checkpoints, run.identity) if resume else None
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    reporter.note(_headline(run))
+    model, fitted = _fit(run, checkpoints, resume_from, reporter)
+    fitted_at = time.monotonic()
+    after, before = _evaluate(run, model, reporter)
+    evaluated_at = time.monotonic()
+    manifest: list[Manifest] = []
+
+    def fill(folder: Path) -> None:
+        facts = {
+            "seconds": round(time.monotonic() - started, 1),
+            "fit_seconds": round(fitted_at - started, 1),
+            "evaluate_seconds": round(evaluated_at - fitted_at, 1),
+            "steps": fitted.steps,
+            "best_step": fitted.best_step,
+            "num_tokens": fitted.num_tokens,
+        }
+        manifest.append(_fill(run, folder, model, fitted, before, after, facts))
+
+    write_output(output, fill)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return manifest[0]
+
+
+def _fit(
+    run: Prepared, checkpoints: Path, resume_from: Path | None, reporter: Reporter
+) -> tuple[Any, Fit]:
+    """Load, attach, fit."""
+    from transformers import set_seed
+
+    from lorary.trainer.fit import fit
+    from lorary.trainer.methods import attach
+
+    training = run.recipe.training
+    set_seed(training.seed)
+    model = load_model(
+        run.base,
+        quantization=run.recipe.method.base_quantization,
+        dtype=_dtype(run.recipe),
+        device=training.device,
+        # On a CPU the fused kernel's bfloat16 backward takes four times eager's (docs/log.md).
+        attn_implementation="sdpa" if training.device.startswith("cuda") else "eager",
+    )
+    model = attach(model, run.recipe.method, gradient_checkpointing=training.gradient_checkpointing)
+    fitted = fit(
+        model,
+        run.tokenizer,
+        run.recipe,
+        train_rows=run.train_rows,
+        validation_rows=run.validation_rows,
+        checkpoints=checkpoints,
+        identity=run.identity,
+        resume_from=resume_from,
+        reporter=reporter,
+    )
+    return model, fitted
+
+
+def _evaluate(
+    run: Prepared, model: Any, reporter: Reporter
+) -> tuple[Evaluation, Evaluation | None]:
+    """Measure the adapter, then the base under it, on the test examples."""
+    from lorary.trainer.evaluate import Evaluator
+
+    evaluator = Evaluator(model, run.tokenizer, run.builder, run.recipe)
+    test = run.splits.test
+    with reporter.phase("evaluating adapter", len(test)) as advance:
+        after = evaluator.evaluate(test, lambda count: advance(count, ""))
+    if run.recipe.evaluation.skip_base:
+        return after, None
+    with model.disable_adapter(), reporter.phase("evaluating base", len(test)) as advance:
+        before = evaluator.evaluate(test, lambda count: advance(count, ""))
+    return after, before
+
+
+def _fill(
+    run: Prepared,
+    folder: Path,
+    model: Any,
+    fitted: Fit,
+    before: Evaluation | None,
+    after: Evaluation,
+    facts: dict[str, Any],
+) -> Manifest:
+    """Write everything of the output folder."""
+    import torch
+
+    from lorary.trainer.methods import describe
+
+    recipe, task = run.recipe, run.recipe.task.to_manifest()
+    save_adapter(model, folder, run.base)
+    probed = run.splits.test[: recipe.evaluation.num_golden_probes]
+    manifest = build_manifest(
+        recipe,
+        run.base,
+        method=describe(model, recipe.method),
+        probes=golden_probes(
+            folder,
+            run.base,
+            [run.builder.from_task(task, example.inputs) for example in probed],
+            quantization=recipe.method.base_quantization,
+            device=recipe.training.device,
+        ),
+        before=before,
+        after=after,
+        data=data_facts(run.splits, recipe, run.num_too_long),
+        training={**facts, "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    write_report(
+        folder / "report",
+        title=f"{recipe.name} on {run.base.name}",
+        history=fitted.history,
+        best_step=fitted.best_step,
+        test=run.splits.test,
+        before=before,
+        after=after,
+    )
+    return manifest
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    import torch
+
+    return torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32
+
+
+def _headline(run: Prepared) -> str:
+    """Say in one line what is about to happen."""
+    training, method = run.recipe.training, run.recipe.method
+    rows = len(run.train_rows)
+    mean = sum(len(row.input_ids) for row in run.train_rows) / rows
+    return (
+        f"{run.recipe.name}: {method.name} rank {method.rank} on {run.base.name} "
+        f"({method.base_quantization}, {training.dtype}, {training.device}), {training.max_steps} "
+        f"steps of {training.batch_size * training.gradient_accumulation} rows, {rows} rows of "
+        f"{mean:.0f} tokens, {len(run.splits.test)} held out"
+    )
