@@ -66,14 +66,21 @@ class EngineWorld:
     """An engine, its adapters by name, and its outputs."""
 
     def __init__(
-        self, base: Path, registry: Registry, *, start: bool = True, **limits: Any
+        self,
+        base: Path,
+        registry: Registry,
+        *,
+        start: bool = True,
+        model: Any = None,
+        **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.collector = Collector()
         self.registry = registry
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         assembled = assemble(
             model=model,
             tokenizer=self.tokenizer,
@@ -142,8 +149,8 @@ def tiny_registry(
 def make_world(tiny_base: Path, tiny_registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
     worlds: list[EngineWorld] = []
 
-    def make(base: Path | None = None, *, start: bool = True, **limits: Any) -> EngineWorld:
-        worlds.append(EngineWorld(base or tiny_base, tiny_registry, start=start, **limits))
+    def make(base: Path | None = None, **options: Any) -> EngineWorld:
+        worlds.append(EngineWorld(base or tiny_base, tiny_registry, **options))
         return worlds[-1]
 
     yield make
