@@ -97,11 +97,15 @@ class FakeRegistry:
             if resolved.name == "beta"
             else Task(template="100 {{ text }}", max_new_tokens=5, stop=("900",))
         )
-        return FakeManifest(BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"), task)
+        return FakeManifest(
+            BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"), task
+        )
 
     def list(self) -> list[FakeVersion]:
         return [
-            FakeVersion(name, 1, digest_of(name), ("prod",), 8, self.manifest(self.resolve(name)).task.kind)
+            FakeVersion(
+                name, 1, digest_of(name), ("prod",), 8, self.manifest(self.resolve(name)).task.kind
+            )
             for name in ADAPTERS
         ]
 

@@ -29,9 +29,14 @@ async def edge() -> AsyncIterator[Edge]:
         yield running
 
 
+def trailing(error: grpc.aio.AioRpcError) -> dict[str, Any]:
+    metadata: Any = error.trailing_metadata()
+    return dict(metadata)
+
+
 def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     """The google.rpc details of an error, by message name."""
-    raw = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
+    raw = trailing(error)["grpc-status-details-bin"]
     found = {}
     for packed in status_pb2.Status.FromString(raw).details:
         name = packed.TypeName().rsplit(".", 1)[-1]
@@ -81,9 +86,7 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
 async def test_impossible_sampling_is_refused_by_its_path(
     edge: Edge, fields: dict[str, Any], path: str
 ) -> None:
-    request = pb.GenerateRequest(
-        input=pb.Input(prompt="2 5"), sampling=pb.SamplingParams(**fields)
-    )
+    request = pb.GenerateRequest(input=pb.Input(prompt="2 5"), sampling=pb.SamplingParams(**fields))
     error = await generate_error(edge, request)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert details(error)["BadRequest"].field_violations[0].field == path
@@ -132,14 +135,23 @@ async def test_bad_inputs_are_refused_by_their_path(
     assert not edge.engine.submitted
 
 
-REFS = ["../x", "/etc/passwd", "a\0b", "x" * 300, "sentimеnt", "alpha.", "alpha@", "@prod", "A", "a/b/c"]
+REFS = [
+    "../x",
+    "/etc/passwd",
+    "a\0b",
+    "x" * 300,
+    "sentim\u0435nt",
+    "alpha.",
+    "alpha@",
+    "@prod",
+    "A",
+    "a/b/c",
+]
 
 
 @pytest.mark.parametrize("ref", REFS)
 async def test_refs_that_are_none_are_invalid(edge: Edge, ref: str) -> None:
-    error = await generate_error(
-        edge, pb.GenerateRequest(adapter=ref, input=pb.Input(prompt="2"))
-    )
+    error = await generate_error(edge, pb.GenerateRequest(adapter=ref, input=pb.Input(prompt="2")))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert details(error)["BadRequest"].field_violations[0].field == "adapter"
 
@@ -152,7 +164,11 @@ async def test_an_unknown_adapter_is_not_found_and_leaves_no_trace(edge: Edge) -
     assert details(error)["ErrorInfo"].reason == "ADAPTER_NOT_FOUND"
     assert details(error)["ResourceInfo"].resource_type == "adapter"
     assert not edge.residency.leases
-    names = {sample.labels.get("adapter") for m in edge.metrics.registry.collect() for sample in m.samples}
+    names = {
+        sample.labels.get("adapter")
+        for m in edge.metrics.registry.collect()
+        for sample in m.samples
+    }
     assert "nobody" not in names
 
 

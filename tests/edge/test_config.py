@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lorary.errors import ConfigError
+from lorary.registry.cli import DEFAULT_REGISTRY
 from lorary.server.config import ServerConfig, flag, format_size, options_table, parse_size
 
 
@@ -61,6 +62,11 @@ def test_sizes(text: str, num_bytes: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_size(text)
+
+
+def test_server_and_registry_command_have_one_default() -> None:
+    assert config().registry == "r"
+    assert ServerConfig(base="tiny").registry == DEFAULT_REGISTRY
 
 
 def test_every_field_is_in_the_table() -> None:

@@ -115,7 +115,7 @@ async def test_a_client_that_pings_each_second_on_a_silent_stream_is_kept(edge: 
 async def test_a_port_in_use_is_a_configuration_error(edge: Edge, which: str) -> None:
     taken = edge.address if which == "port" else edge.metrics_url.removesuffix("/metrics")
     number = int(taken.rsplit(":", 1)[-1])
-    ports = {"port": 0, "metrics_port": 0, which: number}
+    ports: dict[str, Any] = {"port": 0, "metrics_port": 0, which: number}
     with pytest.raises(ConfigError, match=f"{number}.*in use"):
         check_ports_free(ServerConfig(base="tiny", registry="r", **ports))
     with pytest.raises(ConfigError, match=f"{number}.*in use"):

@@ -28,6 +28,11 @@ def request(adapter: str = "alpha", **fields: Any) -> pb.GenerateRequest:
     )
 
 
+async def read_to_the_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:  # type: ignore[attr-defined]
+        pass
+
+
 async def all_is_given_back(edge: Edge) -> None:
     await eventually(lambda: edge.calls.num_in_flight == 0)
     await eventually(lambda: edge.residency.num_held == 0)
@@ -64,17 +69,16 @@ async def test_an_early_end_gives_everything_back(edge: Edge, phase: str, how: s
     if how == "cancel":
         call.cancel()
     elif how == "disconnect":
-        await channel.close()
+        await channel.close(None)
     else:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await read_to_the_end(call)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     await eventually(lambda: edge.calls.num_in_flight == 0)
     edge.engine.gate.set()
     await all_is_given_back(edge)
     assert edge.engine.cancelled
-    await channel.close()
+    await channel.close(None)
     code = "DEADLINE_EXCEEDED" if how == "deadline" else "CANCELLED"
     labels = {"method": "Generate", "code": code}
     await eventually(

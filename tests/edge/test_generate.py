@@ -48,7 +48,9 @@ async def test_receipt_names_what_answered(edge: Edge) -> None:
     assert trailing["lorary-request-id"] == "mine"
 
 
-async def test_bare_base_has_an_empty_digest_and_default_tokens_fill_the_context(edge: Edge) -> None:
+async def test_bare_base_has_an_empty_digest_and_default_tokens_fill_the_context(
+    edge: Edge,
+) -> None:
     events = await collect(edge.inference.Generate(request()))
     complete = events[-1].complete
     assert complete.receipt.digest == ""
@@ -56,9 +58,7 @@ async def test_bare_base_has_an_empty_digest_and_default_tokens_fill_the_context
 
 
 async def test_text_uses_the_adapters_template_and_defaults(edge: Edge) -> None:
-    call = edge.inference.Generate(
-        pb.GenerateRequest(adapter="alpha", input=pb.Input(text="2 5"))
-    )
+    call = edge.inference.Generate(pb.GenerateRequest(adapter="alpha", input=pb.Input(text="2 5")))
     complete = (await collect(call))[-1].complete
     assert complete.usage.prompt_tokens == 3  # 100 2 5
     assert complete.text == "7 9 11 13 15 "  # the task's max_new_tokens is 5
@@ -85,7 +85,11 @@ async def test_n_answers_each_end_once_with_a_lease_each(edge: Edge) -> None:
     ends = [e.complete.index for e in events if e.HasField("complete")]
     assert sorted(ends) == [0, 1, 2]
     for index in range(3):
-        tokens = [list(e.chunk.token_ids) for e in events if e.HasField("chunk") and e.chunk.index == index]
+        tokens = [
+            list(e.chunk.token_ids)
+            for e in events
+            if e.HasField("chunk") and e.chunk.index == index
+        ]
         assert tokens == [[7], [9]]
     assert len(edge.residency.leases) == 3
     assert edge.residency.num_held == 0
@@ -119,9 +123,7 @@ async def test_classify_with_given_labels_on_the_bare_base(edge: Edge) -> None:
 
 
 async def test_tokenize_is_what_generate_reads(edge: Edge) -> None:
-    call = edge.inference.Tokenize(
-        pb.TokenizeRequest(adapter="alpha", input=pb.Input(text="2 5"))
-    )
+    call = edge.inference.Tokenize(pb.TokenizeRequest(adapter="alpha", input=pb.Input(text="2 5")))
     answer = await call
     assert list(answer.token_ids) == [100, 2, 5]
     assert list(answer.pieces) == ["100 ", "2 ", "5 "]

@@ -12,7 +12,7 @@ from lorary import errors
 from lorary.errors import OUTCOMES, LoraryError, outcome, reason
 from lorary.server import status
 from lorary.v1 import inference_pb2 as pb
-from tests.edge.test_bad_input import details, generate_error
+from tests.edge.test_bad_input import details, generate_error, trailing
 
 if TYPE_CHECKING:
     from google.rpc import status_pb2
@@ -127,4 +127,4 @@ async def test_unary_calls_have_the_same_catch_all(edge: Edge) -> None:
 async def test_an_error_keeps_the_request_id_in_the_trailing_metadata(edge: Edge) -> None:
     request = pb.GenerateRequest(adapter="nobody", input=pb.Input(prompt="2"), request_id="mine")
     error = await generate_error(edge, request)
-    assert dict(error.trailing_metadata() or ())["lorary-request-id"] == "mine"
+    assert trailing(error)["lorary-request-id"] == "mine"

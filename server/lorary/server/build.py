@@ -61,13 +61,16 @@ def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer)
         BaseNotFound: there is no such base.
         MissingDependency: an asset package or a library is missing.
     """
+    from lorary.registry import Registry
+
+    registry = Registry.open(config.registry)
+
+    # Later than what fails quickly: torch takes seconds to import.
     import torch
 
     from lorary.bases import PromptBuilder, find_base
     from lorary.bases.load import default_dtype, load_model, load_tokenizer
-    from lorary.registry import Registry
 
-    registry = Registry.open(config.registry)
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -26,7 +26,7 @@ def serve(*, as_json: bool, **options: Any) -> None:
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """Return the command line's parameter for one field of the configuration."""
     meta = field.metadata
-    kwargs: dict[str, Any] = {"help": meta["help"]}
+    kwargs: dict[str, Any] = {"help": meta["help"], "envvar": meta["env"]}
     default: Any = field.default
     if meta["is_size"]:
         # Sizes are texts on the command line; the parser turns them into bytes.

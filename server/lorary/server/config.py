@@ -18,6 +18,7 @@ from typing import Any, Literal
 from lorary.errors import ConfigError
 
 GIB = 2**30
+DEFAULT_REGISTRY = "file://~/.local/share/lorary/registry"
 _UNITS = {
     "": 1,
     "b": 1,
@@ -60,9 +61,17 @@ def _option(
     high: float | None = None,
     choices: tuple[str, ...] = (),
     is_size: bool = False,
+    env: str | None = None,
 ) -> Any:
-    """Declare a field with its help, its range, or its choices."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_size": is_size}
+    """Declare a field with its help, its range, its choices, or its environment variable."""
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "is_size": is_size,
+        "env": env,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,7 +86,9 @@ class ServerConfig:
     base: str = _option(
         dataclasses.MISSING, "Base model: a short name (smollm2-135m), a Hub id, or a folder."
     )
-    registry: str = _option(dataclasses.MISSING, "Registry of adapters: file:///path or a folder.")
+    registry: str = _option(
+        DEFAULT_REGISTRY, "Registry of adapters: file:///path or a folder.", env="LORARY_REGISTRY"
+    )
     quantize: Literal["auto", "none", "int8", "nf4"] = _option(
         "auto",
         "How the base is quantized; auto is nf4 on CUDA and none on CPU.",
@@ -194,6 +205,8 @@ def options_table() -> str:
         elif meta["low"] is not None:
             shown = format_size if meta["is_size"] else _plain
             text += f" {shown(meta['low'])} to {shown(meta['high'])}."
+        if meta["env"]:
+            text += f" Or `{meta['env']}`."
         lines.append(f"| `{flag(field.name)}` | {default} | {text} |")
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,140 @@
+"""``lorary call``: ask a server from a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorary.client import Client, GenerateResult
+from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
+from lorary.errors import InvalidRequest
+from lorary.registry.cli_support import console, print_json, table
+
+if TYPE_CHECKING:
+    from lorary.client import Classification, Receipt
+
+app = typer.Typer(name="call", add_completion=False, pretty_exceptions_enable=False)
+
+TargetOption = Annotated[
+    str, typer.Option("--target", envvar="LORARY_TARGET", help="The server's host:port.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(epilog='Example: lorary call sentiment@prod "the film was a delight" --classify')
+def call(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="name, name@prod, name@3 …; '' is the base.")
+    ],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="What to send; '-' reads standard input.")
+    ] = "-",
+    is_prompt: Annotated[
+        bool, typer.Option("--prompt", help="TEXT is a complete prompt, not the template's input.")
+    ] = False,
+    is_chat: Annotated[
+        bool, typer.Option("--chat", help="TEXT is a message to the base's chat template.")
+    ] = False,
+    classify: Annotated[
+        bool, typer.Option("--classify", help="Print the probability of every label.")
+    ] = False,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="Score this label; may be repeated.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    num_answers: Annotated[int, typer.Option("-n", "--n", min=1, max=16, help="Answers.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus, (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0 keeps all.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    target: TargetOption = DEFAULT_TARGET,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = DEFAULT_TIMEOUT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """Send one input to one adapter; the answer goes to stdout, its receipt to stderr."""
+    given = _given(_read(text), is_prompt=is_prompt, is_chat=is_chat)
+    if (classify or label) and (stream or num_answers > 1):
+        raise InvalidRequest("--classify gives one answer at once; leave out --stream and -n.")
+    if stream and num_answers > 1:
+        raise InvalidRequest("--stream prints one answer; leave out -n.")
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "stop": stop,
+        "seed": seed,
+    }
+    with Client(target, timeout_s=timeout) as client:
+        if classify or label:
+            scored = client.classify(**given, adapter=adapter, labels=label or ())
+            _print_labels(scored, as_json=as_json)
+        elif stream:
+            _print_stream(client, given, adapter, options, as_json=as_json)
+        else:
+            answers = client.generate_many(num_answers, **given, adapter=adapter, **options)
+            _print_answers(answers, as_json=as_json)
+
+
+def _read(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+def _given(text: str, *, is_prompt: bool, is_chat: bool) -> dict[str, Any]:
+    if is_prompt and is_chat:
+        raise InvalidRequest("--prompt and --chat are two ways to read TEXT; give one of them.")
+    if is_chat:
+        return {"messages": [{"role": "user", "content": text}]}
+    return {"prompt" if is_prompt else "text": text}
+
+
+def _print_answers(answers: list[GenerateResult], *, as_json: bool) -> None:
+    if as_json:
+        print_json(answers[0] if len(answers) == 1 else answers)
+        return
+    for answer in answers:
+        if len(answers) > 1:
+            typer.echo(f"── {answer.index + 1} of {len(answers)} ──")
+        typer.echo(answer.text)
+    _print_receipt(answers[-1].receipt, answers[-1].usage.completion_tokens)
+
+
+def _print_stream(
+    client: Client, given: dict[str, Any], adapter: str, options: dict[str, Any], *, as_json: bool
+) -> None:
+    for event in client.stream(**given, adapter=adapter, **options):
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(event), ensure_ascii=False))
+        elif isinstance(event, GenerateResult):
+            typer.echo()
+            _print_receipt(event.receipt, event.usage.completion_tokens)
+        else:
+            typer.echo(event.text, nl=False)
+            sys.stdout.flush()
+
+
+def _print_labels(scored: Classification, *, as_json: bool) -> None:
+    if as_json:
+        print_json(scored)
+        return
+    rows = table("label", "probability")
+    for label, probability in scored.probabilities.items():
+        rows.add_row(label, f"{probability:.4f}")
+    console().print(rows)
+    _print_receipt(scored.receipt, 0)
+
+
+def _print_receipt(receipt: Receipt, num_tokens: int) -> None:
+    name = f"{receipt.name}@{receipt.version} {receipt.digest[:19]}" if receipt.name else "base"
+    times = receipt.timings
+    seconds = times.queue_s + times.prefill_s + times.decode_s
+    tokens = f", {num_tokens} tokens" if num_tokens else ""
+    typer.echo(f"{name}{tokens}, {seconds * 1000:.0f} ms on the server", err=True)
