@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
+from lorary.server.native import library as native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from lorary.server.adapters.residency import ResidencyObserver
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,7 @@ class EngineLimits:
         max_waiting: most requests in the queue.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
+        pin_threads: give every CPU thread of the engine a core of its own.
     """
 
     max_batch: int = 32
@@ -49,6 +55,7 @@ class EngineLimits:
     max_waiting: int = 1024
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
+    pin_threads: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ def assemble(
         long_from=lora.long_from,
         deliver=deliver,
         observer=engine_observer,
+        on_thread_start=_thread_setup(device, pin=limits.pin_threads),
     )
     modules = frozenset(name for group in lora.groups for name in group.spec.modules)
 
@@ -114,6 +122,28 @@ def assemble(
         pool=lora.pool, load=load, on_change=engine.wake, observer=residency_observer
     )
     return Assembled(engine, residency, lora)
+
+
+def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:
+    """Return what the engine thread does first: take this thread's number of threads, and cores.
+
+    torch keeps that number per thread, so a new thread must be told. Pinned, because a scheduler
+    that puts two of the team's threads on one core makes every OpenMP barrier wait whole time
+    slices; only where the team is as wide as the process may be, for else somebody else's plan
+    holds.
+    """
+    count = torch.get_num_threads()
+    cpus = sorted(os.sched_getaffinity(0))
+    kernels = native.load() if device.type == "cpu" else None
+
+    def set_up() -> None:
+        torch.set_num_threads(count)
+        if pin and isinstance(kernels, native.NativeKernels) and 1 < count == len(cpus):
+            pinned = kernels.pin_team(cpus)
+            if pinned < count:
+                logger.warning("%d of %d engine threads could not be pinned", count - pinned, count)
+
+    return set_up
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

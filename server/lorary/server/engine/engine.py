@@ -84,7 +84,9 @@ class Engine:
         long_from: int,
         deliver: Callable[[list[Output]], None],
         observer: EngineObserver | None = None,
+        on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_thread_start = on_thread_start
         self._runner = runner
         self._cache = cache
         self._scheduler = scheduler
@@ -163,6 +165,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._on_thread_start()
             while self._wait_for_work():
                 self._step()
         except Exception as error:

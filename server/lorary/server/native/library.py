@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.segments import Segments
 
-_ABI = 2
+_ABI = 3
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "adapters.cpp", _FOLDER / "attention.cpp")
+_SOURCES = (_FOLDER / "adapters.cpp", _FOLDER / "attention.cpp", _FOLDER / "threads.cpp")
 _HEADERS = (_FOLDER / "common.h",)
 # Not -ffast-math: linked into a shared library it would switch off denormals for the whole process.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
@@ -49,6 +49,7 @@ class NativeKernels:
         if library.lorary_abi() != _ABI:
             raise OSError(f"kernel library {path} has another ABI; delete it")
         self.path = path
+        self._pin_team = library.lorary_pin_team
         self._add_rows = {
             dtype: _typed(library, f"lorary_add_rows_{suffix}", _ADD_ROWS)
             for dtype, suffix in _SUFFIX.items()
@@ -57,6 +58,15 @@ class NativeKernels:
             dtype: _typed(library, f"lorary_decode_{suffix}", _DECODE)
             for dtype, suffix in _SUFFIX.items()
         }
+
+    def pin_team(self, cpus: Sequence[int]) -> int:
+        """Pin the calling thread and its OpenMP workers, one to each of ``cpus``.
+
+        Returns:
+            How many threads were pinned; fewer than asked when the system does not allow it.
+        """
+        numbers = (ctypes.c_int32 * len(cpus))(*cpus)
+        return int(self._pin_team(numbers, len(cpus)))
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether there are kernels for this dtype."""
