@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
 PROTO_ENV := .venv-protos/.installed
-PROMTOOL := .tools/promtool
+PROMETHEUS := .tools/promtool
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
@@ -41,11 +41,11 @@ bench: assets ## Measure serving speed beside PEFT; writes JSONL and a table
 
 ##@ Verify
 .PHONY: test
-test: assets $(PROMTOOL) ## The whole test suite (under 15 min on 2 cores)
+test: assets $(PROMETHEUS) ## The whole test suite (under 15 min on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
 
 .PHONY: check
-check: $(ENV) $(PROTO_ENV) $(PROMTOOL) ## Format, lint, types, generated protos, deploy files
+check: $(ENV) $(PROTO_ENV) $(PROMETHEUS) ## Format, lint, types, generated protos, deploy files
 	scripts/check
 
 .PHONY: verify-main
@@ -104,5 +104,5 @@ $(PROTO_ENV): Makefile
 	@touch $@
 
 # Without it the tests that need it fail and say so; the others run.
-$(PROMTOOL):
-	-scripts/fetch-promtool $@
+$(PROMETHEUS):
+	-scripts/fetch-prometheus $(@D)
