@@ -1,0 +1,224 @@
+"""A real server scraped by a real Prometheus: everything the dashboard and the alerts read exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from lorary.client import Client
+from lorary.errors import AdapterNotFound
+from lorary.registry import BaseCard, Registry
+from tests.deploy.files import (
+    PROMETHEUS_CONFIG,
+    RULES,
+    SYNTHETIC,
+    panel_expressions,
+    read_yaml,
+    rule_expressions,
+    selectors,
+    tool,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+READY_TIMEOUT_S = 120.0
+NUM_SCRAPES = 5
+SERVE = "from lorary.server.cli import app; app()"
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A server under calls, and the Prometheus that watches it."""
+
+    prometheus: str
+    exposition: str
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """Return what Prometheus' HTTP API answers."""
+        query = urllib.parse.urlencode(parameters)
+        answer = json.loads(fetch(f"{self.prometheus}/api/v1/{path}?{query}"))
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        body: bytes = answer.read()
+    return body.decode()
+
+
+def wait_for(what: str, is_true: Any, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until ``is_true()``; a process that ended, or the limit, fails with its log."""
+    until = time.monotonic() + READY_TIMEOUT_S
+    while not is_true():
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"no {what}; its log:\n{log.read_text()[-4000:]}", pytrace=False)
+        time.sleep(0.1)
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def call(client: Client, stop: threading.Event) -> None:
+    """Call with every adapter and none until told to stop; load and unload one of them."""
+    while not stop.is_set():
+        for adapter in ("alpha", "bravo", ""):
+            client.generate(prompt="the cat sat on", adapter=adapter, max_tokens=8, ignore_eos=True)
+        client.unload_adapter("alpha")
+
+
+def prometheus_answers(url: str) -> bool:
+    try:
+        return "Ready" in fetch(f"{url}/-/ready")
+    except OSError:
+        return False
+
+
+def num_scrapes(live: Live) -> float:
+    result = live.ask("query", query='sum(count_over_time(lorary_engine_up{job="lorary"}[1h]))')
+    return float(result["result"][0]["value"][1]) if result["result"] else 0.0
+
+
+@pytest.fixture(scope="module")
+def live(
+    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    root = tmp_path_factory.mktemp("live")
+    registry = Registry.open(root / "registry", create=True)
+    card = BaseCard.from_folder(tiny_base)
+    for name in ("alpha", "bravo"):
+        registry.push(tiny_adapters[name], name, base=card)
+    ready = root / "ready.json"
+    serve = [sys.executable, "-c", SERVE, "--base", str(tiny_base), "--port", "0"]
+    serve += ["--registry", str(root / "registry"), "--metrics-port", "0", "--device", "cpu"]
+    serve += ["--ready-file", str(ready), "--max-context", "256", "--dtype", "float32"]
+    with running(serve, root / "server.log") as server:
+        wait_for("server", ready.exists, server, root / "server.log")
+        facts = json.loads(ready.read_text())
+
+        config = read_yaml(PROMETHEUS_CONFIG)
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(RULES)]
+        target = facts["metrics"].split("/")[2]
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+        (root / "prometheus.yml").write_text(yaml.safe_dump(config))
+        port = free_port()
+        watch = [tool("prometheus"), f"--config.file={root / 'prometheus.yml'}"]
+        watch += [f"--storage.tsdb.path={root / 'tsdb'}", f"--web.listen-address=127.0.0.1:{port}"]
+        url = f"http://127.0.0.1:{port}"
+        with running(watch, root / "prometheus.log") as prometheus:
+            wait_for(
+                "Prometheus",
+                lambda: prometheus_answers(url),
+                prometheus,
+                root / "prometheus.log",
+            )
+            stop = threading.Event()
+            with Client(facts["address"]) as client:
+                client.wait_until_ready(30)
+                with pytest.raises(AdapterNotFound):
+                    client.generate(prompt="the cat", adapter="nobody")
+                caller = threading.Thread(target=call, args=(client, stop))
+                caller.start()
+                try:
+                    early = Live(url, "")
+                    wait_for(
+                        "scrapes",
+                        lambda: num_scrapes(early) >= NUM_SCRAPES,
+                        prometheus,
+                        root / "prometheus.log",
+                    )
+                    yield Live(url, fetch(facts["metrics"]))
+                finally:
+                    stop.set()
+                    caller.join(30)
+        server.terminate()
+        assert server.wait(30) == 0, (root / "server.log").read_text()[-4000:]
+
+
+def test_every_panel_shows_something(live: Live) -> None:
+    empty = []
+    for title, expression in panel_expressions(rate_interval="10s"):
+        result = live.ask("query", query=expression)["result"]
+        values = [float(series["value"][1]) for series in result]
+        if not [value for value in values if value == value]:
+            empty.append(f"{title}: {expression}")
+    assert not empty
+
+
+def test_every_series_and_label_value_of_panels_and_rules_is_exposed(live: Live) -> None:
+    """Also those that no scrape holds while all is well: a label value misspelt never fires."""
+    exposed: dict[str, list[dict[str, str]]] = {}
+    for family in text_string_to_metric_families(live.exposition):
+        for sample in family.samples:
+            exposed.setdefault(sample.name, []).append(sample.labels)
+    recorded = {name for name, _ in rule_expressions()} | SYNTHETIC
+    # Status codes appear when a call ends so; they are gRPC's names. So do causes of eviction.
+    from_elsewhere = {"job", "instance", "code", "cause"}
+    for title, expression in [*panel_expressions(), *rule_expressions()]:
+        for name, labels in selectors(expression):
+            if name in recorded:
+                continue
+            assert name in exposed, f"{title} reads {name}, which the server does not expose"
+            wanted = {k: v for k, v in labels.items() if k not in from_elsewhere}
+            assert any(
+                all(re.fullmatch(v, series.get(k, "")) for k, v in wanted.items())
+                for series in exposed[name]
+            ), f"{title} reads {name} with {wanted}"
+            assert not (labels.keys() - {"job", "instance"}) - {
+                label for series in exposed[name] for label in series
+            }
+
+
+def test_rules_evaluate_and_a_healthy_server_alerts_nobody(live: Live) -> None:
+    rules = [rule for group in live.ask("rules")["groups"] for rule in group["rules"]]
+    assert len(rules) == len(rule_expressions())
+    assert not [(rule["name"], rule["lastError"]) for rule in rules if rule["health"] == "err"]
+    assert not live.ask("alerts")["alerts"]
+
+
+def test_exposition_follows_prometheus_conventions(live: Live) -> None:
+    done = subprocess.run(
+        [tool("promtool"), "check", "metrics"],
+        input=live.exposition,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
