@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tests.server.conftest import EngineWorld
 
 PROMPT = [5, 6, 7, 8]
+# An answer that does not end by itself while a test looks at it, however slow the machine.
+LONG = 8000
+CONTEXT = 8192
 
 
 def assert_idle(world: EngineWorld) -> None:
@@ -84,9 +87,9 @@ def test_answers_of_one_call_differ(make_world: Callable[..., EngineWorld]) -> N
 
 
 def test_cancel_frees_everything(make_world: Callable[..., EngineWorld]) -> None:
-    world = make_world(max_batch=1)
-    running = world.submit(PROMPT, "alpha", max_tokens=200, ignore_eos=True)
-    queued = world.submit(PROMPT, "bravo", max_tokens=200, ignore_eos=True)
+    world = make_world(max_batch=1, max_context=CONTEXT)
+    running = world.submit(PROMPT, "alpha", max_tokens=LONG, ignore_eos=True)
+    queued = world.submit(PROMPT, "bravo", max_tokens=LONG, ignore_eos=True)
     world.collector.wait_started(running)
     world.engine.cancel(queued)
     world.engine.cancel(running)
@@ -97,9 +100,9 @@ def test_cancel_frees_everything(make_world: Callable[..., EngineWorld]) -> None
 
 
 def test_deadline_ends_the_answer_wherever_it_is(make_world: Callable[..., EngineWorld]) -> None:
-    world = make_world(max_batch=1)
+    world = make_world(max_batch=1, max_context=CONTEXT)
     soon = time.monotonic() + 0.05
-    running = world.submit(PROMPT, max_tokens=250, ignore_eos=True, deadline_s=soon)
+    running = world.submit(PROMPT, max_tokens=LONG, ignore_eos=True, deadline_s=soon)
     queued = world.submit(PROMPT, "alpha", deadline_s=time.monotonic() - 1)
     for request_id in (running, queued):
         assert isinstance(world.collector.wait(request_id)[2], DeadlineExceeded)
@@ -107,8 +110,8 @@ def test_deadline_ends_the_answer_wherever_it_is(make_world: Callable[..., Engin
 
 
 def test_full_queue_refuses_and_takes_nothing(make_world: Callable[..., EngineWorld]) -> None:
-    world = make_world(max_batch=1, max_waiting=1)
-    running = world.submit(PROMPT, max_tokens=200, ignore_eos=True)
+    world = make_world(max_batch=1, max_waiting=1, max_context=CONTEXT)
+    running = world.submit(PROMPT, max_tokens=LONG, ignore_eos=True)
     world.collector.wait_started(running)
     world.submit(PROMPT)
     with pytest.raises(Overloaded, match="--max-waiting"):
@@ -130,8 +133,8 @@ def test_adapter_that_cannot_be_loaded_fails_its_own_request_only(
 def test_step_that_raises_fails_everyone_and_says_so(
     make_world: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = make_world()
-    running = world.submit(PROMPT, max_tokens=200, ignore_eos=True)
+    world = make_world(max_context=CONTEXT)
+    running = world.submit(PROMPT, max_tokens=LONG, ignore_eos=True)
     world.collector.wait_started(running)
 
     def explode(batch: object) -> torch.Tensor:
@@ -149,8 +152,8 @@ def test_step_that_raises_fails_everyone_and_says_so(
 
 
 def test_shutdown_ends_what_is_in_flight(make_world: Callable[..., EngineWorld]) -> None:
-    world = make_world()
-    running = world.submit(PROMPT, max_tokens=250, ignore_eos=True)
+    world = make_world(max_context=CONTEXT)
+    running = world.submit(PROMPT, max_tokens=LONG, ignore_eos=True)
     world.collector.wait_started(running)
     world.engine.shutdown()
     assert isinstance(world.collector.wait(running)[2], Unavailable)
