@@ -4,7 +4,7 @@ import re
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorary.errors import InvalidRef
@@ -26,16 +26,19 @@ refs = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(refs)
 def test_a_printed_ref_parses_to_itself(ref: AdapterRef) -> None:
     assert parse_ref(str(ref)) == ref
 
 
+@settings(deadline=None)
 @given(names)
 def test_a_bare_name_means_latest(name: str) -> None:
     assert parse_ref(name) == AdapterRef(name=name, alias="latest")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_parses_to_something_harmless_or_is_refused(text: str) -> None:
     message = ""

@@ -138,7 +138,7 @@ def test_a_base_that_cannot_be_found(command: Command, forge: Forge) -> None:
     assert "--base" in command.error("push", folder, "a", code=2)
 
 
-@pytest.mark.parametrize("cls", sorted(OUTCOMES, key=lambda cls: cls.__name__))
+@pytest.mark.parametrize("cls", list(OUTCOMES))
 def test_every_error_is_one_line_and_its_exit_code(
     cls: type[LoraryError], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -183,7 +183,9 @@ def test_a_missing_file_is_a_storage_error(tmp_path: Path) -> None:
 
 
 @given(position=st.integers(0, 400), value=st.integers(0, 255))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300
+)
 def test_one_changed_byte_never_breaks_the_parser(
     tmp_path: Path, position: int, value: int
 ) -> None:
@@ -201,7 +203,9 @@ def test_one_changed_byte_never_breaks_the_parser(
 
 
 @given(st.binary(max_size=200))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200
+)
 def test_random_bytes_are_refused(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "fuzz.safetensors"
     path.write_bytes(raw)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.module_patterns import first_matches, matching_names
-from lorary.registry.safetensors_file import parse_json, show
+from lorary.registry.strict_json import parse_json, show
 
 MAX_SCALE: Final = 1024.0
 """Largest |alpha / r| (or alpha / sqrt(r)); real adapters stay below 100."""

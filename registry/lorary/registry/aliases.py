@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, get_args
 
 from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
 from lorary.registry.durable import locked, storage_errors, sync_folder
-from lorary.registry.safetensors_file import parse_json
+from lorary.registry.strict_json import parse_json
 
 MoveKind = Literal["set", "rollback"]
 

@@ -27,13 +27,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from lorary.errors import BaseNotFound, CorruptArtifact, StorageError
-from lorary.registry.safetensors_file import (
-    BASE_LIMITS,
-    TensorInfo,
-    parse_json,
-    read_header,
-    show,
-)
+from lorary.registry.safetensors_file import BASE_LIMITS, TensorInfo, read_header
+from lorary.registry.strict_json import parse_json, show
 
 logger = logging.getLogger(__name__)
 

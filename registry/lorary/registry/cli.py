@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
 from lorary.registry import cli_tables
+from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.base import BaseCard
 from lorary.registry.cli_support import console, print_json, progress_bar, run
@@ -18,8 +19,6 @@ from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name, parse_ref, parse_selector
 from lorary.registry.store import Registry
 from lorary.registry.validate import read_manifest
-
-DEFAULT_REGISTRY: Final = "file://~/.local/share/lorary/registry"
 
 app = typer.Typer(
     name="registry",

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from lorary.errors import CorruptArtifact, StorageError
-from lorary.registry.safetensors_file import show
+from lorary.registry.strict_json import show
 
 CONFIG_FILE: Final = "adapter_config.json"
 TENSORS_FILE: Final = "adapter_model.safetensors"

@@ -46,7 +46,7 @@ from lorary.registry.durable import (
 from lorary.registry.folder import MANIFEST_FILE
 from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name
-from lorary.registry.safetensors_file import parse_json
+from lorary.registry.strict_json import parse_json
 from lorary.registry.versions import Pointer, Versions
 
 logger = logging.getLogger(__name__)

@@ -23,24 +23,42 @@ the registry can give); ``push`` completes it. A sample::
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
+import types
+import typing
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from lorary.errors import CorruptArtifact
+from lorary.registry.strict_json import parse_json, show
 
 FORMAT_VERSION = 1
+_MAX_NUMBER = 1e300
+_PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 TaskKind = Literal["generation", "classification"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One file of a version: its POSIX path inside the folder, size in bytes, hex sha256."""
+    """One file of a version: its POSIX path inside the folder, size in bytes, hex sha256.
+
+    Raises:
+        CorruptArtifact: the path could leave the folder, or size or digest make no sense.
+    """
 
     path: str
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        is_right = _PATH.fullmatch(self.path) and self.size >= 0 and _SHA256.fullmatch(self.sha256)
+        if not is_right or ".." in self.path:
+            raise CorruptArtifact(f"manifest lists a file {_shown(self.path)} that cannot be one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +147,8 @@ class Manifest:
         Raises:
             CorruptArtifact: not JSON, a missing or unknown key, a wrong type, or a newer format.
         """
-        try:
-            raw = json.loads(text)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise CorruptArtifact(f"manifest is not JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise CorruptArtifact(f"manifest is a JSON {type(raw).__name__}; it must be an object")
+        encoded = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+        raw = parse_json(encoded, "manifest")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise CorruptArtifact(
@@ -147,53 +161,59 @@ class Manifest:
 
 def _build(cls: type[Any], raw: Any, where: str) -> Any:
     """Build a manifest dataclass from plain JSON, strictly: no unknown keys, no wrong types."""
-    import types
-    import typing
-
     if not isinstance(raw, dict):
-        raise CorruptArtifact(f"{where} is {raw!r}; it must be an object")
-    hints = typing.get_type_hints(cls)
+        raise CorruptArtifact(f"{where} is {_shown(raw)}; it must be an object")
+    hints = _hints(typing.cast("Hashable", cls))
     unknown = sorted(raw.keys() - hints.keys())
     if unknown:
-        raise CorruptArtifact(f"{where} has unknown keys {unknown}; known: {sorted(hints)}")
-
-    def convert(hint: Any, value: Any, path: str) -> Any:
-        origin, args = typing.get_origin(hint), typing.get_args(hint)
-        if origin in (types.UnionType, typing.Union):
-            if value is None and type(None) in args:
-                return None
-            (inner,) = [a for a in args if a is not type(None)]
-            return convert(inner, value, path)
-        if origin is tuple:
-            if not isinstance(value, list):
-                raise CorruptArtifact(f"{path} is {value!r}; it must be a list")
-            return tuple(convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-        if origin is Literal:
-            if value not in args:
-                raise CorruptArtifact(f"{path} is {value!r}; it must be one of {list(args)}")
-            return value
-        if origin is dict:
-            if not isinstance(value, dict):
-                raise CorruptArtifact(f"{path} is {value!r}; it must be an object")
-            if args[1] is float:
-                return {k: convert(float, v, f"{path}.{k}") for k, v in value.items()}
-            return value
-        if dataclasses.is_dataclass(hint):
-            return _build(typing.cast("type[Any]", hint), value, path)
-        if hint is float and type(value) in (int, float):
-            return float(value)
-        if type(value) is not hint:
-            raise CorruptArtifact(f"{path} is {value!r}; it must be of type {hint.__name__}")
-        return value
-
-    values = {k: convert(hints[k], v, f"{where}.{k}") for k, v in raw.items()}
+        raise CorruptArtifact(f"{where} has the unknown key {show(unknown[0])}; known: {[*hints]}")
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in raw.items()}
     missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise CorruptArtifact(f"{where} lacks {missing}")
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return None if value is None else _convert(inner, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise CorruptArtifact(f"{where} is {_shown(value)}; it must be one of {list(args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise CorruptArtifact(f"{where} is {_shown(value)}; it must be a list")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise CorruptArtifact(f"{where} is {_shown(value)}; it must be an object")
+        if args[1] is Any:
+            return value
+        return {
+            key: _convert(args[1], item, f"{where}[{show(key)}]") for key, item in value.items()
+        }
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, where)
+    if hint is float and type(value) in (int, float) and abs(value) < _MAX_NUMBER:
+        return float(value)
+    if type(value) is not hint or hint is float:
+        raise CorruptArtifact(f"{where} is {_shown(value)}; it must be of type {hint.__name__}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return show(value if isinstance(value, str) else repr(value))

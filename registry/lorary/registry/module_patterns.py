@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from lorary.errors import CorruptArtifact
-from lorary.registry.safetensors_file import show
+from lorary.registry.strict_json import show
 
 MATCH_TIMEOUT_S: Final = 5.0
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.-]+")

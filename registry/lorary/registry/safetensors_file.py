@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorary.errors import CorruptArtifact, StorageError
+from lorary.registry.strict_json import parse_json, show
 
 Array = npt.NDArray[Any]
 
@@ -186,12 +187,6 @@ def is_finite(array: Array) -> bool:
     return not bool(np.any((bits & mask) == mask))
 
 
-def show(name: str) -> str:
-    """Return a foreign name fit for a message: quoted, escaped, cut."""
-    shown = ascii(name)
-    return shown if len(shown) <= 120 else f"{shown[:117]}…'"
-
-
 def _header_bytes(file: BinaryIO, size: int, path: Path, limits: Limits) -> tuple[bytes, int]:
     prefix = file.read(_LENGTH_BYTES)
     if len(prefix) < _LENGTH_BYTES:
@@ -227,33 +222,6 @@ def _parse(raw: bytes, data_start: int, size: int, path: Path, limits: Limits) -
     infos.sort(key=lambda info: info.start)
     _check_cover(infos, data_start, size, path)
     return Header(tensors={info.name: info for info in infos}, metadata=metadata)
-
-
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no duplicate keys, no NaN, no deep nesting.
-
-    Raises:
-        CorruptArtifact: it is anything else; the message starts with ``what``.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            double = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise CorruptArtifact(f"{what} has the key {show(double)} twice")
-        return found
-
-    def constant(text: str) -> Any:
-        raise CorruptArtifact(f"{what} contains {text}, which is not JSON")
-
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise CorruptArtifact(f"{what} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CorruptArtifact(f"{what} is a JSON {type(parsed).__name__}; it must be an object")
-    return parsed
 
 
 def _tensor(name: str, entry: Any, data_start: int, path: Path, limits: Limits) -> TensorInfo:

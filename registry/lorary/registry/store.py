@@ -21,9 +21,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
-from urllib.parse import unquote, urlsplit
 
-from lorary.errors import AdapterNotFound, ConfigError, CorruptArtifact, InvalidRef
+from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef
+from lorary.registry.address import local_path
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset
 from lorary.registry.backend import Store
 from lorary.registry.base import BaseCard
@@ -58,7 +58,7 @@ class Registry:
             ConfigError: an address of an unknown kind, or a folder that is something else.
             StorageError: the folder is missing, or cannot be read or created.
         """
-        return cls(LocalStore(_local_path(address), create=create))
+        return cls(LocalStore(local_path(address), create=create))
 
     @property
     def url(self) -> str:
@@ -356,20 +356,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without an entry in passwd
         return f"uid-{os.getuid()}"
-
-
-def _local_path(address: str | Path) -> Path:
-    if isinstance(address, Path):
-        return address.expanduser()
-    parts = urlsplit(address)
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost", "~"):
-            raise ConfigError(
-                f"registry {address!r} names the machine {parts.netloc!r}; write file:///path, with "
-                "three slashes"
-            )
-        path = Path("~" if parts.netloc == "~" else "/") / unquote(parts.path).lstrip("/")
-        return path.expanduser()
-    if "://" in address or not address:
-        raise ConfigError(f"registry {address!r} is not a folder; write file:///path, or a path")
-    return Path(address).expanduser()

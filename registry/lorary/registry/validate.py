@@ -25,13 +25,8 @@ from lorary.registry.adapter_config import AdapterConfig, parse_config
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import TENSORS_FILE, AdapterFolder, scan_folder
 from lorary.registry.manifest import Manifest
-from lorary.registry.safetensors_file import (
-    TensorInfo,
-    is_finite,
-    read_header,
-    read_tensor,
-    show,
-)
+from lorary.registry.safetensors_file import TensorInfo, is_finite, read_header, read_tensor
+from lorary.registry.strict_json import show
 
 MAX_RANK: Final = 512
 PREFIX: Final = "base_model.model."

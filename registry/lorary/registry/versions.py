@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from lorary.errors import CorruptArtifact
 from lorary.registry.durable import link_new, storage_errors
-from lorary.registry.safetensors_file import parse_json
+from lorary.registry.strict_json import parse_json
 
 _FORMAT_VERSION: Final = 1
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
