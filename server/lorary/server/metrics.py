@@ -189,6 +189,8 @@ class ServerMetrics:
         self._evictions = Counter(
             "lorary_adapter_evictions", "Adapters that left the device.", ["cause"], registry=r
         )
+        for cause in ("memory", "unload"):
+            self._evictions.labels(cause)  # a rate needs the zero before the first one
         self.adapters = TopAdapters(num_tracked, registry=r)
 
     def describe(self, facts: ServerFacts) -> None:
