@@ -1,0 +1,196 @@
+"""The command line of the serving benchmark, and its order of events."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Eta
+
+from benchmarks import report
+from benchmarks.harness.machine import ROOT, commit, cpu_slug, machine, versions
+from benchmarks.harness.threads import pin_threads
+from benchmarks.plan import SEED, Plan, Popularity, Through
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.workload import Contender
+
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+PEER = "peft"
+console = Console(stderr=True)
+
+
+def main(
+    adapters: Annotated[str, typer.Option(help="Numbers of adapters.")] = "0,1,8,32",
+    concurrency: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,8,32",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each cell and contender.")] = 3,
+    contenders: Annotated[str, typer.Option(help="Of lorary and peft.")] = "lorary,peft",
+    through: Annotated[Through, typer.Option(help="What Lorary is measured through.")] = (
+        Through.engine
+    ),
+    popularity: Annotated[Popularity, typer.Option(help="How adapters are drawn.")] = (
+        Popularity.uniform
+    ),
+    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Least requests of a run.")] = 8,
+    quick: Annotated[bool, typer.Option("--quick", help="8 adapters, 8 requests, once.")] = False,
+    tolerate_load: Annotated[
+        bool, typer.Option("--tolerate-load", help="Accept runs on a busy machine; recorded.")
+    ] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Repeats of a run that was disturbed.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
+    ] = False,
+) -> None:
+    """Measure Lorary and PEFT's mixed batch on the same requests."""
+    if table:
+        path = out or _newest()
+        report.write_section(DOCUMENT, report.section(path))
+        console.print(f"{DOCUMENT} shows {path}")
+        return
+    threads = pin_threads(threads)
+    plan = Plan(
+        base=base,
+        dtype=dtype,
+        threads=threads,
+        adapters=(8,) if quick else _numbers("adapters", adapters, least=0),
+        concurrency=(8,) if quick else _numbers("concurrency", concurrency, least=1),
+        repeats=1 if quick else repeats,
+        contenders=_contenders(contenders, through),
+        popularity=popularity,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        min_requests=requests,
+        agreement_calls=5 if quick else 9,
+    )
+    now = datetime.datetime.now(datetime.UTC)
+    path = out or RESULTS / f"serving-{cpu_slug()}-{now:%Y%m%d-%H%M%S}.jsonl"
+    head = {
+        "benchmark": "serving",
+        "date": f"{now:%Y-%m-%d}",
+        **commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "setup": plan.record(),
+    }
+    with tempfile.TemporaryDirectory(prefix="lorary-bench-") as scratch:
+        is_complete = _run(plan, Path(scratch), path, head, tolerate_load, retries)
+    console.print(f"\nrecords: {path}")
+    Console().print(report.table(report.read(path)), highlight=False, soft_wrap=True)
+    if not is_complete:
+        console.print(
+            "[red]some cells have no run on a quiet machine[/]; wait, or pass --tolerate-load"
+        )
+        raise typer.Exit(1)
+
+
+def _run(
+    plan: Plan, scratch: Path, path: Path, head: dict[str, Any], tolerate: bool, retries: int
+) -> bool:
+    from benchmarks.measure import Quiet, measure
+    from benchmarks.setup import build, check
+    from benchmarks.workload import Call, choose
+
+    quiet = Quiet(tolerate=tolerate, retries=retries)
+    is_complete = True
+    with build(plan, scratch, console) as stage, _progress() as progress:
+        check(plan, stage, lambda record: report.append(path, {**head, **record}), console)
+        cells = [(k, c) for k in plan.adapters for c in plan.concurrency]
+        runs = [(k, c, r) for k, c in cells for r in range(plan.repeats)]
+        bar = progress.add_task("", total=len(runs) * len(stage.contenders))
+        for num_adapters, at_once, repeat in runs:
+            # The same calls for every contender; others in every repeat.
+            rng = random.Random(f"{SEED}/{num_adapters}/{at_once}/{repeat}")
+            names = stage.adapters[:num_adapters]
+            count = plan.num_requests(at_once)
+            chosen = choose(names, count, plan.popularity.value, rng)
+            prompts = stage.prompts.take(count, plan.prompt_tokens, rng)
+            calls = [Call(prompt_ids=p, adapter=a) for p, a in zip(prompts, chosen, strict=True)]
+            for contender in _in_turn(stage.contenders, repeat):
+                what = f"{contender.name}: {num_adapters} adapters, {at_once} requests at once"
+                progress.update(bar, description=what)
+                contender.prepare(names)
+                if repeat == 0:
+                    contender.run(calls[:at_once], concurrency=at_once, new_tokens=4)
+                record: dict[str, Any] = {}
+                for record in measure(
+                    contender, calls, concurrency=at_once, new_tokens=plan.new_tokens, quiet=quiet
+                ):
+                    place = {"adapters": num_adapters, "concurrency": at_once, "repeat": repeat}
+                    run = {"kind": "run", "contender": contender.name, **place, **record}
+                    report.append(path, {**head, **run})
+                    progress.console.print(_line(what, run), highlight=False, soft_wrap=True)
+                is_complete &= bool(record["accepted"])
+                progress.advance(bar)
+    return is_complete
+
+
+def _in_turn(contenders: Sequence[Contender], repeat: int) -> Sequence[Contender]:
+    """Change who goes first from repeat to repeat."""
+    return contenders if repeat % 2 == 0 else list(reversed(contenders))
+
+
+def _line(what: str, run: dict[str, Any]) -> str:
+    foreign = run["load"]["foreign_cores"]
+    noise = "" if run["quiet"] else f"  [yellow]others took {foreign:.2f} cores[/]"
+    return (
+        f"{what}: {run['output_tokens_per_s']:.0f} tokens/s, first {run['ttft_ms']['p50']:.0f} ms, "
+        f"next {run['itl_ms']['p50']:.1f} ms{noise}"
+    )
+
+
+def _progress() -> Progress:
+    # Once a second: drawing must not compete with what is measured.
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        Eta(),
+        console=console,
+        refresh_per_second=1,
+    )
+
+
+def _contenders(names: str, through: Through) -> tuple[str, ...]:
+    chosen: list[str] = []
+    for name in (part.strip() for part in names.split(",")):
+        if name == "lorary":
+            chosen += ["lorary"] if through is not Through.grpc else []
+            chosen += ["lorary (grpc)"] if through is not Through.engine else []
+        elif name == PEER:
+            chosen.append(name)
+        else:
+            raise typer.BadParameter(f"contender '{name}' is unknown; there are lorary and {PEER}")
+    return tuple(chosen)
+
+
+def _numbers(name: str, text: str, *, least: int) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--{name} is '{text}'; write numbers like 1,8,32") from None
+    if min(values) < least:
+        raise typer.BadParameter(f"--{name} is '{text}'; the least is {least}")
+    return values
+
+
+def _newest() -> Path:
+    found = sorted(RESULTS.glob("serving-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise typer.BadParameter(f"there are no results in {RESULTS}; run the benchmark first")
+    return found[-1]

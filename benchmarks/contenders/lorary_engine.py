@@ -1,0 +1,107 @@
+"""Lorary's engine in this process: registry, residency, scheduler and steps, without the network."""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import TYPE_CHECKING
+
+from benchmarks.workload import Call, Trace
+from lorary.bases.load import load_model, load_tokenizer
+from lorary.server.adapters.residency import BaseLease
+from lorary.server.engine.assemble import EngineLimits, assemble
+from lorary.server.engine.request import Lease, Output, Request, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lorary.bases import Base
+    from lorary.bases.load import Quantization
+    from lorary.registry import Registry
+
+_TIMEOUT_S = 600.0
+
+
+class LoraryEngine:
+    """``assemble()`` as the server calls it, driven by one thread."""
+
+    name = "lorary"
+
+    def __init__(
+        self,
+        base: Base,
+        registry: Registry,
+        *,
+        dtype: torch.dtype,
+        limits: EngineLimits,
+        quantization: Quantization = "none",
+    ) -> None:
+        self._registry = registry
+        self._arrived: queue.SimpleQueue[tuple[float, list[Output]]] = queue.SimpleQueue()
+        self._assembled = assemble(
+            model=load_model(base, quantization=quantization, dtype=dtype, device="cpu"),
+            tokenizer=load_tokenizer(base),
+            card=base.card,
+            registry=registry,
+            limits=limits,
+            dtype=dtype,
+            deliver=lambda outputs: self._arrived.put((time.perf_counter(), outputs)),
+        )
+        self._assembled.engine.start()
+        self._num_sent = 0
+
+    def prepare(self, adapters: Sequence[str]) -> None:
+        """Load adapters and wait for them."""
+        for name in adapters:
+            self._assembled.residency.load(self._registry.resolve(name))
+
+    def run(self, calls: Sequence[Call], *, concurrency: int, new_tokens: int) -> list[Trace]:
+        """Keep ``concurrency`` requests in flight: the next is sent when one has ended."""
+        sampling = Sampling(max_tokens=new_tokens, ignore_eos=True)
+        traces: dict[str, Trace] = {}
+        waiting = iter(calls)
+        for _, call in zip(range(concurrency), waiting, strict=False):
+            self._send(call, sampling, traces)
+        num_open = len(traces)
+        while num_open:
+            at_s, outputs = self._arrived.get(timeout=_TIMEOUT_S)
+            for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                trace = traces[output.request_id]
+                trace.token_ids += output.token_ids
+                trace.token_s += [at_s] * len(output.token_ids)
+                if output.finish is not None:
+                    num_open -= 1
+                    for call in waiting:
+                        self._send(call, sampling, traces)
+                        num_open += 1
+                        break
+        return list(traces.values())
+
+    def close(self) -> None:
+        """Stop the engine and its loaders."""
+        self._assembled.engine.shutdown()
+        self._assembled.residency.close()
+
+    def _send(self, call: Call, sampling: Sampling, traces: dict[str, Trace]) -> None:
+        sent_s = time.perf_counter()
+        self._num_sent += 1
+        request_id = str(self._num_sent)
+        traces[request_id] = Trace(sent_s)
+        self._assembled.engine.submit(
+            Request(
+                request_id=request_id,
+                prompt_ids=call.prompt_ids,
+                sampling=sampling,
+                lease=self._lease(call.adapter),
+                arrived_s=time.monotonic(),
+            )
+        )
+
+    def _lease(self, adapter: str | None) -> Lease:
+        if adapter is None:
+            return BaseLease()
+        return self._assembled.residency.acquire(self._registry.resolve(adapter))

@@ -1,0 +1,67 @@
+"""How much processor time others took while something was measured (Linux)."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Cores in use on average; ``foreign`` includes what the hypervisor gave to other machines."""
+
+    own: float
+    foreign: float
+
+
+class CpuMeter:
+    """Measures from its creation to ``stop``; own is this process and all its descendants.
+
+    Descendants that ended in between count as foreign, so keep them alive while measuring.
+    """
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+        self._busy = _busy_ticks()
+        self._own = _own_ticks()
+
+    def stop(self) -> Load:
+        """Return the load since the start."""
+        seconds = max(time.monotonic() - self._started_s, 1e-9)
+        own = (_own_ticks() - self._own) / _TICKS_PER_S / seconds
+        busy = (_busy_ticks() - self._busy) / _TICKS_PER_S / seconds
+        return Load(own=round(own, 3), foreign=round(max(0.0, busy - own), 3))
+
+
+def _busy_ticks() -> int:
+    """Return the ticks all cores spent on anything but idling, since boot."""
+    # user nice system idle iowait irq softirq steal …
+    ticks = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4]
+
+
+def _own_ticks() -> int:
+    """Return the ticks of this process' tree."""
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # The command's name may hold spaces and parentheses; fields follow the last one.
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(entry.name)] = int(fields[1])
+        ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
+    own = {os.getpid()}
+    grown = True
+    while grown:
+        children = {pid for pid, parent in parents.items() if parent in own} - own
+        own |= children
+        grown = bool(children)
+    return sum(ticks.get(pid, 0) for pid in own)

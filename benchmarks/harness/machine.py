@@ -1,0 +1,70 @@
+"""Where a figure was measured, with which code: goes into every record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("lorary", "torch", "transformers", "peft", "grpcio", "numpy")
+# What decides which matrix kernels run.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16")
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores and vector units, memory and system."""
+    info = _cpuinfo()
+    present = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "cores": len(os.sched_getaffinity(0))
+        if "LORARY_BENCH_CORES" not in os.environ
+        else len(os.environ["LORARY_BENCH_CORES"].split(",")),
+        "memory_gib": round(_memory_bytes() / 2**30, 1),
+        "vector_units": [flag for flag in _FLAGS if flag in present],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages whose speed is measured."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def commit() -> dict[str, Any]:
+    """Return the commit of this checkout, and whether tracked files differ from it."""
+    head = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": head or "unknown", "modified": bool(changed)}
+
+
+def cpu_slug() -> str:
+    """Return the processor's name as part of a file name."""
+    name = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*", "", str(machine()["cpu"]), flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "cpu"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,64 @@
+"""What a serving benchmark measures; goes into every record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+SEED = 7
+
+
+class Popularity(StrEnum):
+    """How adapters are drawn."""
+
+    uniform = "uniform"
+    zipf = "zipf"
+    distinct = "distinct"
+
+
+class Through(StrEnum):
+    """What Lorary is measured through."""
+
+    engine = "engine"
+    grpc = "grpc"
+    both = "both"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured; goes into every record."""
+
+    base: str
+    dtype: str
+    threads: int
+    adapters: tuple[int, ...]
+    concurrency: tuple[int, ...]
+    repeats: int
+    contenders: tuple[str, ...]
+    popularity: Popularity
+    prompt_tokens: int
+    new_tokens: int
+    min_requests: int
+    agreement_calls: int
+
+    def num_requests(self, concurrency: int) -> int:
+        """Return the requests of one run: two rounds, so that some are sent into a full batch."""
+        return max(self.min_requests, 2 * concurrency)
+
+    def record(self) -> dict[str, Any]:
+        """Return the part of every record that says how it was made."""
+        from benchmarks.synthetic import RANK
+
+        return {
+            "base": self.base,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "rank": RANK,
+            "popularity": self.popularity.value,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "repeats": self.repeats,
+            "min_requests": self.min_requests,
+            "seed": SEED,
+        }
