@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorary.errors import ConfigError
-from lorary.registry.cli import DEFAULT_REGISTRY
+from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.server.config import ServerConfig, flag, format_size, options_table, parse_size
 
 
