@@ -234,6 +234,10 @@ def test_a_damaged_version_file_is_noticed(forge: Forge, registry: Registry) -> 
         with pytest.raises(CorruptArtifact, match=r"1\.json"):
             Registry.open(registry.url).resolve("a")
         assert not Registry.open(registry.url).verify().is_ok
+        assert Registry.open(registry.url).list() == []
+    again = Registry.open(registry.url)
+    assert again.push(forge.folder("b"), "a", base=forge.card).version == 2
+    assert again.resolve("a").version == 2
 
 
 def test_a_manifest_that_was_edited_with_its_blob_name_is_noticed(

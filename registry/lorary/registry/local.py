@@ -149,7 +149,7 @@ class LocalStore:
             make_folder(folder / "versions")
         versions = self.versions(name)
         with locked(folder / "lock"):
-            for pointer in reversed(versions.all()):
+            for pointer in reversed(list(versions.readable())):
                 if pointer.digest == draft.digest and self._restore(pointer):
                     return pointer
             return self._take_next(versions, staged, draft)

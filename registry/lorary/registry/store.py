@@ -186,14 +186,11 @@ class Registry:
         """
         infos: builtins.list[VersionInfo] = []
         for name in self._store.names():
-            versions = self._store.versions(name)
-            for version in range(1, versions.newest() + 1):
+            for pointer in self._store.versions(name).readable():
                 try:
-                    pointer = versions.pointer(version)
-                    if pointer is not None:
-                        infos.append(self._info(name, pointer))
+                    infos.append(self._info(name, pointer))
                 except CorruptArtifact as error:
-                    logger.warning("%s@%d is damaged and not listed: %s", name, version, error)
+                    logger.warning("leaving out %s@%d: %s", name, pointer.version, error)
         return infos
 
     def info(self, resolved: Resolved) -> VersionInfo:
@@ -295,7 +292,7 @@ class Registry:
         return pointer
 
     def _resolve_digest(self, name: str, digest: str, versions: Versions) -> Resolved:
-        found = [p for p in versions.all() if p.digest.startswith(digest)]
+        found = [p for p in versions.readable() if p.digest.startswith(digest)]
         if not found:
             raise AdapterNotFound(f"adapter '{name}' has no version with digest {digest}…")
         if len({pointer.digest for pointer in found}) > 1:

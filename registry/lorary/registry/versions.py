@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +23,8 @@ from typing import Any, Final
 from lorary.errors import CorruptArtifact
 from lorary.registry.durable import link_new, storage_errors
 from lorary.registry.strict_json import parse_json
+
+logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION: Final = 1
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
@@ -81,10 +85,16 @@ class Versions:
             known = self._pointers[version] = self._read(version)
         return known
 
-    def all(self) -> list[Pointer]:
-        """Return all pointers, oldest first."""
-        found = (self.pointer(version) for version in range(1, self.newest() + 1))
-        return [pointer for pointer in found if pointer is not None]
+    def readable(self) -> Iterator[Pointer]:
+        """Yield the pointers that can be read, oldest first; a damaged one is logged and left out."""
+        for version in range(1, self.newest() + 1):
+            try:
+                pointer = self.pointer(version)
+            except CorruptArtifact as error:
+                logger.warning("leaving out version %d: %s", version, error)
+            else:
+                if pointer is not None:
+                    yield pointer
 
     def take(self, pointer: Pointer, staged: Path) -> bool:
         """Make ``staged``, which holds ``pointer.to_json()``, the version's file if it has none yet."""
