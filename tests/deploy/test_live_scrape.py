@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
 import threading
-import time
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +29,13 @@ from tests.deploy.files import (
     selectors,
     tool,
 )
+from tests.processes import running, serving, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-READY_TIMEOUT_S = 120.0
 NUM_SCRAPES = 5
-SERVE = "from lorary.server.cli import app; app()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +57,6 @@ def fetch(url: str) -> str:
     with urllib.request.urlopen(url, timeout=10) as answer:
         body: bytes = answer.read()
     return body.decode()
-
-
-def wait_for(what: str, is_true: Any, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until ``is_true()``; a process that ended, or the limit, fails with its log."""
-    until = time.monotonic() + READY_TIMEOUT_S
-    while not is_true():
-        if process.poll() is not None or time.monotonic() > until:
-            pytest.fail(f"no {what}; its log:\n{log.read_text()[-4000:]}", pytrace=False)
-        time.sleep(0.1)
-
-
-@contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def free_port() -> int:
@@ -124,18 +94,11 @@ def live(
     card = BaseCard.from_folder(tiny_base)
     for name in ("alpha", "bravo"):
         registry.push(tiny_adapters[name], name, base=card)
-    ready = root / "ready.json"
-    serve = [sys.executable, "-c", SERVE, "--base", str(tiny_base), "--port", "0"]
-    serve += ["--registry", str(root / "registry"), "--metrics-port", "0", "--device", "cpu"]
-    serve += ["--ready-file", str(ready), "--max-context", "256", "--dtype", "float32"]
-    with running(serve, root / "server.log") as server:
-        wait_for("server", ready.exists, server, root / "server.log")
-        facts = json.loads(ready.read_text())
-
+    with serving(tiny_base, root / "registry", root) as server:
         config = read_yaml(PROMETHEUS_CONFIG)
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(RULES)]
-        target = facts["metrics"].split("/")[2]
+        target = server.metrics_url.split("/")[2]
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         (root / "prometheus.yml").write_text(yaml.safe_dump(config))
         port = free_port()
@@ -150,7 +113,7 @@ def live(
                 root / "prometheus.log",
             )
             stop = threading.Event()
-            with Client(facts["address"]) as client:
+            with Client(server.address) as client:
                 client.wait_until_ready(30)
                 with pytest.raises(AdapterNotFound):
                     client.generate(prompt="the cat", adapter="nobody")
@@ -164,12 +127,10 @@ def live(
                         prometheus,
                         root / "prometheus.log",
                     )
-                    yield Live(url, fetch(facts["metrics"]))
+                    yield Live(url, fetch(server.metrics_url))
                 finally:
                     stop.set()
                     caller.join(30)
-        server.terminate()
-        assert server.wait(30) == 0, (root / "server.log").read_text()[-4000:]
 
 
 def test_every_panel_shows_something(live: Live) -> None:

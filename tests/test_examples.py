@@ -1,0 +1,83 @@
+"""The examples do what they say, against a real server of tiny adapters under the demo's names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lorary.registry import BaseCard, Registry
+from tests.conftest import RECIPES, build_adapter, write_manifest
+from tests.processes import BIN, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.processes import ServerProcess
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PYTHON_EXAMPLES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    root = tmp_path_factory.mktemp("examples")
+    registry = Registry.open(root / "registry", create=True)
+    card = BaseCard.from_folder(tiny_base)
+    template = "<|im_start|>user\n{{ text }}<|im_end|>\n<|im_start|>assistant\n"
+    names = {"sentiment": "alpha", "summarization": "bravo", "translation": "charlie"}
+    for name, recipe in names.items():
+        labels = ("negative", "positive") if name == "sentiment" else ()
+        folder = build_adapter(tiny_base, root / name, RECIPES[recipe])
+        write_manifest(
+            tiny_base,
+            folder,
+            kind="classification" if labels else "generation",
+            template=template,
+            labels=labels,
+            max_new_tokens=8,
+        )
+        registry.push(folder, name, base=card, aliases=["prod"])
+    with serving(tiny_base, root / "registry", root) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", PYTHON_EXAMPLES)
+def test_python_examples_run(name: str, server: ServerProcess) -> None:
+    shown = run(sys.executable, str(EXAMPLES / name), server.address)
+    assert "negative" in shown or "positive" in shown
+
+
+def test_roll_out_moves_an_alias_and_takes_it_back(
+    tiny_adapters: dict[str, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    location = str(tmp_path / "registry")
+    folders = [str(tiny_adapters[name]) for name in ("alpha", "bravo")]
+    run(
+        str(EXAMPLES / "roll_out.sh"),
+        *folders,
+        "demo",
+        "--base",
+        str(tiny_base),
+        LORARY_REGISTRY=location,
+    )
+    registry = Registry.open(location)
+    assert registry.aliases("demo") == {"prod": 1, "canary": 2}
+    assert [move.to_version for move in registry.log("demo", "prod")] == [1, 2, 1]
