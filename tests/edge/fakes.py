@@ -170,8 +170,9 @@ class FakeResidency:
         is_ready = resolved.name not in self.slow
         lease = FakeLease(self, resolved.name, resolved.digest, is_ready)
         self.leases.append(lease)
-        if is_ready:
-            self.load(resolved)
+        if resolved.digest not in self.resident:
+            state = "resident" if is_ready else "loading"
+            self._put(resolved, state=state)
         return lease
 
     def arrive(self, name: str) -> None:
@@ -184,8 +185,13 @@ class FakeResidency:
                 lease.error = error
 
     def load(self, resolved: FakeResolved, *, pin: bool = False) -> None:
+        self._put(resolved, pinned=pin)
+
+    def _put(
+        self, resolved: FakeResolved, *, state: str = "resident", pinned: bool = False
+    ) -> None:
         self.resident[resolved.digest] = FakeResident(
-            resolved.name, resolved.version, resolved.digest, "resident", pin, 8, 4096, 0
+            resolved.name, resolved.version, resolved.digest, state, pinned, 8, 4096, 0
         )
 
     def unload(self, digest: str) -> None:

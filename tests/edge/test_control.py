@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from lorary.errors import ConfigError
+from lorary.errors import ConfigError, CorruptArtifact
 from lorary.server.app import check_ports_free
 from lorary.server.config import ServerConfig
 from lorary.v1 import control_pb2 as pb
@@ -28,12 +28,11 @@ async def test_list_load_unload(edge: Edge) -> None:
     assert listed.adapters[1].task == "classification"
 
     loaded = await edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha", pin=True))
-    assert loaded.load_ns > 0
     assert loaded.adapter.residency == pb.RESIDENCY_RESIDENT
     assert loaded.adapter.pinned
     assert (loaded.adapter.digest, loaded.adapter.device_bytes) == (digest_of("alpha"), 4096)
-    again = await edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"))
-    assert again.load_ns == 0
+    assert loaded.load_ns == 0  # the fake has it at once
+    assert edge.residency.num_held == 0
 
     resident = await edge.control.ListAdapters(pb.ListAdaptersRequest(resident_only=True))
     assert [(a.name, list(a.aliases)) for a in resident.adapters] == [("alpha", ["prod"])]
@@ -42,6 +41,33 @@ async def test_list_load_unload(edge: Edge) -> None:
     assert unloaded.adapter.residency == pb.RESIDENCY_REGISTRY
     assert (unloaded.adapter.name, unloaded.adapter.version) == ("alpha", 1)
     await edge.control.UnloadAdapter(pb.UnloadAdapterRequest(adapter="alpha"))
+
+
+async def test_a_load_is_answered_when_it_arrives(edge: Edge) -> None:
+    edge.residency.slow.add("alpha")
+    call = edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"))
+    await eventually(lambda: bool(edge.residency.leases))
+    listed = await edge.control.ListAdapters(pb.ListAdaptersRequest(resident_only=True))
+    assert listed.adapters[0].residency == pb.RESIDENCY_LOADING
+    assert not call.done()
+    edge.residency.arrive("alpha")
+    assert (await call).load_ns > 0
+    assert edge.residency.num_held == 0
+
+
+async def test_a_load_that_fails_or_is_given_up_holds_nothing(edge: Edge) -> None:
+    edge.residency.slow.add("alpha")
+    given_up = edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"), timeout=0.1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await given_up
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    failed = edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"))
+    await eventually(lambda: len(edge.residency.leases) == 2)
+    edge.residency.fail("alpha", CorruptArtifact("adapter 'alpha@1' is damaged"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await failed
+    assert caught.value.code() == grpc.StatusCode.DATA_LOSS
+    await eventually(lambda: edge.residency.num_held == 0)
 
 
 @pytest.mark.parametrize(

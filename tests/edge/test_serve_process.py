@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lorary.client import Client, GenerateResult
+from lorary.client import AsyncClient, Client, GenerateResult
 from lorary.errors import AdapterNotFound, Cancelled, Unavailable
 from lorary.registry import BaseCard, Registry
 from tests.conftest import peft_greedy
@@ -99,6 +100,38 @@ def test_answers_through_the_socket_are_pefts(
             assert answer.receipt.ref == ref
         residents = {a.name for a in client.list_adapters(resident_only=True)}
         assert residents == {"alpha", "team/bravo"}
+
+
+async def test_concurrent_calls_of_different_adapters_share_steps_and_stay_right(
+    running: dict[str, Any], tiny_base: Path, tiny_adapters: dict[str, Path]
+) -> None:
+    """Sixty calls at once, three kinds, cancels among them: every answer equals its solo run."""
+    folders = {"": None, "alpha": tiny_adapters["alpha"], "team/bravo": tiny_adapters["bravo"]}
+    prompts = [[5, 9, 12, 30], [7, 7, 40, 3, 22, 11]]
+    wanted = {
+        (ref, i): peft_greedy(tiny_base, folder, prompt, 16)
+        for ref, folder in folders.items()
+        for i, prompt in enumerate(prompts)
+    }
+
+    async with AsyncClient(running["address"]) as client:
+
+        async def ask(ref: str, i: int) -> None:
+            answer = await client.generate(
+                token_ids=prompts[i], adapter=ref, max_tokens=16, ignore_eos=True
+            )
+            expected = wanted[ref, i]
+            assert list(answer.token_ids)[: len(expected)] == expected, (ref, i)
+
+        async def give_up(ref: str) -> None:
+            async for _ in client.stream(token_ids=[5], adapter=ref, max_tokens=200):
+                break
+
+        asks = [ask(ref, i) for _ in range(9) for ref, i in wanted]
+        await asyncio.gather(*asks, *(give_up(ref) for ref in folders for _ in range(2)))
+        steps = (await client.server_info()).steps_by_distinct_adapters
+    assert len(steps) == 3
+    assert steps[2] > 0
 
 
 def test_the_command_line_calls_it(running: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ class Server:
         if self._grpc is not None:
             await self._grpc.stop(LAST_WORDS_S)
         await asyncio.to_thread(self._backend.close)
-        for part in (self._control, self._targets, self._prompts):
+        for part in (self._targets, self._prompts):
             part.close()
         await asyncio.to_thread(self._stop_metrics)
         self._stop_metrics = lambda: None

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorary.errors import ConfigError
+from lorary.registry.address import DEFAULT_REGISTRY
 
 GIB = 2**30
-DEFAULT_REGISTRY = "file://~/.local/share/lorary/registry"
 _UNITS = {
     "": 1,
     "b": 1,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import InvalidRequest
@@ -20,7 +18,8 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
-NUM_LOAD_CALLS = 4
+# How often a call looks whether its adapter has arrived; loads take tens of milliseconds.
+POLL_S = 0.01
 
 _STATES = {
     "loading": pb.RESIDENCY_LOADING,
@@ -36,9 +35,6 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self._registry = registry
         self._residency = residency
         self._targets = targets
-        # A load blocks its thread until the adapter is resident: threads of their own, so that
-        # slow loads never keep a call from resolving its ref.
-        self._pool = ThreadPoolExecutor(NUM_LOAD_CALLS, thread_name_prefix="lorary-control")
 
     async def ListAdapters(  # noqa: N802
         self, request: pb.ListAdaptersRequest, context: Context
@@ -62,15 +58,21 @@ class ControlService(control_pb2_grpc.ControlServicer):
     ) -> pb.LoadAdapterResponse:
         """Load a version and answer once it is resident."""
         target = await self._target(request.adapter)
-        before = self._resident(target.digest)
-        was_resident = before is not None and before.state == "resident"
         started = time.monotonic_ns()
-        load = partial(self._residency.load, target.resolved, pin=request.pin)
-        await asyncio.get_running_loop().run_in_executor(self._pool, load)
-        return pb.LoadAdapterResponse(
-            adapter=self._describe(target),
-            load_ns=0 if was_resident else time.monotonic_ns() - started,
-        )
+        lease = self._residency.acquire(target.resolved)
+        was_resident = lease.is_ready
+        try:
+            while not lease.is_ready:
+                if lease.error is not None:
+                    raise lease.error
+                await asyncio.sleep(POLL_S)
+            # Held, so it cannot be evicted before it is pinned.
+            self._residency.load(target.resolved, pin=request.pin)
+            described = self._describe(target)
+        finally:
+            lease.release()
+        load_ns = 0 if was_resident else time.monotonic_ns() - started
+        return pb.LoadAdapterResponse(adapter=described, load_ns=load_ns)
 
     async def UnloadAdapter(  # noqa: N802
         self, request: pb.UnloadAdapterRequest, context: Context
@@ -79,10 +81,6 @@ class ControlService(control_pb2_grpc.ControlServicer):
         target = await self._target(request.adapter)
         self._residency.unload(target.digest)
         return pb.UnloadAdapterResponse(adapter=self._describe(target))
-
-    def close(self) -> None:
-        """Stop the threads; what has not begun is dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _target(self, ref: str) -> Target:
         if not ref:

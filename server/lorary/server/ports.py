@@ -164,7 +164,7 @@ class ResidencyLike(Protocol):
         ...
 
     def load(self, resolved: Any, *, pin: bool = False) -> object:
-        """Load an adapter and return when it is resident; blocks, so call it from a thread.
+        """Return when an adapter is resident, at once if it is held and ready; pin it if asked.
 
         Raises:
             LoraryError: why it cannot be loaded.
