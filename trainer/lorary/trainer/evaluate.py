@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from lorary.trainer.head import head_reads
 from lorary.trainer.metrics import score_labels, score_texts
 
 if TYPE_CHECKING:
@@ -54,13 +55,20 @@ class Evaluator:
             examples: held out.
             advance: told after each batch how many more examples are done.
         """
-        was_training, used_cache = self._model.training, self._model.config.use_cache
+        config, was_training = self._model.config, self._model.training
+        used_cache, attention = config.use_cache, config._attn_implementation
         self._model.eval()
-        self._model.config.use_cache = True
+        config.use_cache = True
+        if attention == "eager":  # chosen for its backward pass; there is none here
+            self._model.get_base_model().set_attn_implementation("sdpa")
         try:
-            return self._evaluate(examples, advance or (lambda _count: None))
+            # A slice of hidden states is not contiguous, and on a CPU torch then multiplies row by
+            # row with a copy of the whole head each: 3.6 GB and 7 s for 64 rows (docs/log.md).
+            with head_reads(self._model, torch.Tensor.contiguous):
+                return self._evaluate(examples, advance or (lambda _count: None))
         finally:
-            self._model.config.use_cache = used_cache
+            self._model.get_base_model().set_attn_implementation(attention)
+            config.use_cache = used_cache
             self._model.train(was_training)
 
     def _evaluate(self, examples: Sequence[Example], advance: Callable[[int], None]) -> Evaluation:

@@ -7,7 +7,6 @@ learned token; everything else, also what a model does to its logits afterwards,
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +15,9 @@ from transformers import Trainer
 
 from lorary.errors import TrainingFailed
 from lorary.trainer.batches import IGNORED
+from lorary.trainer.head import head_reads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor, nn
     from torch.utils.data import Dataset, Sampler
 
@@ -70,22 +68,6 @@ def selected_logits(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tupl
     """
     predicts = labels[:, 1:] != IGNORED  # position t predicts token t + 1
     rows, positions = predicts.nonzero(as_tuple=True)
-    with _head_reads(model, rows, positions):
+    with head_reads(model, lambda hidden: hidden[rows, positions].unsqueeze(0)):
         logits = model(input_ids=input_ids, use_cache=False).logits
     return logits.squeeze(0), labels[rows, positions + 1]
-
-
-@contextmanager
-def _head_reads(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """Within the context, the output head reads hidden [1, N, D] instead of [B, T, D]."""
-
-    def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *rest = args
-        return (hidden[rows, positions].unsqueeze(0), *rest)
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
