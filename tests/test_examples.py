@@ -79,5 +79,5 @@ def test_roll_out_moves_an_alias_and_takes_it_back(
         LORARY_REGISTRY=location,
     )
     registry = Registry.open(location)
-    assert registry.aliases("demo") == {"prod": 1, "canary": 2}
+    assert registry.aliases("demo") == {"prod": 1, "canary": 2, "latest": 2}
     assert [move.to_version for move in registry.log("demo", "prod")] == [1, 2, 1]
