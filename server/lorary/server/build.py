@@ -142,6 +142,7 @@ def build_engine(
             max_waiting=config.max_waiting,
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
+            pin_threads=config.pin_threads,
         ),
         dtype=dtype,
         deliver=deliver,

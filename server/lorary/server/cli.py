@@ -38,7 +38,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     elif meta["low"] is not None:
         kwargs |= {"min": meta["low"], "max": meta["high"]}
     name = flag(field.name)
-    declared = f"{name}/--no-{name[2:]}" if hint == bool | None else name
+    is_switch = hint == bool | None or default is True
+    declared = f"{name}/--no-{name[2:]}" if is_switch else name
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
     return inspect.Parameter(

@@ -101,6 +101,9 @@ class ServerConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     threads: int = _option(0, "CPU threads for the maths; 0 leaves it to torch.", low=0, high=1024)
+    pin_threads: bool = _option(
+        True, "Give every CPU thread of the maths a core of its own, where it may use them all."
+    )
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(50051, "gRPC port; 0 takes a free one.", low=0, high=65535)
     metrics_port: int = _option(
@@ -116,7 +119,7 @@ class ServerConfig:
         low=16,
         high=2**20,
     )
-    max_rank: int = _option(64, "Largest rank an adapter may have.", low=1, high=512)
+    max_rank: int = _option(128, "Largest rank an adapter may have.", low=1, high=512)
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )
@@ -214,8 +217,10 @@ def options_table() -> str:
 def _shown_default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    if field.default is None or field.default is False:
-        return "off" if field.default is False else ""
+    if field.default is None:
+        return ""
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
     return f"`{format_size(field.default) if field.metadata['is_size'] else field.default}`"
 
 
