@@ -186,7 +186,7 @@ def test_a_push_killed_at_any_step_changes_nothing_and_can_be_repeated(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 25  # every link, rename, sync … was a place to die
+    assert int(done.stdout) > 15  # every link, rename, sync … was a place to die
 
 
 PUSH_FOR_EVER = """

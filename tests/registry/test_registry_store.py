@@ -212,6 +212,21 @@ def test_a_flipped_bit_is_noticed_and_a_push_heals_it(
     assert registry.verify().is_ok
 
 
+def test_a_deleted_file_is_noticed_and_a_push_restores_it(forge: Forge, registry: Registry) -> None:
+    folder = forge.folder()
+    registry.push(folder, "a", base=forge.card)
+    fetched = registry.fetch(registry.resolve("a"))
+    (fetched / "adapter_model.safetensors").unlink()
+    for blob in (root_of(registry) / "blobs").rglob("*"):
+        if blob.is_file() and b"lora_A" in blob.read_bytes():
+            blob.unlink()
+    with pytest.raises(CorruptArtifact, match="is missing"):
+        registry.fetch(registry.resolve("a"))
+    assert not registry.verify().is_ok
+    assert registry.push(folder, "a", base=forge.card).version == 1
+    assert registry.verify().is_ok
+
+
 def test_a_damaged_manifest_gives_way_to_a_new_version(forge: Forge, registry: Registry) -> None:
     folder = forge.folder()
     registry.push(folder, "a", base=forge.card)

@@ -59,8 +59,6 @@ class Blobs:
             StorageError: it cannot be read.
         """
         path = self.path(sha256)
-        if not path.exists():
-            raise CorruptArtifact(f"blob {path} is missing; push the adapter again to restore it")
         check_file(path, sha256, size, progress)
         return path
 
@@ -73,6 +71,8 @@ def check_file(path: Path, sha256: str, size: int, progress: Progress | None = N
         StorageError: it cannot be read.
     """
     with storage_errors(f"read {path}"):
+        if not path.exists():
+            raise CorruptArtifact(f"{path} is missing; push the adapter again to restore it")
         actual = path.stat().st_size
         if actual != size:
             raise CorruptArtifact(f"{path} has {actual} bytes; its manifest says {size}")

@@ -223,8 +223,10 @@ class LocalStore:
             staged.mkdir()
             for entry in manifest.files:
                 (staged / entry.path).parent.mkdir(exist_ok=True)
-                link_new(self._blobs.path(entry.sha256), staged / entry.path)
-            link_new(self._blobs.path(pointer.manifest_sha256), staged / MANIFEST_FILE)
+                os.link(self._blobs.path(entry.sha256), staged / entry.path)
+            os.link(self._blobs.path(pointer.manifest_sha256), staged / MANIFEST_FILE)
+            for folder in {staged, *((staged / e.path).parent for e in manifest.files)}:
+                sync_folder(folder)
             try:
                 staged.rename(target)
             except OSError as error:
