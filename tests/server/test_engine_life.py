@@ -13,6 +13,7 @@ from lorary.errors import (
     DeadlineExceeded,
     EngineFailed,
     IncompatibleAdapter,
+    InvalidRequest,
     Overloaded,
     Unavailable,
 )
@@ -169,3 +170,25 @@ def test_timings_and_counts_are_told(make_world: Callable[..., EngineWorld]) -> 
     assert finish.prefill_ns > 0
     assert finish.decode_ns > 0
     assert finish.adapter_load_ns > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels"),
+    [
+        ([], ()),
+        ([5] * 16, ()),
+        ([5] * 17, ((1,), (2,))),
+        # Each label would fit alone; side by side they would be written into the next slot.
+        ([5] * 10, ((1, 2, 3, 4, 5), (6, 7, 8, 9))),
+    ],
+)
+def test_what_does_not_fit_its_slot_is_refused(
+    make_world: Callable[..., EngineWorld],
+    prompt: list[int],
+    labels: tuple[tuple[int, ...], ...],
+) -> None:
+    world = make_world(max_context=16)
+    with pytest.raises(InvalidRequest, match="slot of 16"):
+        world.submit(prompt, labels=labels)
+    fits = world.submit([5] * 10, labels=((1, 2, 3, 4), (6, 7, 8, 9)))
+    assert world.collector.wait(fits)[2] is None

@@ -94,7 +94,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             target = await self._target(request.adapter, context)
             labels = validate.read_labels(request.labels, target.task)
             label_ids = await self._parts.prompts.label_ids(labels)
-            room = max(len(ids) for ids in label_ids)
+            # All labels but their last tokens lie behind the prompt in the cache, side by side.
+            room = max(1, sum(len(ids) - 1 for ids in label_ids))
             prompt_ids = await self._prompt_ids(request.input, kind, target, room=room)
             prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
             prototype.labels = label_ids

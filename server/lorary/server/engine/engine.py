@@ -21,6 +21,7 @@ from lorary.errors import (
     Cancelled,
     DeadlineExceeded,
     EngineFailed,
+    InvalidRequest,
     LoraryError,
     Unavailable,
 )
@@ -116,15 +117,28 @@ class Engine:
 
         Raises:
             Overloaded: the queue is full.
-            Unavailable: the engine is stopping or has failed. In both cases nothing was queued and
-                the lease is still the caller's.
+            Unavailable: the engine is stopping or has failed.
+            InvalidRequest: it does not fit into a slot. In all cases nothing was queued and the
+                lease is still the caller's.
         """
+        self._check_fits(request)
         with self._changed:
             if self._stopping is not None:
                 raise Unavailable(str(self._stopping))
             self._scheduler.check_room(1, len(self._inbox))
             self._inbox.append(request)
             self._changed.notify()
+
+    def _check_fits(self, request: Request) -> None:
+        """Refuse what would be written beyond its own slot, into another sequence's."""
+        prompt = len(request.prompt_ids)
+        beyond = sum(len(label) - 1 for label in request.labels) if request.labels else 1
+        if not prompt or prompt + beyond > self._cache.shape.context:
+            raise InvalidRequest(
+                f"a prompt of {prompt} tokens with {beyond} behind it does not fit into a slot of "
+                f"{self._cache.shape.context}; shorten it, or raise --max-context",
+                field="input",
+            )
 
     def cancel(self, request_id: str) -> None:
         """Drop every answer of a request at the next step; unknown ids are ignored."""
