@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from lorary.errors import CorruptArtifact, IncompatibleAdapter, LoraryError, StorageError
+from lorary.errors import (
+    CorruptArtifact,
+    IncompatibleAdapter,
+    LoraryError,
+    StorageError,
+    Unavailable,
+)
 from lorary.registry import Resolved
 from lorary.server.adapters import residency as module
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
@@ -238,3 +244,18 @@ def test_churn_never_mixes_adapters(world: World) -> None:
         assert not thread.is_alive(), "deadlock"
     assert problems == []
     assert all(r.num_holders == 0 for r in world.residency.snapshot())
+
+
+def test_close_tells_those_who_wait_for_a_queued_load(world: World) -> None:
+    """Two workers are busy, a third load waits in their queue: closing must not leave it hanging."""
+    world.registry.gate.clear()
+    busy = [world.residency.acquire(ref(1)), world.residency.acquire(ref(2))]
+    queued = world.residency.acquire(ref(3))
+    closer = threading.Thread(target=world.residency.close)
+    closer.start()
+    world.registry.gate.set()
+    closer.join(10)
+    assert not closer.is_alive()
+    assert isinstance(queued.error, Unavailable)
+    for lease in (*busy, queued):
+        lease.release()

@@ -251,6 +251,13 @@ class Residency:
             self._closed = True
             self._freed.notify_all()
         self._workers.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            for resident in self._residents.values():
+                if not resident.done.is_set():
+                    # Its load was still in the workers' queue; whoever waits for it must know.
+                    resident.state = "failed"
+                    resident.error = Unavailable("the server is shutting down; try another replica")
+                    resident.done.set()
 
     # -- under the lock -----------------------------------------------------------------------
 
