@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jinja2
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorary.errors import InvalidRequest
@@ -34,6 +35,15 @@ _JINJA = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
 )
+
+
+_ALLOWED_NODES = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const),
+    *(nodes.If, nodes.CondExpr, nodes.Test, nodes.Compare, nodes.Operand),
+    *(nodes.Not, nodes.And, nodes.Or, nodes.Filter),
+)
+_ALLOWED_FILTERS = frozenset({"capitalize", "lower", "title", "trim", "upper"})
+_ALLOWED_TESTS = frozenset({"defined", "undefined"})
 
 
 class PromptBuilder:
@@ -81,9 +91,9 @@ class PromptBuilder:
                 f"sent: {given}.",
                 field="input",
             ) from error
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise InvalidRequest(
-                f"the adapter's template cannot be rendered: {error.message}.", field="input"
+                f"the adapter's template cannot be rendered: {error}.", field="input"
             ) from error
 
     def from_prompt(self, text: str) -> list[int]:
@@ -177,15 +187,35 @@ class PromptBuilder:
 
 @lru_cache(maxsize=256)
 def compile_template(source: str) -> jinja2.Template:
-    """Compile a task template in the sandbox; cached.
+    """Compile a task template; cached.
+
+    Templates come with adapters, so a server renders what strangers wrote. They may insert, test and
+    trim inputs, and nothing that loops, calls or computes: no template can grow beyond its own
+    length and its inputs', or run longer than that takes.
 
     Raises:
-        InvalidRequest: it is not valid Jinja.
+        InvalidRequest: it is not valid Jinja, or uses more than that.
     """
     try:
-        return _JINJA.from_string(source)
+        tree = _JINJA.parse(source)
+        for node in (tree, *tree.find_all(nodes.Node)):
+            if not isinstance(node, _ALLOWED_NODES):
+                raise _not_allowed(node, type(node).__name__.lower())
+            if isinstance(node, nodes.Filter) and node.name not in _ALLOWED_FILTERS:
+                raise _not_allowed(node, f"the filter '{node.name}'")
+            if isinstance(node, nodes.Test) and node.name not in _ALLOWED_TESTS:
+                raise _not_allowed(node, f"the test '{node.name}'")
+        return _JINJA.from_string(tree)
     except jinja2.TemplateSyntaxError as error:
         raise InvalidRequest(
             f"the task template is not valid Jinja: line {error.lineno}: {error.message}.",
             field="input",
         ) from error
+
+
+def _not_allowed(node: nodes.Node, what: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the task template uses {what} in line {node.lineno}; templates may insert inputs, test "
+        f"them with if, and filter them with {', '.join(sorted(_ALLOWED_FILTERS))}.",
+        field="input",
+    )
