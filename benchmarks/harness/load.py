@@ -44,8 +44,8 @@ def _busy_ticks() -> int:
     return sum(ticks) - ticks[3] - ticks[4]
 
 
-def _own_ticks() -> int:
-    """Return the ticks of this process' tree."""
+def process_tree(root: int) -> dict[int, int]:
+    """Return the living processes below ``root``, itself included, with their ticks so far."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -58,10 +58,14 @@ def _own_ticks() -> int:
             continue
         parents[int(entry.name)] = int(fields[1])
         ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
-    own = {os.getpid()}
+    tree = {root}
     grown = True
     while grown:
-        children = {pid for pid, parent in parents.items() if parent in own} - own
-        own |= children
+        children = {pid for pid, parent in parents.items() if parent in tree} - tree
+        tree |= children
         grown = bool(children)
-    return sum(ticks.get(pid, 0) for pid in own)
+    return {pid: ticks.get(pid, 0) for pid in tree}
+
+
+def _own_ticks() -> int:
+    return sum(process_tree(os.getpid()).values())
