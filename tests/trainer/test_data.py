@@ -127,6 +127,15 @@ def test_split_is_disjoint_complete_and_independent_of_order(tmp_path: Path) -> 
     assert {e.text for e in forward.test} == {e.text for e in backward.test}
 
 
+def test_short_texts_are_left_out_and_long_ones_cut(tmp_path: Path) -> None:
+    texts = ["a b", *(f"w{i} v{i} u{i} t{i}" for i in range(9))]
+    path = lines(tmp_path / "a.csv", texts)
+    recipe = file_recipe(path, num_test=2, num_validation=0, min_words=3, max_words=3)
+    splits = load_splits(recipe)
+    assert len(splits.train) == 7
+    assert {len(e.text.split()) for e in (*splits.train, *splits.test)} == {3}
+
+
 def test_another_row_moves_no_test_row_but_the_last(tmp_path: Path) -> None:
     texts = [f"w{i} v{i}" for i in range(50)]
     recipe = file_recipe(lines(tmp_path / "a.csv", texts), num_test=10, num_validation=5)

@@ -26,7 +26,7 @@ LABELS = torch.tensor([[-100, -100, -100, 40, 7, 2], [-100, -100, -100, 8, 2, -1
 def wrap(base: Path, *, quantization: Any = "none", dtype: torch.dtype, **method: Any) -> Any:
     torch.manual_seed(0)
     model = load_model(find_base(base), quantization=quantization, dtype=dtype)
-    name = "lora" if quantization == "none" else "qlora"
+    name: Any = "lora" if quantization == "none" else "qlora"
     recipe = MethodRecipe(name=name, quantization=quantization, rank=4, **method)
     wrapped = attach(model, recipe, gradient_checkpointing=False)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor
     with quiet_libraries():
         logits, targets = selected_logits(model, IDS, LABELS)
     loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lorary.bases.prompts import PromptBuilder
     from lorary.registry.manifest import Task
-    from lorary.trainer.recipe import Recipe
+    from lorary.trainer.recipe import DataRecipe, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ def load_splits(recipe: Recipe) -> Splits:
         MissingDependency: an asset package that is not fetched.
     """
     data = recipe.data
-    examples, num_duplicates = _distinct(read_examples(data), data.max_words)
+    examples, num_duplicates = _distinct(read_examples(data), data)
     if recipe.task.kind == "classification":
         _check_labels(examples, recipe.task.labels)
     examples.sort(key=lambda example: _rank(example, data.seed))
@@ -73,7 +73,7 @@ def load_splits(recipe: Recipe) -> Splits:
     for i, example in enumerate(examples):
         key = example.target if recipe.task.labels else ""
         part = next((name for name in quotas if quotas[name][key] > 0), "train")
-        if part != "train" and (len(words[i]) < data.min_words or near.has_any(i)):
+        if part != "train" and near.has_any(i):
             part = "train"
         if part != "train":
             quotas[part][key] -= 1
@@ -180,15 +180,21 @@ def data_facts(splits: Splits, recipe: Recipe, num_too_long: int) -> dict[str, A
     }
 
 
-def _distinct(examples: Sequence[Example], max_words: int) -> tuple[list[Example], int]:
-    """Cut texts to ``max_words`` and drop examples whose text was seen before."""
+def _distinct(examples: Sequence[Example], data: DataRecipe) -> tuple[list[Example], int]:
+    """Cut or leave out texts by their number of words, and drop those seen before."""
     kept: dict[str, Example] = {}
+    num_duplicates = 0
     for example in examples:
-        if max_words and "text" in example.inputs:
-            text = " ".join(example.inputs["text"].split()[:max_words])
+        words = example.inputs.get("text", "").split()
+        if "text" in example.inputs and len(words) < data.min_words:
+            continue
+        if data.max_words and len(words) > data.max_words:
+            text = " ".join(words[: data.max_words])
             example = replace(example, inputs={**example.inputs, "text": text})
-        kept.setdefault(example.text.lower(), example)
-    return list(kept.values()), len(examples) - len(kept)
+        key = example.text.lower()
+        num_duplicates += key in kept
+        kept.setdefault(key, example)
+    return list(kept.values()), num_duplicates
 
 
 def _check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:

@@ -105,6 +105,13 @@ class Evaluator:
             The texts, cut at stop strings, outer white space removed; and the logits of the first
             new token, float32 [B, vocab].
         """
+        first: list[Tensor] = []
+
+        def keep_first(_ids: Tensor, logits: Tensor) -> Tensor:
+            if not first:
+                first.append(logits.float())
+            return logits
+
         from transformers import GenerationConfig
 
         input_ids, mask = self._pad_left(prompts)
@@ -114,17 +121,18 @@ class Evaluator:
             do_sample=False,
             eos_token_id=eos,
             pad_token_id=self._tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_logits=True,
         )
-        result = self._model.generate(
-            input_ids=input_ids, attention_mask=mask, generation_config=settings
+        sequences = self._model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=[keep_first],
         )
         texts = []
-        for row in result.sequences[:, input_ids.shape[1] :].tolist():
+        for row in sequences[:, input_ids.shape[1] :].tolist():
             ids = row[: row.index(eos)] if eos in row else row
             texts.append(self._cut(self._tokenizer.decode(ids, skip_special_tokens=True)))
-        return texts, result.logits[0].float()
+        return texts, first[0]
 
     def label_logprobs(
         self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], first: Tensor

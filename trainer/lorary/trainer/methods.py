@@ -47,7 +47,10 @@ def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointi
             f"{error}. It has {', '.join(linear_names(model))}; use those, or {ALL_LINEAR}."
         ) from error
     if gradient_checkpointing:
-        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it.
+        name = "activation_checkpointing_enable"
+        enable = getattr(wrapped, name, None) or wrapped.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         wrapped.enable_input_require_grads()
     wrapped.config.use_cache = False
     speed_up(wrapped)

@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within the context, drop warnings that no user of Lorary can act on.
+    """Within the context, drop remarks that no user of Lorary can act on.
 
-    peft 0.21 reads an attribute that transformers 5.23 renamed, and bitsandbytes calls a deprecated
-    torch function.
+    peft 0.21 reads an attribute that transformers 5.23 renamed, bitsandbytes calls a deprecated torch
+    function, and the Trainer logs that it aligned padding tokens and how it sorts checkpoints.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        warnings.filterwarnings("ignore", module="bitsandbytes")
-        yield
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            warnings.filterwarnings("ignore", module="bitsandbytes")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

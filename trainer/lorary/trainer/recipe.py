@@ -90,7 +90,7 @@ class DataRecipe:
     max_words: int = 0
     """Cut each ``text`` to this many words; 0 does not cut."""
     min_words: int = 1
-    """Held-out examples have at least this many words."""
+    """Leave out examples whose ``text`` has fewer words."""
     seed: int = 0
     """Salt of the split's hash; another seed is another split."""
 
