@@ -42,6 +42,8 @@ class TaskResult:
     adapter: float
     served: float
     noise: float
+    all_base: dict[str, float]
+    all_adapter: dict[str, float]
     all_served: dict[str, float]
     p50_ms: float
     version: int
@@ -80,6 +82,8 @@ def compare(
         adapter=manifest.metrics.adapter[metric],
         served=round(scores[metric], 4),
         noise=round(2 * error + ALLOWANCE[metric], 4),
+        all_base=manifest.metrics.base,
+        all_adapter=manifest.metrics.adapter,
         all_served={name: round(value, 4) for name, value in scores.items()},
         p50_ms=round(1e3 * statistics.median(a.seconds for a in answers), 1),
         version=manifest.version,
