@@ -93,14 +93,14 @@ $(ENV): pyproject.toml constraints.txt
 		echo "NVIDIA GPU found: torch is not pinned, its CUDA build is taken"; \
 		sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt; \
 	else cp constraints.txt $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install --progress-bar off $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
 # Stubs are made by the oldest supported generator: they run on newer runtimes, never on older ones.
 $(PROTO_ENV): Makefile
 	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer on the PATH." >&2; exit 1; }
 	@[ -x .venv-protos/bin/python ] || $(PYTHON) -m venv .venv-protos
-	.venv-protos/bin/python -m pip install -q --progress-bar off $(PIP_ARGS) grpcio-tools==1.74.0 grpcio==1.74.0 buf-bin==1.75.0
+	.venv-protos/bin/python -m pip install -q $(PIP_ARGS) grpcio-tools==1.74.0 grpcio==1.74.0 buf-bin==1.75.0
 	@touch $@
 
 # Without it the tests that need it fail and say so; the others run.
