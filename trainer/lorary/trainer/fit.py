@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
 
+    from transformers import TrainerState
+
     from lorary.trainer.data import Row
     from lorary.trainer.progress import Reporter
     from lorary.trainer.recipe import Recipe
@@ -67,13 +69,14 @@ def fit(
         StorageError: a checkpoint cannot be written.
     """
     training = recipe.training
-    num_batches = training.max_steps * training.gradient_accumulation
     lengths = [len(row.input_ids) for row in train_rows]
     plan = plan_batches(
-        lengths, batch_size=training.batch_size, num_batches=num_batches, seed=training.seed
+        lengths,
+        batch_size=training.batch_size,
+        num_batches=training.max_steps * training.gradient_accumulation,
+        seed=training.seed,
     )
     tokens = [sum(lengths[i] for i in batch) for batch in plan]
-    interrupt = _Interrupt()
     trainer = LoraTrainer(
         model=model,
         args=_arguments(recipe, checkpoints, has_validation=bool(validation_rows)),
@@ -86,6 +89,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if validation_rows:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=training.patience))
+    interrupt = _Interrupt()
     first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
     with reporter.phase("training", training.max_steps, first_step) as advance, interrupt:
         trainer.add_callback(_Steps(advance, tokens, training.gradient_accumulation))
@@ -93,19 +97,28 @@ def fit(
         trainer.add_callback(interrupt)
         with quiet_libraries():
             _run(trainer, resume_from, recipe)
-    state = trainer.state
-    if interrupt.is_set and state.global_step < training.max_steps:
+    if interrupt.is_set and trainer.state.global_step < training.max_steps:
         raise Cancelled(
-            f"stopped at step {state.global_step} of {training.max_steps}; the checkpoint is in "
-            f"'{checkpoints}'. Go on with --resume."
+            f"stopped at step {trainer.state.global_step} of {training.max_steps}; the checkpoint "
+            f"is in '{checkpoints}'. Go on with --resume."
         )
-    done = state.global_step * training.gradient_accumulation
+    return _result(
+        trainer.state, sum(tokens[: trainer.state.global_step * training.gradient_accumulation])
+    )
+
+
+def _result(state: TrainerState, num_tokens: int) -> Fit:
     return Fit(
-        history=tuple(dict(entry) for entry in state.log_history if "step" in entry),
+        history=tuple(dict(entry) for entry in state.log_history if _is_loss(entry)),
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
-        num_tokens=sum(tokens[:done]),
+        num_tokens=num_tokens,
     )
+
+
+def _is_loss(entry: dict[str, Any]) -> bool:
+    """Whether a log entry is a step's or a validation's, and not the Trainer's closing summary."""
+    return "loss" in entry or "eval_loss" in entry
 
 
 def _run(trainer: LoraTrainer, resume_from: Path | None, recipe: Recipe) -> None:
