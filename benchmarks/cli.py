@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import random
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from benchmarks.plan import SEED, Plan, Popularity, Through
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
     from benchmarks.workload import Contender
 
@@ -63,6 +65,9 @@ def main(
         console.print(f"{DOCUMENT} shows {path}")
         return
     threads = pin_threads(threads)
+    # A server process is stopped on the way out, whoever asks for it.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     plan = Plan(
         base=base,
         dtype=dtype,
@@ -137,6 +142,10 @@ def _run(
                 is_complete &= bool(record["accepted"])
                 progress.advance(bar)
     return is_complete
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _in_turn(contenders: Sequence[Contender], repeat: int) -> Sequence[Contender]:

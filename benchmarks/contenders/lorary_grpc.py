@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from benchmarks.harness.server_process import ServerProcess
-from benchmarks.harness.threads import all_cores
+from benchmarks.harness.threads import all_cores, plain_environment
 from benchmarks.workload import Call, Trace
 from lorary.client import AsyncClient, Chunk
 
@@ -23,7 +23,9 @@ class LoraryServer:
 
     def __init__(self, arguments: Sequence[str], scratch: Path) -> None:
         with all_cores():
-            self._process = ServerProcess(arguments, scratch / "server")
+            self._process = ServerProcess(
+                arguments, scratch / "server", environment=plain_environment()
+            )
         self._loop = asyncio.Runner()
         self._client = self._loop.run(self._connect())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ class ServerProcess:
     Args:
         arguments: of ``lorary serve``, but for ports and ready file.
         folder: where its log and ready file go.
-        environment: added to this process' own.
+        environment: instead of this process' own.
 
     Raises:
         RuntimeError: it ended before it was ready, or took too long; with the end of its log.
@@ -52,7 +51,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env=None if environment is None else dict(environment),
             )
         try:
             self.facts = self._wait_until_ready()

@@ -52,6 +52,12 @@ def pin_threads(num_threads: int = 0) -> int:
     return count
 
 
+def plain_environment() -> dict[str, str]:
+    """Return this process' environment as it was, for a child that pins its threads itself."""
+    ours = {_MARK, "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 @contextmanager
 def all_cores() -> Iterator[None]:
     """Give this thread every core again while a child process is started.
