@@ -34,7 +34,8 @@ class AsyncClient:
 
         async with AsyncClient("127.0.0.1:50051") as client:
             async for event in client.stream("a long day", adapter="translation@prod"):
-                print(event.text, end="")
+                if isinstance(event, Chunk):
+                    print(event.text, end="")
     """
 
     def __init__(

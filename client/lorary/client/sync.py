@@ -33,7 +33,8 @@ class Client:
 
         with Client("127.0.0.1:50051") as client:
             for event in client.stream("a long day", adapter="translation@prod"):
-                print(event.text, end="")
+                if isinstance(event, Chunk):
+                    print(event.text, end="")
     """
 
     def __init__(
