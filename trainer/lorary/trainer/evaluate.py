@@ -59,7 +59,7 @@ class Evaluator:
         used_cache, attention = config.use_cache, config._attn_implementation
         self._model.eval()
         config.use_cache = True
-        if attention == "eager":  # chosen for its backward pass; there is none here
+        if attention != "sdpa":  # chosen for its backward pass; there is none here
             self._model.get_base_model().set_attn_implementation("sdpa")
         try:
             # A slice of hidden states is not contiguous, and on a CPU torch then multiplies row by

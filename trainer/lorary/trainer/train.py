@@ -168,6 +168,7 @@ def _fit(
     """Load, attach, fit."""
     from transformers import set_seed
 
+    from lorary.trainer import grouped_attention
     from lorary.trainer.fit import fit
     from lorary.trainer.methods import attach
 
@@ -178,9 +179,11 @@ def _fit(
         quantization=run.recipe.method.base_quantization,
         dtype=_dtype(run.recipe),
         device=training.device,
-        # On a CPU the fused kernel's bfloat16 backward takes four times eager's (docs/log.md).
         attn_implementation="sdpa" if training.device.startswith("cuda") else "eager",
     )
+    if training.device == "cpu" and grouped_attention.suits(model.config):
+        grouped_attention.register()
+        model.set_attn_implementation(grouped_attention.NAME)
     model = attach(model, run.recipe.method, gradient_checkpointing=training.gradient_checkpointing)
     fitted = fit(
         model,
