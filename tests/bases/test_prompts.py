@@ -128,3 +128,14 @@ def _raise_template_error(*_args: Any, **_options: Any) -> str:
     import jinja2
 
     raise jinja2.TemplateError("roles must alternate")
+
+
+def test_threads_may_share_a_builder(builder: PromptBuilder) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    task = Task(template=CHATML)
+    texts = [f"the {'big ' * n}cat" for n in range(1, 40)] * 5
+    expected = [builder.from_task(task, {"text": text}) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: builder.from_task(task, {"text": text}), texts))
+    assert found == expected
