@@ -19,6 +19,26 @@ inline void store(uint16_t* p, float value) {  // round to nearest, ties to even
     *p = static_cast<uint16_t>(bits >> 16);
 }
 
+// 16 floats side by side: one AVX-512 register, or whatever the compiler makes of it elsewhere.
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+
+inline Lanes widen(const float* p) {
+    Lanes lanes;
+    std::memcpy(&lanes, p, sizeof lanes);
+    return lanes;
+}
+inline Lanes widen(const uint16_t* p) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    Halves halves;
+    std::memcpy(&halves, p, sizeof halves);
+    const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+    Lanes lanes;
+    std::memcpy(&lanes, &bits, sizeof lanes);
+    return lanes;
+}
+
 template <typename T>
 float dot(const float* x, const T* a, int64_t n) {
     float sum = 0.0f;
