@@ -24,10 +24,11 @@ def use_threads(count: int | None) -> int:
     count = max(1, min(count, available))
     for variable in _VARIABLES:
         os.environ[variable] = str(count)
-    # Waiting threads sleep instead of spinning. With one busy neighbour on two cores a spinning team
-    # shares a core and trains at a twelfth of the speed (20 instead of 258 tokens/s); on a quiet
-    # machine there is nothing between the two, for a training step's operations are long.
+    # Waiting threads spin for a moment, then sleep. A team that spins until its time slice ends shares
+    # a core with a busy neighbour and trains at a twelfth of the speed (20 instead of 258 tokens/s);
+    # one that never spins loses a sixth on a quiet machine (320 instead of 375; docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     # The tokenizer's own threads fork badly and gain nothing on short texts.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "torch" in sys.modules:
