@@ -52,7 +52,6 @@ def test_mixed_batch_equals_peft_one_at_a_time(
         assert finish is not None
         assert tokens == oracle(tiny_base, tiny_adapters, name, prompt, 12), name or "base"
     assert max(s.num_distinct_adapters for s in world.collector.steps) >= 3
-    assert len(world.engine.steps_by_distinct_adapters) >= 4
 
 
 def test_adapters_change_the_answer(tiny_base: Path, tiny_adapters: dict[str, Path]) -> None:

@@ -103,8 +103,6 @@ class Engine:
         self._cancelled: set[str] = set()
         self._stopping: LoraryError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.steps_by_distinct_adapters: list[int] = [0]
-        """Entry k: how many steps held k distinct adapters; the bare base does not count."""
 
     # -- any thread ---------------------------------------------------------------------------
 
@@ -405,10 +403,6 @@ class Engine:
                 sequence.slot = taken
 
     def _record(self, batch: Batch, seconds: float) -> None:
-        distinct = batch.num_distinct_adapters
-        histogram = self.steps_by_distinct_adapters
-        histogram.extend([0] * (distinct + 1 - len(histogram)))
-        histogram[distinct] += 1
         if self._observer is None:
             return
         scheduler = self._scheduler
@@ -417,7 +411,7 @@ class Engine:
                 seconds=seconds,
                 num_decode_rows=batch.num_decode,
                 num_prefill_tokens=batch.num_prefill_tokens,
-                num_distinct_adapters=distinct,
+                num_distinct_adapters=batch.num_distinct_adapters,
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
                 num_waiting_for_adapter=scheduler.num_waiting_for_adapter,
