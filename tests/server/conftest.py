@@ -96,6 +96,7 @@ class EngineWorld:
             assembled.residency,
             assembled.lora,
         )
+        self.fused = assembled.fused
         if start:
             self.engine.start()
         self._count = 0

@@ -67,21 +67,6 @@ def test_decode_equals_the_reference(
             q, k, v, row_slots, row_lengths, scale=0.3, softcap=softcap, window=window
         )
     else:
-        span = ordered[-1] + 1
-        per_slot = torch.ones(span, dtype=torch.long)
-        per_slot[ordered] = torch.tensor(lengths)
-        plan = AttentionPlan(
-            cache=cache,
-            write_index=torch.empty(0, dtype=torch.long),
-            num_decode=len(slots),
-            decode_slots=None if ordered == list(range(span)) else torch.tensor(ordered),
-            span=span,
-            lengths=per_slot,
-            longest=max(lengths),
-            row_slots=row_slots,
-            row_lengths=row_lengths,
-            native=None,
-            chunks=(),
-        )
+        plan = AttentionPlan(cache, row_slots, row_lengths - 1, len(slots), [])
         actual = _decode(plan, q, k, v, 0.3, window, softcap)
     assert (actual.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()

@@ -2,8 +2,10 @@
 
 ``install`` walks a transformers model, groups neighbours that read the same input (q/k/v, gate/up),
 and puts a ``LoraMember`` in the place of each linear layer. The weights of a group's plain layers
-become views of one concatenated matrix, so that the base needs one product per group; quantized
-layers keep their own product. The adapters of a whole group are added in one call.
+are laid side by side, so that the base needs one product per group: in the native kernel's packed
+layout where it serves them (the layers' own copies are then given up), else as one matrix with the
+layers' weights as views. Quantized layers keep their own product. The adapters of a whole group are
+added in one call.
 
 The step's segments are read from ``current``: set by the runner for the time of one forward.
 """
@@ -57,10 +59,21 @@ class LoraGroup:
         pool: the group's rows; set by ``attach``.
     """
 
-    def __init__(self, spec: GroupSpec, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        spec: GroupSpec,
+        layers: Sequence[nn.Module],
+        kernels: native.NativeKernels | None = None,
+    ) -> None:
         self.spec = spec
         self.layers = tuple(layers)
         self.weight, self.bias = _fuse(self.layers)
+        self.packed: native.PackedLinear | None = None
+        if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
+            self.packed = kernels.pack(self.weight, self.bias)
+            self.weight = self.bias = None
+            for layer in self.layers:
+                _give_up(layer)
         self.pool: GroupPool | None = None
         self._bound: native.BoundKernel | None = None
         self._input: torch.Tensor | None = None
@@ -86,7 +99,9 @@ class LoraGroup:
         return result
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self.weight is not None:
+        if self.packed is not None:
+            y = self.packed.linear(x)
+        elif self.weight is not None:
             y = nn.functional.linear(x, self.weight, self.bias)
         else:
             outputs = [layer(x) for layer in self.layers]
@@ -124,6 +139,22 @@ class LoraMember(nn.Module):
         return self.group.output(self.member, x)
 
 
+class PackedHead(nn.Module):
+    """Stands where the output head stood: its product in the native kernel, in float32.
+
+    ``weight`` stays the base's own, which is usually the input embedding, too.
+    """
+
+    def __init__(self, head: nn.Linear, kernels: native.NativeKernels) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.packed = kernels.pack(head.weight.data, head.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits; x [..., hidden] → [..., vocab]."""
+        return self.packed.linear(x, torch.float32)
+
+
 class LoraModel:
     """A model whose linear layers take adapters, and the pool behind them.
 
@@ -131,23 +162,23 @@ class LoraModel:
         model: the transformers model, changed in place.
         groups: every group, in the model's order.
         pool: where adapters lie.
+        kernels: the native kernels, if this device has them.
         long_from: an adapter with at least this many rows in a step is multiplied on its own, by
             torch operators.
     """
 
     def __init__(self, model: Any, *, memory_bytes: int, dtype: torch.dtype) -> None:
         self.model = model
-        self.groups = install(model)
         device = next(model.parameters()).device
+        kernel = native.load() if device.type == "cpu" else None
+        if isinstance(kernel, str):
+            logger.warning("serving on torch operators, several times slower: %s", kernel)
+            kernel = None
+        self.kernels = kernel
+        self.groups = install(model, kernel)
         self.pool = AdapterPool(
             [g.spec for g in self.groups], memory_bytes=memory_bytes, dtype=dtype, device=device
         )
-        kernel = native.load() if device.type == "cpu" else None
-        if isinstance(kernel, str):
-            logger.warning(
-                "adapters run on torch operators, several times slower at decoding: %s", kernel
-            )
-            kernel = None
         has_kernel = kernel is not None and kernel.supports(dtype)
         # torch's bfloat16 products with a rank's few columns cost 0.1 ms whatever their size, and
         # compile anew for every number of rows: the native kernel takes prompts, too (docs/log.md).
@@ -156,8 +187,10 @@ class LoraModel:
             group.attach(pool, kernel if has_kernel else None)
 
 
-def install(model: Any) -> list[LoraGroup]:
-    """Replace every linear layer but the head, in place, and return the groups.
+def install(model: Any, kernels: native.NativeKernels | None = None) -> list[LoraGroup]:
+    """Replace every linear layer, in place, and return the groups: all of them but the head.
+
+    With ``kernels`` the weights that they can pack are packed, the head's, too.
 
     Raises:
         ConfigError: the model has no linear layers that adapters could change.
@@ -178,12 +211,14 @@ def install(model: Any) -> list[LoraGroup]:
                 in_features=next(s[1] for s in shapes if s),
                 out_features=tuple(s[0] for s in shapes if s),
             )
-            group = LoraGroup(spec, layers)
+            group = LoraGroup(spec, layers, kernels)
             for member, name in enumerate(names):
                 setattr(parent, name, LoraMember(group, member))
             groups.append(group)
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no linear layers for adapters to change")
+    if kernels is not None and type(head) is nn.Linear and kernels.can_pack(head.weight):
+        model.set_output_embeddings(PackedHead(head, kernels))
     return groups
 
 
@@ -206,6 +241,12 @@ def _shape(layer: Any) -> tuple[int, int] | None:
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         return int(layer.nf), int(layer.weight.shape[0])
     return None
+
+
+def _give_up(layer: nn.Module) -> None:
+    """Free a layer's own weight and bias: the packed copy stands for them."""
+    for parameter in layer.parameters(recurse=False):
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -21,6 +21,7 @@ from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
 from lorary.server.native import library as native
+from lorary.server.native.layers import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.residency import ResidencyObserver
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
+    from lorary.server.native.layers import FusedModel
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +62,15 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """An engine, not yet started, and its adapters."""
+    """An engine, not yet started, and its adapters.
+
+    ``fused`` is None when this base's layers run operator by operator.
+    """
 
     engine: Engine
     residency: Residency
     lora: LoraModel
+    fused: FusedModel | None
 
 
 def assemble(
@@ -93,9 +99,15 @@ def assemble(
     device = next(model.parameters()).device
     model.eval()
     lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype)
-    runner = Runner(model)
     shape = KVShape.from_config(model.config, limits.max_context)
     cache = KVCache(shape, num_slots=limits.max_batch, dtype=dtype, device=device)
+    fused = None if lora.kernels is None else fuse(model, lora.groups, cache, lora.kernels)
+    if device.type == "cpu" and fused is None:
+        logger.info(
+            "%s runs operator by operator: slower than a base whose layers run natively",
+            type(model).__name__,
+        )
+    runner = Runner(model, fused)
     _warm_up(runner, cache, lora.long_from)
     engine = Engine(
         runner=runner,
@@ -121,7 +133,7 @@ def assemble(
     residency = Residency(
         pool=lora.pool, load=load, on_change=engine.wake, observer=residency_observer
     )
-    return Assembled(engine, residency, lora)
+    return Assembled(engine, residency, lora, fused)
 
 
 def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:

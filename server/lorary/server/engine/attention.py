@@ -5,8 +5,9 @@ order), then the prefill chunks. Decode rows attend all at once with two batched
 neighbouring slots; every chunk attends on its own. The step's plan is read from a context variable
 that the runner sets for one forward.
 
-Decode attention has two implementations: the native kernel on the CPU, which reads exactly what
-each row needs, and two batched products elsewhere. SDPA is used for prefill only: on the CPU its
+This serves the layers that do not run as one native call (``native/layers.py``): quantized bases,
+other families, other devices. Decode attention has two implementations here: the native kernel on
+the CPU, which reads exactly what each row needs, and two batched products elsewhere. SDPA is used for prefill only: on the CPU its
 tiles are made for long queries (half the speed of the products for one token).
 """
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lorary.server.engine.kv_cache import KVCache
-    from lorary.server.native.library import NativeKernels
 
 NAME = "lorary"
 
@@ -50,46 +51,73 @@ class Chunk:
     tree: torch.Tensor | None = None
 
 
-@dataclass(slots=True)
 class AttentionPlan:
-    """What attention needs to know of a step; built once, read by every layer.
+    """What attention needs to know of a step; read by every layer.
+
+    What only the torch operators need is worked out when first asked for.
 
     Attributes:
         cache: the slots.
-        write_index: int64 [T * kv_heads], row of the flattened cache for every (token, head).
+        slots: int32 [T] on the host, every row's slot; decode rows come first, in slot order.
+        positions: int32 [T] on the host, where in its slot a row's key goes.
         num_decode: how many rows at the front are decode rows.
-        decode_slots: int64 [num_decode], or None when they are exactly 0, 1, 2, ….
-        span: decode attention reads slots [0, span).
-        lengths: int64 [span], positions to read per slot, this step's included; 1 where no decode.
-        longest: the largest of ``lengths``.
-        row_slots: int32 [num_decode], slot of each decode row, for the native kernel.
-        row_lengths: int32 [num_decode], positions each decode row reads, likewise.
-        native: the native kernels, where they serve this cache.
+        lengths: int32 [num_decode] on the host, positions each decode row reads.
         chunks: the prefill chunks.
     """
 
-    cache: KVCache
-    write_index: torch.Tensor
-    num_decode: int
-    decode_slots: torch.Tensor | None
-    span: int
-    lengths: torch.Tensor
-    longest: int
-    row_slots: torch.Tensor
-    row_lengths: torch.Tensor
-    native: NativeKernels | None
-    chunks: tuple[Chunk, ...]
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        cache: KVCache,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        num_decode: int,
+        chunks: Sequence[Chunk],
+    ) -> None:
+        self.cache = cache
+        self.slots = slots
+        self.positions = positions
+        self.num_decode = num_decode
+        self.lengths = positions[:num_decode] + 1
+        self.chunks = tuple(chunks)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    @cached_property
+    def write_index(self) -> torch.Tensor:
+        """Return int64 [T * kv_heads]: row of the flattened cache for every (token, head)."""
+        shape = self.cache.shape
+        head = torch.arange(shape.num_kv_heads)
+        row = self.slots.long()[:, None] * shape.num_kv_heads + head
+        index = row * shape.context + self.positions.long()[:, None]
+        return index.view(-1).to(self.cache.k.device)
+
+    @cached_property
+    def decode_slots(self) -> torch.Tensor:
+        """Return int64 [num_decode]: the decode rows' slots."""
+        return self.slots[: self.num_decode].long().to(self.cache.k.device)
+
+    @cached_property
+    def span(self) -> int:
+        """Return how many slots from 0 on hold all decode rows."""
+        return int(self.slots[self.num_decode - 1]) + 1 if self.num_decode else 0
+
+    @cached_property
+    def longest(self) -> int:
+        """Return the largest of ``lengths``."""
+        return int(self.lengths.max())
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Return 0 where a decode row may look and -inf elsewhere: [span, 1, 1, longest]."""
         mask = self._masks.get(window)
         if mask is None:
-            position = torch.arange(self.longest, device=self.lengths.device)
-            hidden = position >= self.lengths[:, None]
+            device = self.cache.k.device
+            # A slot that nobody decodes in reads one position, for a softmax of nothing is NaN.
+            lengths = torch.ones(self.span, dtype=torch.long, device=device)
+            lengths[self.decode_slots] = self.lengths.long().to(device)
+            position = torch.arange(self.longest, device=device)
+            hidden = position >= lengths[:, None]
             if window is not None:
-                hidden |= position < self.lengths[:, None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+                hidden |= position < lengths[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
             mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
             self._masks[window] = mask
         return mask
@@ -145,13 +173,13 @@ def attend(
     parts: list[torch.Tensor] = []
     if plan.num_decode:
         decode = rows[: plan.num_decode]
-        if plan.native is not None:
-            out = plan.native.decode_attention(
+        if plan.cache.native is not None:
+            out = plan.cache.native.decode_attention(
                 decode,
                 k_layer,
                 v_layer,
-                plan.row_slots,
-                plan.row_lengths,
+                plan.slots,
+                plan.lengths,
                 scale=scale,
                 softcap=softcap,
                 window=sliding_window,
@@ -177,7 +205,8 @@ def _decode(
 ) -> torch.Tensor:
     """Attend one token per slot; q [n, H, D] → [n, H, D]."""
     kv_heads, heads, dim = k_layer.shape[1], q.shape[1], q.shape[2]
-    if plan.decode_slots is not None:
+    is_dense = plan.span == plan.num_decode
+    if not is_dense:
         spread = q.new_zeros(plan.span, heads, dim)
         q = spread.index_copy_(0, plan.decode_slots, q)
     q = q.reshape(plan.span, kv_heads, heads // kv_heads, dim)
@@ -188,7 +217,7 @@ def _decode(
         scores = torch.tanh(scores / softcap) * softcap
     scores += plan.decode_mask(window, scores.dtype)
     out = torch.matmul(torch.softmax(scores, dim=-1), v).view(plan.span, heads, dim)
-    return out if plan.decode_slots is None else out.index_select(0, plan.decode_slots)
+    return out if is_dense else out.index_select(0, plan.decode_slots)
 
 
 def _prefill(

@@ -108,7 +108,13 @@ def build_batch(
     return Batch(
         token_ids=torch.tensor([rows.tokens], device=device),
         position_ids=torch.tensor([rows.positions], device=device),
-        plan=_plan(rows, decode, chunks, cache, device),
+        plan=AttentionPlan(
+            cache,
+            torch.tensor(rows.slots, dtype=torch.int32),
+            torch.tensor(rows.cache_positions, dtype=torch.int32),
+            len(decode),
+            chunks,
+        ),
         segments=Segments.build(rows.entries, device=device, long_from=long_from),
         logits_rows=torch.tensor(sampler_rows + scorer_rows, dtype=torch.long, device=device),
         samplers=tuple(samplers),
@@ -148,35 +154,3 @@ def _add_branches(
         # A branch row sees no other branch.
         mask[first - start : first - start + length, prompt:first] = False
     return mask
-
-
-def _plan(
-    rows: _Rows,
-    decode: list[Sequence],
-    chunks: list[Chunk],
-    cache: KVCache,
-    device: torch.device,
-) -> AttentionPlan:
-    heads, context = cache.shape.num_kv_heads, cache.shape.context
-    slots = torch.tensor(rows.slots, device=device)
-    positions = torch.tensor(rows.cache_positions, device=device)
-    head = torch.arange(heads, device=device)
-    write_index = ((slots[:, None] * heads + head) * context + positions[:, None]).view(-1)
-    span = decode[-1].slot + 1 if decode else 0
-    lengths = [1] * span
-    for sequence in decode:
-        lengths[sequence.slot] = sequence.num_computed + 1
-    is_dense = span == len(decode)
-    return AttentionPlan(
-        cache=cache,
-        write_index=write_index,
-        num_decode=len(decode),
-        decode_slots=None if is_dense else torch.tensor([s.slot for s in decode], device=device),
-        span=span,
-        lengths=torch.tensor(lengths, device=device),
-        longest=max(lengths, default=0),
-        row_slots=torch.tensor([s.slot for s in decode], dtype=torch.int32),
-        row_lengths=torch.tensor([s.num_computed + 1 for s in decode], dtype=torch.int32),
-        native=cache.native,
-        chunks=tuple(chunks),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,15 +10,19 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.layers import step_segments
 from lorary.server.engine.attention import NAME, step_plan
+from lorary.server.native.layers import StepArrays
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorary.server.engine.batch import Batch
+    from lorary.server.native.layers import FusedModel
 
 
 class Runner:
     """The model behind a function from ``Batch`` to logits; engine thread only."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, fused: FusedModel | None = None) -> None:
         if not getattr(model, "_supports_attention_backend", False):
             raise ConfigError(
                 f"{type(model).__name__} does not go through transformers' attention interface, so "
@@ -25,6 +30,7 @@ class Runner:
             )
         model.set_attn_implementation(NAME)
         self.model = model
+        self.fused = fused
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
 
     @torch.inference_mode()
@@ -33,7 +39,7 @@ class Runner:
 
         Writes the step's keys and values into the cache of ``batch.plan``.
         """
-        with step_plan(batch.plan), step_segments(batch.segments):
+        with self._step(batch):
             output = self.model(
                 input_ids=batch.token_ids,
                 position_ids=batch.position_ids,
@@ -42,3 +48,17 @@ class Runner:
             )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    @contextmanager
+    def _step(self, batch: Batch) -> Iterator[None]:
+        """Tell the layers about the step, for the time of the block."""
+        plan = batch.plan
+        if self.fused is not None:
+            arrays = StepArrays(
+                plan.slots, plan.positions, plan.lengths, plan.chunks, batch.segments
+            )
+            with self.fused.step(arrays):
+                yield
+        else:
+            with step_plan(plan), step_segments(batch.segments):
+                yield

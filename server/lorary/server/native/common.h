@@ -1,8 +1,9 @@
-// Loads and stores of the two dtypes; all arithmetic is float32.
+// Loads and stores of the two dtypes, and 16 floats side by side; all arithmetic is float32.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 inline float load(const float* p) { return *p; }
 inline float load(const uint16_t* p) {
@@ -22,6 +23,7 @@ inline void store(uint16_t* p, float value) {  // round to nearest, ties to even
 // 16 floats side by side: one AVX-512 register, or whatever the compiler makes of it elsewhere.
 constexpr int64_t kLanes = 16;
 typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t LaneBits __attribute__((vector_size(64)));
 
 inline Lanes widen(const float* p) {
     Lanes lanes;
@@ -38,11 +40,75 @@ inline Lanes widen(const uint16_t* p) {
     std::memcpy(&lanes, &bits, sizeof lanes);
     return lanes;
 }
-
-template <typename T>
-float dot(const float* x, const T* a, int64_t n) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += x[i] * load(a + i);
-    return sum;
+inline void narrow(float* p, Lanes lanes) { std::memcpy(p, &lanes, sizeof lanes); }
+inline void narrow(uint16_t* p, Lanes lanes) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    Bits bits;
+    std::memcpy(&bits, &lanes, sizeof bits);
+    bits += 0x7fffu + ((bits >> 16) & 1u);
+    const Halves halves = __builtin_convertvector(bits >> 16, Halves);
+    std::memcpy(p, &halves, sizeof halves);
 }
+
+template <typename From, typename To>
+void convert(const From* from, int64_t n, To* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) narrow(to + i, widen(from + i));
+    for (; i < n; ++i) store(to + i, load(from + i));
+}
+
+// Ask for memory that will be read soon: stretches of a few KB here and there are too short for the
+// hardware to see them coming.
+template <typename T>
+void fetch(const T* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+}
+
+// The sum of all lanes, halves upon halves.
+inline float sum_of(Lanes lanes) {
+    typedef float Half __attribute__((vector_size(32)));
+    typedef float Quarter __attribute__((vector_size(16)));
+    Half h[2];
+    std::memcpy(h, &lanes, sizeof h);
+    const Half half = h[0] + h[1];
+    Quarter q[2];
+    std::memcpy(q, &half, sizeof q);
+    const Quarter sum = q[0] + q[1];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// e^x: 2^n times a polynomial of the rest (Cephes' expf), within 2 units of the last place; exactly 0
+// below -87.3 (-infinity included), no more than e^88 above 88.
+inline Lanes exp_of(Lanes x) {
+    const Lanes low = Lanes{} - 87.3f, high = Lanes{} + 88.0f;
+    const auto is_nothing = x < low;
+    x = is_nothing ? low : x;
+    x = x > high ? high : x;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    const Lanes shifted = x * 1.44269504088896341f + 12582912.0f;
+    const Lanes n = shifted - 12582912.0f;
+    const Lanes r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    LaneBits power;
+    std::memcpy(&power, &shifted, sizeof power);
+    LaneBits bits;
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += power << 23;
+    std::memcpy(&p, &bits, sizeof p);
+    return is_nothing ? Lanes{} : p;
+}
+
+// Memory of one thread that lives as long as the thread: 64-byte aligned, contents undefined.
+inline float* scratch(int64_t floats) {
+    static thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < floats + kLanes) memory.resize(floats + kLanes);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + ((64 - address % 64) % 64) / sizeof(float);
+}
+inline int64_t aligned(int64_t floats) { return (floats + kLanes - 1) / kLanes * kLanes; }

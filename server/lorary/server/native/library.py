@@ -21,19 +21,35 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lorary.server.adapters.segments import Segments
 
-_ABI = 3
+_ABI = 4
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "adapters.cpp", _FOLDER / "attention.cpp", _FOLDER / "threads.cpp")
-_HEADERS = (_FOLDER / "common.h",)
+_SOURCES = tuple(
+    _FOLDER / f"{name}.cpp" for name in ("adapters", "attention", "layer", "matmul", "threads")
+)
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("adapters", "attention", "common", "matmul"))
 # Not -ffast-math: linked into a shared library it would switch off denormals for the whole process.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
+# Outputs of one panel of a packed weight, as in matmul.cpp.
+_PANEL = 32
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ADD_ROWS = [*[_POINTER] * 5, *[_INT64] * 4, *[_POINTER] * 5, _INT64, ctypes.c_int]
+_LINEAR = [
+    _POINTER,
+    _INT64,
+    _INT64,
+    _POINTER,
+    _POINTER,
+    *[_INT64] * 2,
+    _POINTER,
+    _INT64,
+    ctypes.c_int,
+]
+_PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DECODE = [*[_POINTER] * 6, *[_INT64] * 7, _FLOAT, _FLOAT, _INT64, ctypes.c_int]
 
 
@@ -51,13 +67,34 @@ class NativeKernels:
         self.path = path
         self._pin_team = library.lorary_pin_team
         self._add_rows = {
-            dtype: _typed(library, f"lorary_add_rows_{suffix}", _ADD_ROWS)
+            dtype: typed(library, f"lorary_add_rows_{suffix}", _ADD_ROWS)
             for dtype, suffix in _SUFFIX.items()
         }
         self._decode = {
-            dtype: _typed(library, f"lorary_decode_{suffix}", _DECODE)
+            dtype: typed(library, f"lorary_decode_{suffix}", _DECODE)
             for dtype, suffix in _SUFFIX.items()
         }
+
+        has_bf16 = bool(library.lorary_has_bf16())
+        self._packed = [torch.float32, *([torch.bfloat16] if has_bf16 else [])]
+        self._pack = {
+            dtype: typed(library, f"lorary_pack_{_SUFFIX[dtype]}", _PACK) for dtype in self._packed
+        }
+        self._layer = {
+            dtype: typed(library, f"lorary_layer_{_SUFFIX[dtype]}", [_POINTER] * 5)
+            for dtype in self._packed
+        }
+        self._linear = {
+            (torch.float32, torch.float32): typed(library, "lorary_linear_f32", _LINEAR)
+        }
+        if has_bf16:
+            for out, name in ((torch.bfloat16, "bf16"), (torch.float32, "bf16_f32")):
+                key = (torch.bfloat16, out)
+                self._linear[key] = typed(library, f"lorary_linear_{name}", _LINEAR)
+        for name in ("layer", "step"):
+            getattr(library, f"lorary_{name}_bytes").restype = _INT64
+        self.structure_bytes = (library.lorary_layer_bytes(), library.lorary_step_bytes())
+        """Sizes of the layer's and the step's structure."""
 
     def pin_team(self, cpus: Sequence[int]) -> int:
         """Pin the calling thread and its OpenMP workers, one to each of ``cpus``.
@@ -75,6 +112,34 @@ class NativeKernels:
     def bind(self, a: torch.Tensor, b: Sequence[torch.Tensor]) -> BoundKernel:
         """Fix the pool of one group of layers, so that a call passes only what changes per step."""
         return BoundKernel(self._add_rows[a.dtype], a, b)
+
+    def supports_layers(self, dtype: torch.dtype) -> bool:
+        """Whether packed products and whole layers run in this dtype on this CPU."""
+        return dtype in self._packed
+
+    def layer_function(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+        """Return the function of layer.cpp for this dtype."""
+        return self._layer[dtype]
+
+    def can_pack(self, weight: torch.Tensor) -> bool:
+        """Whether ``pack`` takes this weight [out, in]."""
+        is_matrix = weight.dim() == 2 and weight.stride(1) == 1 and weight.shape[1] % 2 == 0
+        return is_matrix and weight.device.type == "cpu" and weight.dtype in self._packed
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """Copy a weight [out, in] that ``can_pack`` into the kernel's layout."""
+        out, width = weight.shape
+        packed = torch.empty(-(-out // _PANEL) * _PANEL * width, dtype=weight.dtype)
+        self._pack[weight.dtype](
+            weight.data_ptr(),
+            weight.stride(0),
+            out,
+            width,
+            packed.data_ptr(),
+            torch.get_num_threads(),
+        )
+        functions = {out: f for (x, out), f in self._linear.items() if x == weight.dtype}
+        return PackedLinear(functions, packed, out, width, bias)
 
     def decode_attention(
         self,
@@ -118,11 +183,63 @@ class NativeKernels:
         return out
 
 
-def _typed(library: ctypes.CDLL, name: str, arguments: Sequence[type]) -> ctypes._NamedFuncPointer:
+def typed(library: ctypes.CDLL, name: str, arguments: Sequence[type]) -> ctypes._NamedFuncPointer:
+    """Return a function of the library that takes these arguments and returns nothing."""
     function = getattr(library, name)
     function.restype = None
     function.argtypes = list(arguments)
     return function  # type: ignore[no-any-return]
+
+
+class PackedLinear:
+    """A weight in the matrix product's own layout, and its bias.
+
+    Attributes:
+        dtype: the weight's, and of what it is multiplied with.
+        address: where the packed weight lies.
+        bias_address: where the bias lies, float32 [out]; None without one.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[torch.dtype, ctypes._NamedFuncPointer],
+        packed: torch.Tensor,
+        out_features: int,
+        in_features: int,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._functions = functions
+        self._tensors = (packed, None if bias is None else bias.float().contiguous())
+        self.dtype = packed.dtype
+        self.out_features = out_features
+        self.in_features = in_features
+        self.address = packed.data_ptr()
+        self.bias_address = None if self._tensors[1] is None else self._tensors[1].data_ptr()
+
+    def linear(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Multiply x [..., in], sums in float32 → [..., out] of ``dtype``.
+
+        ``x`` is rounded to the weight's dtype; ``dtype`` is that (the default) or float32. A row's
+        result does not depend on the other rows.
+        """
+        dtype = dtype or self.dtype
+        rows = x.reshape(-1, self.in_features).to(self.dtype)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype)
+        self._functions[dtype](
+            rows.data_ptr(),
+            rows.stride(0),
+            rows.shape[0],
+            self.address,
+            self.bias_address,
+            self.out_features,
+            self.in_features,
+            y.data_ptr(),
+            self.out_features,
+            torch.get_num_threads(),
+        )
+        return y
 
 
 class BoundKernel:

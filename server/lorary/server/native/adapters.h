@@ -1,0 +1,165 @@
+// Mixed-adapter product for CPUs, straight from the pool's pages. Decoding has few rows per adapter
+// and is bound by the bytes of A and B; prompts have many, and go through them in blocks.
+//
+// Semantics, for the i-th listed row b = rows[i] with adapter k = entry[i], and every member m:
+//   t[m, j]       = x[b] . A[m, rank_rows[j]]                      float32 accumulation
+//   y[b, o_m + :] += sum_j rank_scales[j] * t[m, j] * B_m[rank_rows[j], :]
+// for j in [rank_indptr[k], rank_indptr[k + 1]). Rows are sorted by adapter. Each row's result depends
+// on that row alone: the order of summation is fixed, whatever else is in the batch.
+#pragma once
+
+#include <type_traits>
+
+#include "common.h"
+
+// One group of layers that read the same input, with its part of the pool.
+template <typename T>
+struct GroupPool {
+    const T* a;           // [members, cap, in]
+    const T* const* b;    // members x [cap, outs[m]]
+    const int64_t* outs;  // [members]
+    int64_t members, cap, in;
+};
+
+// A step's rows by adapter.
+struct Mix {
+    const int32_t* rows;         // [num_rows], sorted by adapter
+    const int32_t* entry;        // [num_rows]
+    const int32_t* rank_indptr;  // [entries + 1]
+    const int32_t* rank_rows;
+    const float* rank_scales;
+    int64_t num_rows;
+};
+
+// Rows that share an adapter go through it in blocks, so that A and B are loaded and widened once
+// for all of them. Every row's sums run in one order, 16 lanes side by side, whatever the block.
+constexpr int kBlock = 8;
+
+// sums[r * sums_row + j] = x[r] . a[j] for R rows and J rank rows at once, so that even one row keeps
+// several sums under way.
+template <int R, int J, typename T>
+void dots(const float* const* x, const T* const* a, int64_t n, float* sums, int64_t sums_row) {
+    Lanes lane[R][J] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Lanes wide[J];
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) wide[j] = widen(a[j] + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Lanes row = widen(x[r] + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < J; ++j) lane[r][j] += row * wide[j];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < J; ++j) {
+            for (int64_t k = i; k < n; ++k) lane[r][j][k - i] += x[r][k] * load(a[j] + k);
+            sums[r * sums_row + j] = sum_of(lane[r][j]);
+        }
+}
+
+// acc[r, o:o + 16 * W] += sum_j t[r, j] * B[rank_rows[j], o:o + 16 * W], j in ascending order.
+template <int R, int W, typename T>
+void expand(float* const* acc, const float* const* t, const T* b, const int32_t* rank_rows, int32_t rank,
+            int64_t out, int64_t o) {
+    Lanes sum[R][W];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) sum[r][w] = widen(acc[r] + o + w * kLanes);
+    for (int32_t j = 0; j < rank; ++j) {
+        const T* row = b + rank_rows[j] * out + o;
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w) {
+            const Lanes wide = widen(row + w * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sum[r][w] += t[r][j] * wide;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+        for (int w = 0; w < W; ++w) narrow(acc[r] + o + w * kLanes, sum[r][w]);
+}
+
+// One block of R rows with one adapter, one member of the group.
+template <int R, typename T, typename Y>
+void add_block(const GroupPool<T>& pool, int64_t member, int64_t offset, const T* x, Y* y, int64_t y_row,
+               const int32_t* rows, const int32_t* rank_rows, const float* scales, int32_t rank) {
+    const int64_t in = pool.in, out = pool.outs[member];
+    const int64_t stride = aligned(in) + aligned(out) + aligned(rank);
+    float* memory = scratch(R * stride);
+    for (int32_t j = 0; j < rank; ++j) fetch(pool.a + (member * pool.cap + rank_rows[j]) * in, in);
+    for (int32_t j = 0; j < rank; ++j) fetch(pool.b[member] + rank_rows[j] * out, out);
+    float *xf[R], *acc[R], *t[R];
+    for (int r = 0; r < R; ++r) {
+        xf[r] = memory + r * stride;
+        acc[r] = xf[r] + aligned(in);
+        t[r] = acc[r] + aligned(out);
+        convert(x + rows[r] * in, in, xf[r]);
+        convert(y + rows[r] * y_row + offset, out, acc[r]);
+    }
+    constexpr int kRanks = 4;
+    const auto row_of = [&](int32_t j) { return pool.a + (member * pool.cap + rank_rows[j]) * in; };
+    int32_t j = 0;
+    for (; j + kRanks <= rank; j += kRanks) {
+        const T* a[kRanks] = {row_of(j), row_of(j + 1), row_of(j + 2), row_of(j + 3)};
+        dots<R, kRanks>(xf, a, in, t[0] + j, stride);
+    }
+    for (; j < rank; ++j) {
+        const T* a[1] = {row_of(j)};
+        dots<R, 1>(xf, a, in, t[0] + j, stride);
+    }
+    for (int r = 0; r < R; ++r)
+        for (j = 0; j < rank; ++j) t[r][j] *= scales[j];
+    // Few rows read B in long stretches, many in short ones, as registers allow.
+    constexpr int kWide = R <= 2 ? 8 : R <= 4 ? 4 : 2;
+    const T* b = pool.b[member];
+    int64_t o = 0;
+    for (; o + kWide * kLanes <= out; o += kWide * kLanes) expand<R, kWide>(acc, t, b, rank_rows, rank, out, o);
+    for (; o + kLanes <= out; o += kLanes) expand<R, 1>(acc, t, b, rank_rows, rank, out, o);
+    for (; o < out; ++o)
+        for (j = 0; j < rank; ++j)
+            for (int r = 0; r < R; ++r) acc[r][o] += t[r][j] * load(b + rank_rows[j] * out + o);
+    for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + offset);
+}
+
+// Called by every thread of a parallel region; they share blocks and members.
+template <typename T, typename Y>
+void add_adapters(const GroupPool<T>& pool, const Mix& mix, const T* x, Y* y, int64_t y_row) {
+    // Blocks of neighbours with one adapter; the last of a run may be narrower.
+    static thread_local std::vector<int64_t> starts;
+    starts.clear();
+    for (int64_t i = 0, begin = 0; i <= mix.num_rows; ++i) {
+        const bool is_end = i == mix.num_rows || mix.entry[i] != mix.entry[begin] || i - begin == kBlock;
+        if (is_end && i > begin) {
+            starts.push_back(begin);
+            begin = i;
+        }
+    }
+    starts.push_back(mix.num_rows);
+    const int64_t blocks = static_cast<int64_t>(starts.size()) - 1;
+    const std::vector<int64_t>& mine = starts;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < blocks * pool.members; ++item) {
+        const int64_t block = item / pool.members, member = item % pool.members;
+        int64_t offset = 0;
+        for (int64_t m = 0; m < member; ++m) offset += pool.outs[m];
+        const int64_t first = mine[block];
+        const int32_t begin = mix.rank_indptr[mix.entry[first]];
+        const int32_t rank = mix.rank_indptr[mix.entry[first] + 1] - begin;
+        auto run = [&](auto width) {
+            add_block<decltype(width)::value>(pool, member, offset, x, y, y_row, mix.rows + first,
+                                              mix.rank_rows + begin, mix.rank_scales + begin, rank);
+        };
+        switch (mine[block + 1] - first) {
+            case 1: run(std::integral_constant<int, 1>{}); break;
+            case 2: run(std::integral_constant<int, 2>{}); break;
+            case 3: run(std::integral_constant<int, 3>{}); break;
+            case 4: run(std::integral_constant<int, 4>{}); break;
+            case 5: run(std::integral_constant<int, 5>{}); break;
+            case 6: run(std::integral_constant<int, 6>{}); break;
+            case 7: run(std::integral_constant<int, 7>{}); break;
+            default: run(std::integral_constant<int, kBlock>{}); break;
+        }
+    }
+}

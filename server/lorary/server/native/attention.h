@@ -1,0 +1,236 @@
+// Attention of a step's rows over their slots of the cache.
+//
+// Semantics, for a query at position n - 1 of its sequence, query head h of KV head g, slot s:
+//   w[p]   = softmax_p(cap(scale * q[h] . K[s, g, p]))   for the p that it sees
+//   out[h] = sum_p w[p] * V[s, g, p]
+// with cap(x) = softcap * tanh(x / softcap) where softcap > 0. It sees [max(0, n - window), n), all
+// from 0 on where window = 0; or what its row of the chunk's mask says.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "matmul.h"
+
+struct AttentionShape {
+    int64_t kv_heads, group, dim, context;
+    float scale, softcap;
+    int64_t window;
+};
+
+// One layer's cache: k and v [slots, kv_heads, context, dim].
+template <typename T>
+struct LayerCache {
+    T *k, *v;
+};
+
+// Prompt tokens of one sequence: rows [row, row + length) of the step, at positions from `start` on.
+// The mask, if there is one, is [length, start + length].
+struct Chunk {
+    int64_t row, length, slot, start;
+    const uint8_t* mask;
+};
+
+inline void cap(float* scores, int64_t count, float softcap) {
+    if (softcap > 0.0f)
+        for (int64_t p = 0; p < count; ++p) scores[p] = softcap * std::tanh(scores[p] / softcap);
+}
+
+// Turn count scores into weights, in place; -infinity becomes exactly 0.
+inline void soften(float* w, int64_t count) {
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t p = 0; p < count; ++p) largest = w[p] > largest ? w[p] : largest;
+    Lanes sums = {};
+    int64_t p = 0;
+    for (; p + kLanes <= count; p += kLanes) {
+        const Lanes e = exp_of(widen(w + p) - largest);
+        sums += e;
+        narrow(w + p, e);
+    }
+    if (p < count) {
+        // What is beyond counts nothing; its place holds no weight to overwrite.
+        Lanes rest = Lanes{} - std::numeric_limits<float>::infinity();
+        for (int64_t i = p; i < count; ++i) rest[i - p] = w[i] - largest;
+        rest = exp_of(rest);
+        sums += rest;
+        for (int64_t i = p; i < count; ++i) w[i] = rest[i - p];
+    }
+    const float scale = 1.0f / sum_of(sums);
+    for (int64_t i = 0; i < count; ++i) w[i] *= scale;
+}
+
+// 16 * W elements of G heads' sums of values, positions in ascending order.
+template <int G, int W, typename T, typename O>
+void weigh(const float* weight, int64_t tall, const T* v, int64_t dim, int64_t count, O* out) {
+    Lanes acc[G][W] = {};
+    for (int64_t p = 0; p < count; ++p) {
+        Lanes value[W];
+#pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) value[w] = widen(v + p * dim + w * kLanes);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g)
+            for (int w = 0; w < W; ++w) acc[g][w] += weight[g * tall + p] * value[w];
+    }
+    for (int g = 0; g < G; ++g)
+        for (int w = 0; w < W; ++w) narrow(out + g * dim + w * kLanes, acc[g][w]);
+}
+
+// One decode row, one KV head, G of the query heads that share it: each key and value is read once
+// for all of them.
+template <int G, typename Q, typename T, typename O>
+void attend_heads(const Q* q, int64_t q_head, const T* k, const T* v, O* out, int64_t length,
+                  const AttentionShape& s) {
+    const int64_t first = s.window > 0 && length > s.window ? length - s.window : 0;
+    const int64_t count = length - first, wide = aligned(s.dim), tall = aligned(count);
+    const int64_t soon = (count < 512 ? count : 512) * s.dim;
+    fetch(k + first * s.dim, soon);
+    fetch(v + first * s.dim, soon);
+    float* query = scratch(G * (wide + tall));
+    float* weight = query + G * wide;
+    for (int g = 0; g < G; ++g)
+        for (int64_t d = 0; d < s.dim; ++d) query[g * wide + d] = load(q + g * q_head + d) * s.scale;
+    const int64_t even = s.dim / kLanes * kLanes;
+    for (int64_t p = 0; p < count; ++p) {
+        const T* row = k + (first + p) * s.dim;
+        Lanes sums[G] = {};
+        for (int64_t d = 0; d < even; d += kLanes) {
+            const Lanes key = widen(row + d);
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) sums[g] += widen(query + g * wide + d) * key;
+        }
+        for (int g = 0; g < G; ++g) {
+            for (int64_t d = even; d < s.dim; ++d) sums[g][d - even] += query[g * wide + d] * load(row + d);
+            weight[g * tall + p] = sum_of(sums[g]);
+        }
+    }
+    for (int g = 0; g < G; ++g) {
+        cap(weight + g * tall, count, s.softcap);
+        soften(weight + g * tall, count);
+    }
+    int64_t d = 0;
+    for (; d + 2 * kLanes <= even; d += 2 * kLanes)
+        weigh<G, 2>(weight, tall, v + first * s.dim + d, s.dim, count, out + d);
+    for (; d < even; d += kLanes)
+        weigh<G, 1>(weight, tall, v + first * s.dim + d, s.dim, count, out + d);
+    for (; d < s.dim; ++d)
+        for (int g = 0; g < G; ++g) {
+            float acc = 0.0f;
+            for (int64_t p = 0; p < count; ++p)
+                acc += weight[g * tall + p] * load(v + (first + p) * s.dim + d);
+            store(out + g * s.dim + d, acc);
+        }
+}
+
+template <typename Q, typename T, typename O>
+void attend_one(const Q* q, int64_t q_head, const T* k, const T* v, O* out, int64_t length,
+                const AttentionShape& s) {
+    int64_t g = 0;
+    for (; g + 4 <= s.group; g += 4)
+        attend_heads<4>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
+    for (; g + 3 <= s.group; g += 3)
+        attend_heads<3>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
+    for (; g < s.group; ++g) attend_heads<1>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
+}
+
+// Called by every thread of a parallel region. q [rows, heads, dim] by its strides, out
+// [rows, heads, dim] contiguous; lengths count this step's position.
+template <typename Q, typename T, typename O>
+void attend_decode(const Q* q, int64_t q_row, int64_t q_head, LayerCache<const T> cache, O* out,
+                   const int32_t* slots, const int32_t* lengths, int64_t rows, const AttentionShape& s) {
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t i = 0; i < rows * s.kv_heads; ++i) {
+        const int64_t row = i / s.kv_heads, head = i % s.kv_heads;
+        const int64_t at = (slots[row] * s.kv_heads + head) * s.context * s.dim;
+        attend_one(q + row * q_row + head * s.group * q_head, q_head, cache.k + at, cache.v + at,
+                   out + (row * s.kv_heads + head) * s.group * s.dim, lengths[row], s);
+    }
+}
+
+// Query rows (positions x heads of a group) that share one packing of keys and values.
+constexpr int64_t kQueries = 96;
+
+inline int64_t positions_per_block(int64_t group) { return group < kQueries ? kQueries / group : 1; }
+
+// Positions [begin, end) of a chunk, one KV head: scores against panels of 32 keys, softmax over what
+// each position sees, then panels of 32 values' elements. What a row does not see weighs exactly 0,
+// so its bits do not depend on where chunks and blocks are cut.
+template <typename T, typename O>
+void attend_block(const Chunk& chunk, int64_t begin, int64_t end, int64_t head, const float* q,
+                  int64_t q_row, LayerCache<const T> cache, O* out, int64_t out_row,
+                  const AttentionShape& s) {
+    const int64_t rows = (end - begin) * s.group;
+    // With a mask a position may see what lies behind it in the cache, never more than the chunk.
+    const int64_t stop = chunk.mask ? chunk.start + chunk.length : chunk.start + end;
+    const int64_t earliest = chunk.start + begin + 1 - s.window;
+    const int64_t first = s.window > 0 && !chunk.mask && earliest > 0 ? earliest : 0;
+    const int64_t count = stop - first, padded = panels(count) * kPanel;
+    const int64_t at = (chunk.slot * s.kv_heads + head) * s.context * s.dim;
+    const int64_t widths = panels(s.dim) * kPanel, longest = padded > s.dim ? padded : s.dim;
+    float* query = scratch(rows * (widths + padded) + longest * kPanel + rows * kPanel);
+    float* weight = query + rows * widths;
+    float* panel = weight + rows * padded;
+    float* sums = panel + longest * kPanel;
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* from = q + (chunk.row + begin + r / s.group) * q_row + r % s.group * s.dim;
+        for (int64_t d = 0; d < s.dim; ++d) query[r * widths + d] = from[d] * s.scale;
+    }
+    for (int64_t p = 0; p < padded; p += kPanel) {
+        for (int64_t c = 0; c < kPanel; ++c) {
+            const bool is_there = p + c < count;
+            const T* key = cache.k + at + (first + p + c) * s.dim;
+            for (int64_t d = 0; d < s.dim; ++d) panel[d * kPanel + c] = is_there ? load(key + d) : 0.0f;
+        }
+        all_tiles<float>(query, widths, rows, panel, s.dim, weight + p, padded, true);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        float* w = weight + r * padded;
+        const int64_t position = begin + r / s.group, last = chunk.start + position;
+        int64_t seen = last + 1 - first;
+        cap(w, count, s.softcap);
+        if (chunk.mask) {
+            const uint8_t* row = chunk.mask + position * (chunk.start + chunk.length);
+            for (int64_t p = 0; p < count; ++p)
+                if (!row[p]) w[p] = -std::numeric_limits<float>::infinity();
+            seen = count;
+        } else if (s.window > 0) {
+            const int64_t from = last + 1 - s.window - first;
+            for (int64_t p = 0; p < from; ++p) w[p] = -std::numeric_limits<float>::infinity();
+        }
+        soften(w, seen);
+        for (int64_t p = seen; p < padded; ++p) w[p] = 0.0f;
+    }
+    for (int64_t d = 0; d < s.dim; d += kPanel) {
+        const int64_t width = s.dim - d < kPanel ? s.dim - d : kPanel;
+        for (int64_t p = 0; p < count; ++p)
+            for (int64_t c = 0; c < kPanel; ++c)
+                panel[p * kPanel + c] = c < width ? load(cache.v + at + (first + p) * s.dim + d + c) : 0.0f;
+        all_tiles<float>(weight, padded, rows, panel, count, sums, kPanel, true);
+        for (int64_t r = 0; r < rows; ++r) {
+            O* to = out + (chunk.row + begin + r / s.group) * out_row + r % s.group * s.dim + d;
+            for (int64_t c = 0; c < width; ++c) store(to + c, sums[r * kPanel + c]);
+        }
+    }
+}
+
+// Called by every thread of a parallel region; they share blocks of every chunk and KV head. q
+// float32 [rows, heads, dim] and out by their row strides, heads side by side.
+template <typename T, typename O>
+void attend_chunks(const Chunk* chunks, int64_t num_chunks, const float* q, int64_t q_row,
+                   LayerCache<const T> cache, O* out, int64_t out_row, const AttentionShape& s) {
+    const int64_t step = positions_per_block(s.group);
+    int64_t items = 0;
+    for (int64_t c = 0; c < num_chunks; ++c) items += (chunks[c].length + step - 1) / step * s.kv_heads;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; ++item) {
+        int64_t c = 0, rest = item;
+        for (;; ++c) {
+            const int64_t here = (chunks[c].length + step - 1) / step * s.kv_heads;
+            if (rest < here) break;
+            rest -= here;
+        }
+        const int64_t head = rest % s.kv_heads, begin = rest / s.kv_heads * step;
+        const int64_t end = begin + step < chunks[c].length ? begin + step : chunks[c].length;
+        attend_block(chunks[c], begin, end, head, q + head * s.group * s.dim, q_row, cache,
+                     out + head * s.group * s.dim, out_row, s);
+    }
+}

@@ -1,0 +1,55 @@
+// Packed products by themselves (matmul.h); layer.cpp uses them inside whole layers.
+
+#include "matmul.h"
+
+namespace {
+
+template <typename T, typename Y>
+void linear(const T* x, int64_t x_row, int64_t rows, const T* packed, const float* bias, int64_t n,
+            int64_t k, Y* y, int64_t y_row, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    multiply<Into::replace>(x, x_row, rows, packed, bias, n, k, y, y_row);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this build has the product in bfloat16; without it the caller keeps to torch.
+int lorary_has_bf16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void lorary_pack_f32(const float* w, int64_t w_row, int64_t n, int64_t k, float* packed, int threads) {
+    pack(w, w_row, n, k, packed, threads);
+}
+
+void lorary_linear_f32(const float* x, int64_t x_row, int64_t rows, const float* packed,
+                       const float* bias, int64_t n, int64_t k, float* y, int64_t y_row, int threads) {
+    linear(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
+}
+
+#ifdef __AVX512BF16__
+void lorary_pack_bf16(const uint16_t* w, int64_t w_row, int64_t n, int64_t k, uint16_t* packed,
+                      int threads) {
+    pack(w, w_row, n, k, packed, threads);
+}
+
+void lorary_linear_bf16(const uint16_t* x, int64_t x_row, int64_t rows, const uint16_t* packed,
+                        const float* bias, int64_t n, int64_t k, uint16_t* y, int64_t y_row,
+                        int threads) {
+    linear(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
+}
+
+void lorary_linear_bf16_f32(const uint16_t* x, int64_t x_row, int64_t rows, const uint16_t* packed,
+                            const float* bias, int64_t n, int64_t k, float* y, int64_t y_row,
+                            int threads) {
+    linear(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
+}
+#endif
+
+}  // extern "C"

@@ -1,0 +1,62 @@
+"""The packed product against float32 sums of the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorary.server.native import library as native
+
+# One rounding of the result to bfloat16; float32 sums in another order.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+
+
+def kernels_for(dtype: torch.dtype) -> native.NativeKernels:
+    kernels = native.load()
+    assert not isinstance(kernels, str), kernels
+    if not kernels.supports_layers(dtype):
+        pytest.skip(f"this CPU has no product in {dtype}")
+    return kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 13, 14, 15, 29, 64])
+@pytest.mark.parametrize(("out", "width"), [(32, 64), (96, 2), (49, 70), (1, 2050), (80, 1024)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_product_equals_torch(
+    rows: int, out: int, width: int, dtype: torch.dtype, has_bias: bool
+) -> None:
+    kernels = kernels_for(dtype)
+    torch.manual_seed(rows)
+    # Rows of a wider matrix: neither weight nor input need be contiguous as a whole.
+    weight = torch.randn(out, width + 6).to(dtype)[:, :width]
+    x = torch.randn(rows, width + 4).to(dtype)[:, :width]
+    bias = torch.randn(out).to(dtype) if has_bias else None
+    assert kernels.can_pack(weight)
+    packed = kernels.pack(weight, bias)
+    expected = x.float() @ weight.float().t()
+    if bias is not None:
+        expected += bias.float()
+    for result in (dtype, torch.float32):
+        actual = packed.linear(x, result)
+        assert actual.dtype == result
+        error = (actual.float() - expected).abs().max()
+        assert error <= TOLERANCE[result] * expected.abs().max().clamp_min(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
+    kernels = kernels_for(dtype)
+    torch.manual_seed(0)
+    packed = kernels.pack(torch.randn(100, 2100).to(dtype), None)
+    x = torch.randn(31, 2100).to(dtype)
+    together = packed.linear(x, torch.float32)
+    alone = torch.cat([packed.linear(row[None], torch.float32) for row in x])
+    assert torch.equal(together, alone)
+
+
+def test_what_cannot_be_packed() -> None:
+    kernels = kernels_for(torch.float32)
+    assert not kernels.can_pack(torch.zeros(4, 3))
+    assert not kernels.can_pack(torch.zeros(4, 4, dtype=torch.float16))
+    assert not kernels.can_pack(torch.zeros(4, 4).t()[:, :2])
