@@ -12,6 +12,10 @@
 
 #include "common.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 // One group of layers that read the same input, with its part of the pool.
 template <typename T>
 struct GroupPool {
@@ -35,26 +39,41 @@ struct Mix {
 // for all of them. Every row's sums run in one order, 16 lanes side by side, whatever the block.
 constexpr int kBlock = 8;
 
+// lane += x . a over 16 floats, or over 32 bfloat16 of which each lane takes two.
+inline int64_t step_of(const float*) { return kLanes; }
+inline void multiply_add(Lanes& lane, const float* x, const Lanes& a) { lane += widen(x) * a; }
+#ifdef __AVX512BF16__
+inline int64_t step_of(const uint16_t*) { return 2 * kLanes; }
+inline void multiply_add(Lanes& lane, const uint16_t* x, const Lanes& a) {
+    lane = (Lanes)_mm512_dpbf16_ps((__m512)lane, (__m512bh)_mm512_loadu_si512(x), (__m512bh)a);
+}
+inline Lanes as_lanes(const uint16_t* p) { return (Lanes)_mm512_loadu_ps(p); }
+#else
+inline int64_t step_of(const uint16_t*) { return kLanes; }
+inline void multiply_add(Lanes& lane, const uint16_t* x, const Lanes& a) { lane += widen(x) * a; }
+inline Lanes as_lanes(const uint16_t* p) { return widen(p); }
+#endif
+inline Lanes as_lanes(const float* p) { return widen(p); }
+
 // sums[r * sums_row + j] = x[r] . a[j] for R rows and J rank rows at once, so that even one row keeps
 // several sums under way.
 template <int R, int J, typename T>
-void dots(const float* const* x, const T* const* a, int64_t n, float* sums, int64_t sums_row) {
+void dots(const T* const* x, const T* const* a, int64_t n, float* sums, int64_t sums_row) {
     Lanes lane[R][J] = {};
+    const int64_t step = step_of(x[0]);
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        Lanes wide[J];
+    for (; i + step <= n; i += step) {
+        Lanes some[J];
 #pragma GCC unroll 4
-        for (int j = 0; j < J; ++j) wide[j] = widen(a[j] + i);
+        for (int j = 0; j < J; ++j) some[j] = as_lanes(a[j] + i);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const Lanes row = widen(x[r] + i);
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < J; ++j) lane[r][j] += row * wide[j];
-        }
+            for (int j = 0; j < J; ++j) multiply_add(lane[r][j], x[r] + i, some[j]);
     }
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < J; ++j) {
-            for (int64_t k = i; k < n; ++k) lane[r][j][k - i] += x[r][k] * load(a[j] + k);
+            for (int64_t k = i; k < n; ++k) lane[r][j][(k - i) % kLanes] += load(x[r] + k) * load(a[j] + k);
             sums[r * sums_row + j] = sum_of(lane[r][j]);
         }
 }
@@ -86,28 +105,35 @@ template <int R, typename T, typename Y>
 void add_block(const GroupPool<T>& pool, int64_t member, int64_t offset, const T* x, Y* y, int64_t y_row,
                const int32_t* rows, const int32_t* rank_rows, const float* scales, int32_t rank) {
     const int64_t in = pool.in, out = pool.outs[member];
-    const int64_t stride = aligned(in) + aligned(out) + aligned(rank);
+    constexpr bool kInPlace = std::is_same_v<Y, float>;
+    const int64_t stride = aligned(rank) + (kInPlace ? 0 : aligned(out));
     float* memory = scratch(R * stride);
     for (int32_t j = 0; j < rank; ++j) fetch(pool.a + (member * pool.cap + rank_rows[j]) * in, in);
     for (int32_t j = 0; j < rank; ++j) fetch(pool.b[member] + rank_rows[j] * out, out);
-    float *xf[R], *acc[R], *t[R];
+    const T* rows_of_x[R];
+    float *acc[R], *t[R];
     for (int r = 0; r < R; ++r) {
-        xf[r] = memory + r * stride;
-        acc[r] = xf[r] + aligned(in);
-        t[r] = acc[r] + aligned(out);
-        convert(x + rows[r] * in, in, xf[r]);
-        convert(y + rows[r] * y_row + offset, out, acc[r]);
+        t[r] = memory + r * stride;
+        rows_of_x[r] = x + rows[r] * in;
+        if constexpr (kInPlace) {
+            acc[r] = y + rows[r] * y_row + offset;
+        } else {
+            acc[r] = t[r] + aligned(rank);
+            convert(y + rows[r] * y_row + offset, out, acc[r]);
+        }
     }
-    constexpr int kRanks = 4;
+    // As many rank rows at once as registers hold sums for.
+    constexpr int kRanks = R <= 6 ? 4 : 2;
     const auto row_of = [&](int32_t j) { return pool.a + (member * pool.cap + rank_rows[j]) * in; };
     int32_t j = 0;
     for (; j + kRanks <= rank; j += kRanks) {
-        const T* a[kRanks] = {row_of(j), row_of(j + 1), row_of(j + 2), row_of(j + 3)};
-        dots<R, kRanks>(xf, a, in, t[0] + j, stride);
+        const T* a[kRanks];
+        for (int i = 0; i < kRanks; ++i) a[i] = row_of(j + i);
+        dots<R, kRanks>(rows_of_x, a, in, t[0] + j, stride);
     }
     for (; j < rank; ++j) {
         const T* a[1] = {row_of(j)};
-        dots<R, 1>(xf, a, in, t[0] + j, stride);
+        dots<R, 1>(rows_of_x, a, in, t[0] + j, stride);
     }
     for (int r = 0; r < R; ++r)
         for (j = 0; j < rank; ++j) t[r][j] *= scales[j];
@@ -120,7 +146,8 @@ void add_block(const GroupPool<T>& pool, int64_t member, int64_t offset, const T
     for (; o < out; ++o)
         for (j = 0; j < rank; ++j)
             for (int r = 0; r < R; ++r) acc[r][o] += t[r][j] * load(b + rank_rows[j] * out + o);
-    for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + offset);
+    if constexpr (!kInPlace)
+        for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + offset);
 }
 
 // Called by every thread of a parallel region; they share blocks and members.
