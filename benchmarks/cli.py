@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 PEER = "peft"
+INT8 = "lorary-int8"
 console = Console(stderr=True)
 
 
@@ -35,7 +36,9 @@ def main(
     adapters: Annotated[str, typer.Option(help="Numbers of adapters.")] = "0,1,8,32",
     concurrency: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,8,32",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each cell and contender.")] = 3,
-    contenders: Annotated[str, typer.Option(help="Of lorary and peft.")] = "lorary,peft",
+    contenders: Annotated[
+        str, typer.Option(help="Of lorary, lorary-int8 (8-bit weights) and peft.")
+    ] = "lorary,peft",
     through: Annotated[Through, typer.Option(help="What Lorary is measured through.")] = (
         Through.engine
     ),
@@ -53,6 +56,9 @@ def main(
         bool, typer.Option("--tolerate-load", help="Accept runs on a busy machine; recorded.")
     ] = False,
     retries: Annotated[int, typer.Option(min=0, help="Repeats of a run that was disturbed.")] = 3,
+    name: Annotated[
+        str, typer.Option(help="Of the result file and of the table's place in the docs.")
+    ] = "serving",
     out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
     table: Annotated[
         bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
@@ -60,8 +66,8 @@ def main(
 ) -> None:
     """Measure Lorary and PEFT's mixed batch on the same requests."""
     if table:
-        path = out or _newest()
-        report.write_section(DOCUMENT, report.section(path))
+        path = out or _newest(name)
+        report.write_section(DOCUMENT, name, report.section(path))
         console.print(f"{DOCUMENT} shows {path}")
         return
     threads = pin_threads(threads)
@@ -83,9 +89,9 @@ def main(
         agreement_calls=5 if quick else 9,
     )
     now = datetime.datetime.now(datetime.UTC)
-    path = out or RESULTS / f"serving-{cpu_slug()}-{now:%Y%m%d-%H%M%S}.jsonl"
+    path = out or RESULTS / f"{name}-{cpu_slug()}-{now:%Y%m%d-%H%M%S}.jsonl"
     head = {
-        "benchmark": "serving",
+        "benchmark": name,
         "date": f"{now:%Y-%m-%d}",
         **commit(),
         "machine": machine(),
@@ -181,10 +187,12 @@ def _contenders(names: str, through: Through) -> tuple[str, ...]:
         if name == "lorary":
             chosen += ["lorary"] if through is not Through.grpc else []
             chosen += ["lorary (grpc)"] if through is not Through.engine else []
-        elif name == PEER:
+        elif name in (INT8, PEER):
             chosen.append(name)
         else:
-            raise typer.BadParameter(f"contender '{name}' is unknown; there are lorary and {PEER}")
+            raise typer.BadParameter(
+                f"contender '{name}' is unknown; there are lorary, {INT8} and {PEER}"
+            )
     return tuple(chosen)
 
 
@@ -198,8 +206,8 @@ def _numbers(name: str, text: str, *, least: int) -> tuple[int, ...]:
     return values
 
 
-def _newest() -> Path:
-    found = sorted(RESULTS.glob("serving-*.jsonl"), key=lambda path: path.stat().st_mtime)
+def _newest(name: str) -> Path:
+    found = sorted(RESULTS.glob(f"{name}-*.jsonl"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise typer.BadParameter(f"there are no results in {RESULTS}; run the benchmark first")
     return found[-1]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DRAWN = {"uniform": "uniformly", "zipf": "by Zipf's law", "distinct": "in turn"}
-BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -75,14 +74,16 @@ def ratio(found: dict[str, dict[Cell, Median]], cell: Cell, of: str, to: str) ->
 
 
 def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
-    """Return the matrix as Markdown: a row per cell, ours beside the peer's."""
+    """Return the matrix as Markdown: a row per cell, ours beside the peer's and our own base-only."""
     found = medians(records)
     ours = [name for name in found if name != peer]
+    has_bare = any(cell.adapters == 0 for cells in found.values() for cell in cells)
     names = [*ours, *([peer] if peer in found else [])]
     head = ["adapters", "requests at once"]
     for name in names:
         head += [f"{name}: tokens/s", "first token, ms", "next token, ms"]
     head += [f"{name} / {peer}" for name in ours if peer in found]
+    head += [f"{name} / no adapter" for name in ours if has_bare]
     lines = [_row(head), _row(["---:"] * len(head))]
     for cell in sorted({cell for cells in found.values() for cell in cells}):
         row = [str(cell.adapters), str(cell.concurrency)]
@@ -92,6 +93,13 @@ def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
         for name in ours if peer in found else ():
             times = ratio(found, cell, name, peer)
             row.append("-" if times is None else f"{times:.1f}x")
+        for name in ours if has_bare else ():
+            bare = found[name].get(Cell(0, cell.concurrency))
+            mine = found[name].get(cell)
+            if bare is None or mine is None or cell.adapters == 0:
+                row.append("-")
+            else:
+                row.append(f"{mine.tokens_per_s / bare.tokens_per_s:.0%}")
         lines.append(_row(row))
     return "\n".join(lines)
 
@@ -109,8 +117,8 @@ def section(path: Path) -> str:
         f"{' with local changes' if head['modified'] else ''}; base {setup['base']} in "
         f"{setup['dtype']}, {setup['threads']} pinned threads; adapters of rank {setup['rank']} on "
         f"every linear layer, drawn {DRAWN[setup['popularity']]}; {setup['prompt_tokens']} prompt + "
-        f"{setup['new_tokens']} new tokens, greedy, end tokens ignored. Medians of "
-        f"{setup['repeats']} repeats; latencies are p50 / p95 / p99; other processes took at most "
+        f"{setup['new_tokens']} new tokens, greedy, end tokens ignored, at least "
+        f"{setup['min_requests']} requests a run. Medians of {setup['repeats']} repeats; latencies are p50 / p95 / p99; other processes took at most "
         f"{worst:.2f} cores. Records: `benchmarks/results/{path.name}`.",
         "",
         table(records),
@@ -121,17 +129,23 @@ def section(path: Path) -> str:
     return "\n".join(lines)
 
 
-def write_section(document: Path, text: str) -> None:
-    """Replace what stands between the markers of ``document``.
+def markers(name: str) -> tuple[str, str]:
+    """Return the lines around the table of this name in a document."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write_section(document: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers of this name in ``document``.
 
     Raises:
-        ValueError: it has no markers.
+        ValueError: it has no such markers.
     """
+    begin, end = markers(name)
     content = document.read_text()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     if not pattern.search(content):
-        raise ValueError(f"{document} lacks the markers {BEGIN} and {END}")
-    document.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", content))
+        raise ValueError(f"{document} lacks the markers {begin} and {end}")
+    document.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content))
 
 
 def _agreement(checks: Sequence[dict[str, Any]]) -> list[str]:

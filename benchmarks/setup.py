@@ -155,13 +155,15 @@ def _start(
     if name == PeftMixed.name:
         pad_id = int(load_tokenizer(base).pad_token_id)
         return PeftMixed(base, folders, pad_id=pad_id, dtype=dtype)
-    if name == LoraryEngine.name:
+    if name in ("lorary", "lorary-int8"):
         limits = EngineLimits(
             max_batch=max(plan.concurrency),
             max_context=MAX_CONTEXT,
             adapter_memory_bytes=ADAPTER_MEMORY,
+            # Every repeat asks the same of everybody; only this contender could remember.
+            prefix_cache=False,
         )
-        return LoraryEngine(base, registry, dtype=dtype, limits=limits)
+        return LoraryEngine(base, registry, dtype=dtype, limits=limits, int8=name == "lorary-int8")
     from benchmarks.contenders.lorary_grpc import LoraryServer
 
     options = {
@@ -176,4 +178,4 @@ def _start(
         "log-level": "warning",
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return LoraryServer(arguments, scratch)
+    return LoraryServer([*arguments, "--no-prefix-cache"], scratch)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from lorary.bases import Base
-    from lorary.bases.load import Quantization
     from lorary.registry import Registry
 
 _TIMEOUT_S = 600.0
@@ -27,8 +26,6 @@ _TIMEOUT_S = 600.0
 class LoraryEngine:
     """``assemble()`` as the server calls it, driven by one thread."""
 
-    name = "lorary"
-
     def __init__(
         self,
         base: Base,
@@ -36,17 +33,19 @@ class LoraryEngine:
         *,
         dtype: torch.dtype,
         limits: EngineLimits,
-        quantization: Quantization = "none",
+        int8: bool = False,
     ) -> None:
+        self.name = "lorary-int8" if int8 else "lorary"
         self._registry = registry
         self._arrived: queue.SimpleQueue[tuple[float, list[Output]]] = queue.SimpleQueue()
         self._assembled = assemble(
-            model=load_model(base, quantization=quantization, dtype=dtype, device="cpu"),
+            model=load_model(base, dtype=dtype, device="cpu"),
             tokenizer=load_tokenizer(base),
             card=base.card,
             registry=registry,
             limits=limits,
             dtype=dtype,
+            int8=int8,
             deliver=lambda outputs: self._arrived.put((time.perf_counter(), outputs)),
         )
         self._assembled.engine.start()

@@ -59,6 +59,17 @@ def test_disturbed_runs_do_not_count() -> None:
     assert "| 2.5x |" in report.table(records)
 
 
+def test_table_says_what_adapters_cost() -> None:
+    bare = [{**run_record(name, 50.0), "adapters": 0} for name in ("lorary", "peft")]
+    text = report.table([*bare, run_record("lorary", 40.0), run_record("peft", 10.0)])
+    assert [line.rsplit("|", 2)[1].strip() for line in text.splitlines()] == [
+        "lorary / no adapter",
+        "---:",
+        "-",
+        "80%",
+    ]
+
+
 @pytest.mark.parametrize(("ours", "is_ok"), [(81.0, True), (79.0, False)])
 def test_the_benchmarks_bar(tmp_path: Path, ours: float, is_ok: bool) -> None:
     path = tmp_path / "runs.jsonl"

@@ -72,6 +72,7 @@ class EngineWorld:
         *,
         start: bool = True,
         model: Any = None,
+        int8: bool = False,
         **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,6 +89,7 @@ class EngineWorld:
             registry=registry,
             limits=EngineLimits(**{"max_batch": 8, "max_context": 256, **limits}),
             dtype=torch.float32,
+            int8=int8,
             deliver=self.collector.deliver,
             engine_observer=self.collector,
         )

@@ -9,6 +9,9 @@ import torch
 
 from lorary.bases import find_base
 from lorary.bases.load import Quantization, load_model
+from lorary.errors import ConfigError
+from lorary.server.native import layers as native_layers
+from lorary.server.native import library as native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,5 +56,53 @@ def test_mixed_batch_over_a_quantized_base(
 
 
 # int8 rounds activations per row to 8 bits through float16; nf4 on the CPU multiplies single rows
-# by another kernel than many. Adapters move these log probabilities by more than 1.
-TOLERANCE = {"nf4": 2e-2, "int8": 0.1}
+# by another kernel than many. Ours is compared with the base before rounding, the others with the same
+# rounded base. Adapters move these log probabilities by more than 1.
+TOLERANCE = {"nf4": 2e-2, "int8": 0.1, "native int8": 0.3}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_native_int8(
+    make_world: Callable[..., EngineWorld],
+    tiny_base: Path,
+    tiny_adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    fused: bool,
+) -> None:
+    """Our own 8-bit weights: near PEFT in float32, with each row's adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if not fused:
+        monkeypatch.setattr(native_layers, "FAMILIES", frozenset())
+    kernels = native.load()
+    assert not isinstance(kernels, str), kernels
+    if not kernels.has_int8:
+        pytest.skip("this CPU has no product with 8-bit weights")
+    world = make_world(int8=True)
+    assert (world.fused is not None) == fused
+    ids = [
+        world.submit(p, n, logprobs=0, max_tokens=6, ignore_eos=True)
+        for p, n in zip(PROMPTS, NAMES, strict=True)
+    ]
+    for request_id, name, prompt in zip(ids, NAMES, PROMPTS, strict=True):
+        tokens, _, error = world.collector.wait(request_id)
+        assert error is None
+        outputs = world.collector.outputs[(request_id, 0)]
+        found = [p.chosen[1] for o in outputs for p in o.logprobs]
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        if name:
+            model = PeftModel.from_pretrained(model, str(tiny_adapters[name])).eval()
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].float()
+        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 :]
+        expected = [float(logprobs[i, token]) for i, token in enumerate(tokens)]
+        assert found == pytest.approx(expected, abs=TOLERANCE["native int8"])
+
+
+def test_what_cannot_be_rounded_is_refused(make_world: Callable[..., EngineWorld]) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ConfigError, match="cannot be rounded to 8 bits"):
+        make_world(model=model, int8=True)

@@ -60,3 +60,42 @@ def test_what_cannot_be_packed() -> None:
     assert not kernels.can_pack(torch.zeros(4, 3))
     assert not kernels.can_pack(torch.zeros(4, 4, dtype=torch.float16))
     assert not kernels.can_pack(torch.zeros(4, 4).t()[:, :2])
+
+
+def int8_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Round both to 8 bits, a scale for each row, and multiply in float64."""
+
+    def rounded(m: torch.Tensor) -> torch.Tensor:
+        scale = m.abs().amax(dim=1, keepdim=True) / 127
+        return torch.round(m / scale.clamp_min(1e-30)).double() * scale
+
+    return rounded(x.float()) @ rounded(weight.float()).t()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 14, 15, 40])
+@pytest.mark.parametrize(("out", "width"), [(32, 64), (49, 70), (96, 2), (7, 1538)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_product_equals_the_reference(
+    rows: int, out: int, width: int, dtype: torch.dtype, has_bias: bool
+) -> None:
+    kernels = kernels_for(dtype)
+    if not kernels.has_int8:
+        pytest.skip("this CPU has no product with 8-bit weights")
+    torch.manual_seed(rows)
+    weight = torch.randn(out, width).to(dtype)
+    weight[0] = 0.0
+    x = torch.randn(rows, width + 4).to(dtype)[:, :width]
+    x[-1] = 0.0
+    bias = torch.randn(out).to(dtype) if has_bias else None
+    packed = kernels.pack_int8(weight, bias)
+    expected = int8_reference(x, weight)
+    if bias is not None:
+        expected += bias.double()
+    actual = packed.linear(x)
+    assert actual.dtype == dtype
+    # A value half-way between two of the 255 may fall either way.
+    least = expected.abs().max().clamp_min(1.0)
+    assert (actual.double() - expected).abs().max() <= max(TOLERANCE[dtype], 2e-3) * least
+    alone = torch.cat([packed.linear(row[None]) for row in x])
+    assert torch.equal(actual, alone)

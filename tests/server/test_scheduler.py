@@ -38,7 +38,7 @@ def make(name: str, prompt: int, *, is_ready: bool = True) -> Sequence:
 
 def advance(scheduler: Scheduler) -> tuple[list[str], list[tuple[str, int]]]:
     """Run one step on paper; return who decoded and who read how many prompt tokens."""
-    scheduled = scheduler.next_batch(lambda s: None)
+    scheduled = scheduler.next_batch(lambda s: True)
     for sequence in scheduled.decode:
         sequence.num_computed += 1
         sequence.token_ids.append(1)

@@ -79,13 +79,25 @@ def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer)
     base = find_base(config.base, progress=log.info)
     log.info("loading '%s' (%s, %s) on %s", base.name, quantization, dtype, device)
     tokenizer = load_tokenizer(base)
-    model = load_model(base, quantization=quantization, dtype=dtype, device=device)
+    int8 = quantization == "int8" and _has_native_int8(device)
+    model = load_model(
+        base, quantization="none" if int8 else quantization, dtype=dtype, device=device
+    )
     limits = Limits(
         max_context=_context(config.max_context, model.config),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
     )
     built = build_engine(
-        config, base, registry, model, tokenizer, limits, dtype, deliver=deliver, observer=observer
+        config,
+        base,
+        registry,
+        model,
+        tokenizer,
+        limits,
+        dtype,
+        int8=int8,
+        deliver=deliver,
+        observer=observer,
     )
 
     def close() -> None:
@@ -124,6 +136,7 @@ def build_engine(
     limits: Limits,
     dtype: torch.dtype,
     *,
+    int8: bool,
     deliver: Deliver,
     observer: Observer,
 ) -> Assembled:
@@ -142,9 +155,11 @@ def build_engine(
             max_waiting=config.max_waiting,
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
+            prefix_cache=config.prefix_cache,
             pin_threads=config.pin_threads,
         ),
         dtype=dtype,
+        int8=int8,
         deliver=deliver,
         engine_observer=observer,
         residency_observer=observer,
@@ -169,6 +184,16 @@ def _quantization(asked: str, device: str) -> Quantization:
     if asked != "auto":
         return cast("Quantization", asked)
     return "nf4" if device.startswith("cuda") else "none"
+
+
+def _has_native_int8(device: str) -> bool:
+    """Whether our own kernels round the base to 8 bits; else bitsandbytes does, many times slower."""
+    from lorary.server.native import library as native
+
+    if not device.startswith("cpu"):
+        return False
+    kernels = native.load()
+    return isinstance(kernels, native.NativeKernels) and kernels.has_int8
 
 
 def _context(asked: int, model_config: Any) -> int:

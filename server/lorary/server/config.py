@@ -126,6 +126,10 @@ class ServerConfig:
     prefill_budget: int = _option(
         512, "Most prompt tokens in one step, so that streams keep flowing.", low=16, high=2**20
     )
+    prefix_cache: bool = _option(
+        True,
+        "Do not read again what an earlier prompt with the same adapter began with (CPU only).",
+    )
     max_waiting: int = _option(
         1024, "Answers that may wait for a place; more are refused.", low=1, high=2**20
     )

@@ -128,6 +128,11 @@ class ServerMetrics:
         tokens = Counter("lorary_tokens", "Tokens read and generated.", ["kind"], registry=r)
         self.prompt_tokens = tokens.labels("prompt")
         self.generated_tokens = tokens.labels("generation")
+        self.cached_tokens = Counter(
+            "lorary_cached_tokens",
+            "Prompt tokens that another answer had computed already.",
+            registry=r,
+        )
         self.time_to_first_token = Histogram(
             "lorary_time_to_first_token_seconds",
             "From arrival to the first token.",
@@ -293,6 +298,7 @@ class AnswerMeter:
     def _on_finish(self, finish: Finish) -> None:
         metrics = self._metrics
         metrics.prompt_tokens.inc(finish.prompt_tokens)
+        metrics.cached_tokens.inc(finish.cached_tokens)
         metrics.queue_seconds.observe(finish.queue_ns / 1e9)
         metrics.adapters.add(
             self._adapter,

@@ -64,13 +64,16 @@ class LoraGroup:
         spec: GroupSpec,
         layers: Sequence[nn.Module],
         kernels: native.NativeKernels | None = None,
+        *,
+        int8: bool = False,
     ) -> None:
         self.spec = spec
         self.layers = tuple(layers)
         self.weight, self.bias = _fuse(self.layers)
-        self.packed: native.PackedLinear | None = None
+        self.packed: native.PackedLinear | native.Int8Linear | None = None
         if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
-            self.packed = kernels.pack(self.weight, self.bias)
+            pack = kernels.pack_int8 if int8 else kernels.pack
+            self.packed = pack(self.weight, self.bias)
             self.weight = self.bias = None
             for layer in self.layers:
                 _give_up(layer)
@@ -158,6 +161,15 @@ class PackedHead(nn.Module):
 class LoraModel:
     """A model whose linear layers take adapters, and the pool behind them.
 
+    Args:
+        model: a transformers model.
+        memory_bytes: for adapters.
+        dtype: of adapters and of what layers hand on.
+        int8: round the linear layers' weights to 8 bits, natively.
+
+    Raises:
+        ConfigError: ``int8`` without the kernels for it.
+
     Attributes:
         model: the transformers model, changed in place.
         groups: every group, in the model's order.
@@ -167,7 +179,9 @@ class LoraModel:
             torch operators.
     """
 
-    def __init__(self, model: Any, *, memory_bytes: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, *, memory_bytes: int, dtype: torch.dtype, int8: bool = False
+    ) -> None:
         self.model = model
         device = next(model.parameters()).device
         kernel = native.load() if device.type == "cpu" else None
@@ -175,7 +189,16 @@ class LoraModel:
             logger.warning("serving on torch operators, several times slower: %s", kernel)
             kernel = None
         self.kernels = kernel
-        self.groups = install(model, kernel)
+        if int8 and (kernel is None or not kernel.has_int8):
+            raise ConfigError("8-bit weights need the native kernels and a CPU with AVX512-VNNI")
+        self.groups = install(model, kernel, int8=int8)
+        if int8:
+            left = [g.spec.modules[0] for g in self.groups if g.packed is None]
+            if left:
+                raise ConfigError(
+                    f"'{left[0]}' cannot be rounded to 8 bits: it is no plain linear layer in float32 "
+                    "or bfloat16; use --quantize none"
+                )
         self.pool = AdapterPool(
             [g.spec for g in self.groups], memory_bytes=memory_bytes, dtype=dtype, device=device
         )
@@ -187,10 +210,13 @@ class LoraModel:
             group.attach(pool, kernel if has_kernel else None)
 
 
-def install(model: Any, kernels: native.NativeKernels | None = None) -> list[LoraGroup]:
+def install(
+    model: Any, kernels: native.NativeKernels | None = None, *, int8: bool = False
+) -> list[LoraGroup]:
     """Replace every linear layer, in place, and return the groups: all of them but the head.
 
-    With ``kernels`` the weights that they can pack are packed, the head's, too.
+    With ``kernels`` the weights that they can pack are packed, the head's, too; with ``int8`` rounded
+    to 8 bits, all but the head's.
 
     Raises:
         ConfigError: the model has no linear layers that adapters could change.
@@ -211,7 +237,7 @@ def install(model: Any, kernels: native.NativeKernels | None = None) -> list[Lor
                 in_features=next(s[1] for s in shapes if s),
                 out_features=tuple(s[0] for s in shapes if s),
             )
-            group = LoraGroup(spec, layers, kernels)
+            group = LoraGroup(spec, layers, kernels, int8=int8)
             for member, name in enumerate(names):
                 setattr(parent, name, LoraMember(group, member))
             groups.append(group)

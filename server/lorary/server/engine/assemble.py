@@ -16,6 +16,7 @@ from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.engine import Engine
 from lorary.server.engine.kv_cache import KVCache, KVShape
+from lorary.server.engine.prefix_cache import PrefixCache
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
@@ -48,6 +49,8 @@ class EngineLimits:
         max_waiting: most requests in the queue.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
+        prefix_cache: do not read again what an earlier prompt with the same adapter began with; needs
+            the native kernels.
         pin_threads: give every CPU thread of the engine a core of its own.
     """
 
@@ -57,6 +60,7 @@ class EngineLimits:
     max_waiting: int = 1024
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
+    prefix_cache: bool = True
     pin_threads: bool = True
 
 
@@ -82,10 +86,13 @@ def assemble(
     limits: EngineLimits,
     dtype: torch.dtype,
     deliver: Callable[[list[Output]], None],
+    int8: bool = False,
     engine_observer: EngineObserver | None = None,
     residency_observer: ResidencyObserver | None = None,
 ) -> Assembled:
     """Build an engine around a loaded model; the model is changed in place.
+
+    With ``int8`` the weights of an unquantized model are rounded to 8 bits for the native kernels.
 
     Raises:
         ConfigError: the model cannot be served: no fast tokenizer, a cache that is not keys and
@@ -98,7 +105,7 @@ def assemble(
         )
     device = next(model.parameters()).device
     model.eval()
-    lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype)
+    lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype, int8=int8)
     shape = KVShape.from_config(model.config, limits.max_context)
     cache = KVCache(shape, num_slots=limits.max_batch, dtype=dtype, device=device)
     fused = None if lora.kernels is None else fuse(model, lora.groups, cache, lora.kernels)
@@ -121,6 +128,8 @@ def assemble(
         eos_ids=end_tokens(model, tokenizer),
         long_from=lora.long_from,
         deliver=deliver,
+        # Moving sequences to the front, as the batched products need it, would overwrite what is kept.
+        prefix_cache=PrefixCache() if limits.prefix_cache and cache.native is not None else None,
         observer=engine_observer,
         on_thread_start=_thread_setup(device, pin=limits.pin_threads),
     )

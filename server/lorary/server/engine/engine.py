@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.engine.prefix_cache import PrefixCache
     from lorary.server.engine.request import FinishReason
     from lorary.server.engine.runner import Runner
     from lorary.server.engine.scheduler import Scheduled, Scheduler
@@ -84,6 +85,7 @@ class Engine:
         eos_ids: frozenset[int],
         long_from: int,
         deliver: Callable[[list[Output]], None],
+        prefix_cache: PrefixCache | None = None,
         observer: EngineObserver | None = None,
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -95,6 +97,7 @@ class Engine:
         self._backend = tokenizer.backend_tokenizer
         self._eos_ids = eos_ids
         self._long_from = long_from
+        self._prefix_cache = prefix_cache
         self._deliver = deliver
         self._observer = observer
         self._device = cache.k.device
@@ -274,11 +277,23 @@ class Engine:
         if outputs:
             self._deliver(outputs)
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a sequence its slot; False when it should wait for a prompt that begins like its own."""
         lease = cast("DeviceLease", sequence.request.lease)
-        sequence.slot = self._cache.allocate()
+        if self._prefix_cache is None:
+            sequence.slot = self._cache.allocate()
+        else:
+            free = self._cache.free_slots
+            claim = self._prefix_cache.claim(sequence, self._scheduler.running, free)
+            if claim is None:
+                return False
+            sequence.slot = self._cache.take(claim.slot)
+            if claim.source != claim.slot:
+                self._cache.move(claim.source, claim.slot, claim.length)
+            sequence.num_cached = sequence.num_computed = claim.length
         sequence.entry = lease.entry
         sequence.started_ns = time.monotonic_ns()
+        return True
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
         count = len(batch.samplers)
@@ -363,7 +378,7 @@ class Engine:
             matched_stop=matched,
             prompt_tokens=sequence.num_prompt,
             completion_tokens=sequence.num_generated,
-            cached_tokens=0,
+            cached_tokens=sequence.num_cached,
             queue_ns=max(0, sequence.started_ns - sequence.arrived_ns),
             adapter_load_ns=lease.load_ns,
             prefill_ns=sequence.first_token_ns - sequence.started_ns,
@@ -382,6 +397,9 @@ class Engine:
         self._scheduler.remove(sequence)
         if sequence.slot >= 0:
             self._cache.release(sequence.slot)
+            if self._prefix_cache is not None:
+                computed = sequence.token_ids[: sequence.num_computed]
+                self._prefix_cache.keep(sequence.slot, sequence.request.lease.digest, computed)
             sequence.slot = -1
         sequence.request.lease.release()
         request = sequence.request
@@ -390,7 +408,12 @@ class Engine:
         )
 
     def _compact(self) -> None:
-        """Move sequences from high slots into holes, so that decoding reads a dense front."""
+        """Move sequences from high slots into holes, so that decoding reads a dense front.
+
+        The native kernels read any slots alike.
+        """
+        if self._cache.native is not None:
+            return
         running = self._scheduler.running
         count = len(running)
         holes = sorted(set(range(count)) - {s.slot for s in running}, reverse=True)

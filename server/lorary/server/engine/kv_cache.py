@@ -2,12 +2,15 @@
 
 A slot is one page as long as the context: on the CPU the system gives memory to the parts that are
 written only, so a long context costs nothing until it is used, and a batch of neighbouring slots is
-a view for batched products. ``compact`` keeps the occupied slots at the front.
+a view for batched products. The engine keeps occupied slots at the front where such products are
+used; the native kernels read any slots alike.
 
 Ownership of a slot's positions::
 
     [0, num_computed)   written, read by attention; owned by the sequence until release
     [num_computed, C)   not written in this life; may hold an earlier sequence's values, never read
+
+What a released slot holds stays readable until the slot is taken again (``prefix_cache``).
 """
 
 from __future__ import annotations
@@ -91,6 +94,11 @@ class KVCache:
         """Slots that nobody has."""
         return len(self._free)
 
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots that nobody has, in no order."""
+        return tuple(self._free)
+
     def allocate(self) -> int:
         """Take the lowest free slot; the scheduler never asks when ``num_free`` is 0."""
         self._free.sort(reverse=True)
@@ -102,7 +110,7 @@ class KVCache:
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back; its contents are never read again."""
+        """Give a slot back."""
         assert slot not in self._free, f"slot {slot} released twice"
         self._free.append(slot)
 

@@ -80,8 +80,12 @@ class Scheduler:
         """Iterate over a copy of all sequences, running ones first."""
         return [*self.running, *self.waiting]
 
-    def next_batch(self, admit: Callable[[Sequence], None]) -> Scheduled:
-        """Pick the next step's work; ``admit`` is called for each sequence that gets a place."""
+    def next_batch(self, admit: Callable[[Sequence], bool]) -> Scheduled:
+        """Pick the next step's work.
+
+        ``admit`` is called for each sequence that could have a place, and returns False when it should
+        rather wait: it keeps its turn.
+        """
         decode = tuple(s for s in self.running if not s.is_prefilling)
         budget = self.prefill_budget
         prefill: list[tuple[Sequence, int]] = []
@@ -90,12 +94,19 @@ class Scheduler:
                 budget = self._take_chunk(sequence, budget, prefill)
         # A sequence that may not start now stays where it is: its turn is not lost.
         skipped: list[Sequence] = []
+        num_put_off = 0
         while self.waiting and budget > 0 and len(self.running) < self.max_batch:
             sequence = self.waiting.popleft()
             if not sequence.request.lease.is_ready:
                 skipped.append(sequence)
                 continue
-            admit(sequence)
+            if not admit(sequence):
+                skipped.append(sequence)
+                num_put_off += 1
+                # Asking costs a comparison of prompts: not of a whole long queue in every step.
+                if num_put_off >= self.max_batch:
+                    break
+                continue
             self.running.append(sequence)
             budget = self._take_chunk(sequence, budget, prefill)
         self.waiting.extendleft(reversed(skipped))

@@ -21,6 +21,7 @@ class Sequence:
         request: what was asked.
         token_ids: prompt and answer so far.
         num_computed: tokens whose keys and values are in the cache.
+        num_cached: tokens of the prompt that another sequence had computed.
         slot: its place in the cache, -1 while it waits.
         entry: its adapter's place in the pool, None for the bare base.
         text: turns ids into text, None for scoring requests.
@@ -30,6 +31,7 @@ class Sequence:
     request: Request
     token_ids: list[int]
     num_computed: int = 0
+    num_cached: int = 0
     slot: int = -1
     entry: PoolEntry | None = None
     text: TextStream | None = None

@@ -7,13 +7,16 @@
 
 #include "adapters.h"
 #include "attention.h"
+#include "matmul_int8.h"
 
 namespace {
 
 // Neighbouring projections that read the same input: packed weights, then their adapters.
 struct Projection {
     const void* packed;
-    const float* bias;  // or null
+    const float* scales;     // of 8-bit weights, or null
+    const int32_t* offsets;  // likewise
+    const float* bias;       // or null
     int64_t in, out;
     const void* a;
     const void* const* b;
@@ -43,6 +46,8 @@ struct Step {
     void* attended;    // [rows, o.in]
     float* gate_up;    // [rows, 2 * inner]
     void* gated;       // [rows, inner]
+    uint8_t* bytes;    // [rows, widest input], where weights are 8-bit
+    float* scales;     // [rows], likewise
     int32_t threads;
 };
 
@@ -86,9 +91,17 @@ GroupPool<T> pool_of(const Projection& p) {
 
 // y (+)= x . w + bias + adapters
 template <Into kInto, typename T>
-void project(const Projection& p, const Mix& mix, const T* x, int64_t rows, float* y) {
-    multiply<kInto>(x, p.in, rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y, p.out);
-    if (mix.num_rows) add_adapters(pool_of<T>(p), mix, x, y, p.out);
+void project(const Projection& p, const Step& step, const T* x, float* y) {
+    if (p.scales) {
+#ifdef __AVX512VNNI__
+        const Int8Weight weight{static_cast<const int8_t*>(p.packed), p.scales, p.offsets};
+        quantize(x, p.in, step.rows, p.in, step.bytes, step.scales);
+        multiply_int8<kInto>(step.bytes, step.scales, step.rows, weight, p.bias, p.out, p.in, y, p.out);
+#endif
+    } else {
+        multiply<kInto>(x, p.in, step.rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y, p.out);
+    }
+    if (step.mix.num_rows) add_adapters(pool_of<T>(p), step.mix, x, y, p.out);
 }
 
 template <typename T>
@@ -108,7 +121,7 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
         for (int64_t r = 0; r < rows; ++r)
             rms_norm(hidden + r * layer.hidden, layer.attention_norm, layer.hidden, layer.eps,
                      normed + r * layer.hidden);
-        project<Into::replace>(layer.qkv, step.mix, normed, rows, step.qkv);
+        project<Into::replace>(layer.qkv, step, normed, step.qkv);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
             float* row = step.qkv + r * width;
@@ -130,18 +143,18 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
         attend_decode(step.qkv, width, dim, seen, attended, step.slots, step.lengths, step.num_decode,
                       shape);
         attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, attended, layer.o.in, shape);
-        project<Into::add>(layer.o, step.mix, attended, rows, hidden);
+        project<Into::add>(layer.o, step, attended, hidden);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r)
             rms_norm(hidden + r * layer.hidden, layer.mlp_norm, layer.hidden, layer.eps,
                      normed + r * layer.hidden);
-        project<Into::replace>(layer.gate_up, step.mix, normed, rows, step.gate_up);
+        project<Into::replace>(layer.gate_up, step, normed, step.gate_up);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
             const float* gate = step.gate_up + r * 2 * layer.inner;
             gated_silu(gate, gate + layer.inner, layer.inner, gated + r * layer.inner);
         }
-        project<Into::add>(layer.down, step.mix, gated, rows, hidden);
+        project<Into::add>(layer.down, step, gated, hidden);
     }
 }
 

@@ -35,8 +35,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 class _Projection(ctypes.Structure):
     _fields_ = (
-        ("packed", _P),
-        ("bias", _P),
+        *((name, _P) for name in ("packed", "scales", "offsets", "bias")),
         ("inputs", _I),
         ("outputs", _I),
         ("a", _P),
@@ -78,6 +77,7 @@ class _Step(ctypes.Structure):
         ("num_chunks", _I),
         ("mix", _Mix),
         *((name, _P) for name in ("normed", "qkv", "attended", "gate_up", "gated")),
+        *((name, _P) for name in ("bytes", "scales")),
         ("threads", ctypes.c_int32),
     )
 
@@ -111,6 +111,9 @@ class _Workspace:
             (layer.o.inputs, dtype),
             (2 * layer.inner, torch.float32),
             (layer.inner, dtype),
+            # 8-bit rows of whatever a projection reads, up to three bytes wider than that.
+            (max(layer.hidden, layer.o.inputs, layer.inner) + 3, torch.uint8),
+            (1, torch.float32),
         )
         self._rows = 0
         self._buffers: tuple[torch.Tensor, ...] = ()
@@ -256,7 +259,10 @@ def _fused(
     ]
     if [len(g.layers) if g is not None else 0 for g in parts] != [3, 1, 2, 1]:
         return None
-    if any(g is None or g.packed is None or g.packed.dtype != cache.k.dtype for g in parts):
+    if any(
+        g is None or g.packed is None or g.packed.dtype not in (cache.k.dtype, torch.int8)
+        for g in parts
+    ):
         return None
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
@@ -297,6 +303,8 @@ def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
     packed = group.packed
     structure = _Projection(
         packed.address,
+        packed.scales_address,
+        packed.offsets_address,
         packed.bias_address,
         width,
         packed.out_features,

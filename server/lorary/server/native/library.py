@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.segments import Segments
 
-_ABI = 4
+_ABI = 5
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(
     _FOLDER / f"{name}.cpp" for name in ("adapters", "attention", "layer", "matmul", "threads")
 )
-_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("adapters", "attention", "common", "matmul"))
+_HEADERS = tuple(
+    _FOLDER / f"{name}.h" for name in ("adapters", "attention", "common", "matmul", "matmul_int8")
+)
 # Not -ffast-math: linked into a shared library it would switch off denormals for the whole process.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
 # Outputs of one panel of a packed weight, as in matmul.cpp.
@@ -49,6 +51,11 @@ _LINEAR = [
     _INT64,
     ctypes.c_int,
 ]
+_LINEAR_INT8 = [
+    *[_POINTER, _INT64, _INT64, *[_POINTER] * 4],
+    *[_INT64, _INT64, _POINTER, _INT64, ctypes.c_int],
+]
+_PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DECODE = [*[_POINTER] * 6, *[_INT64] * 7, _FLOAT, _FLOAT, _INT64, ctypes.c_int]
 
@@ -91,6 +98,15 @@ class NativeKernels:
             for out, name in ((torch.bfloat16, "bf16"), (torch.float32, "bf16_f32")):
                 key = (torch.bfloat16, out)
                 self._linear[key] = typed(library, f"lorary_linear_{name}", _LINEAR)
+        self.has_int8 = bool(library.lorary_has_int8())
+        """Whether this CPU has the product with 8-bit weights."""
+        self._linear_int8 = {}
+        if self.has_int8:
+            self._pack_int8 = typed(library, "lorary_pack_int8", _PACK_INT8)
+            self._linear_int8 = {
+                dtype: typed(library, f"lorary_linear_int8_{suffix}", _LINEAR_INT8)
+                for dtype, suffix in _SUFFIX.items()
+            }
         for name in ("layer", "step"):
             getattr(library, f"lorary_{name}_bytes").restype = _INT64
         self.structure_bytes = (library.lorary_layer_bytes(), library.lorary_step_bytes())
@@ -140,6 +156,22 @@ class NativeKernels:
         )
         functions = {out: f for (x, out), f in self._linear.items() if x == weight.dtype}
         return PackedLinear(functions, packed, out, width, bias)
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+        """Round a weight [out, in] of any float dtype to 8 bits, one scale per output.
+
+        Only where ``has_int8``.
+        """
+        out, width = weight.shape
+        values = weight.float()
+        scales = values.abs().amax(dim=1).div_(127.0)
+        rounded = torch.round(values / scales.clamp_min(1e-30)[:, None]).to(torch.int8)
+        packed = torch.empty(-(-out // _PANEL) * _PANEL * -(-width // 4) * 4, dtype=torch.int8)
+        self._pack_int8(
+            rounded.contiguous().data_ptr(), out, width, packed.data_ptr(), torch.get_num_threads()
+        )
+        offsets = rounded.sum(dim=1, dtype=torch.int32) * 128
+        return Int8Linear(self._linear_int8, packed, scales, offsets, width, bias)
 
     def decode_attention(
         self,
@@ -197,8 +229,12 @@ class PackedLinear:
     Attributes:
         dtype: the weight's, and of what it is multiplied with.
         address: where the packed weight lies.
+        scales_address, offsets_address: None, as only 8-bit weights have them.
         bias_address: where the bias lies, float32 [out]; None without one.
     """
+
+    scales_address = None
+    offsets_address = None
 
     def __init__(
         self,
@@ -232,6 +268,63 @@ class PackedLinear:
             rows.stride(0),
             rows.shape[0],
             self.address,
+            self.bias_address,
+            self.out_features,
+            self.in_features,
+            y.data_ptr(),
+            self.out_features,
+            torch.get_num_threads(),
+        )
+        return y
+
+
+class Int8Linear:
+    """A weight as 8-bit numbers in the product's own layout, with its scales and bias.
+
+    Attributes:
+        dtype: the packed weight's.
+        address, scales_address, offsets_address: where weight, scales and offsets lie.
+        bias_address: where the bias lies, float32 [out]; None without one.
+    """
+
+    dtype = torch.int8
+
+    def __init__(
+        self,
+        functions: Mapping[torch.dtype, ctypes._NamedFuncPointer],
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        in_features: int,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._functions = functions
+        self._bias = None if bias is None else bias.float().contiguous()
+        self._tensors = (packed, scales, offsets)
+        self.out_features = scales.numel()
+        self.in_features = in_features
+        self.address, self.scales_address, self.offsets_address = (
+            t.data_ptr() for t in self._tensors
+        )
+        self.bias_address = None if self._bias is None else self._bias.data_ptr()
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., in], float32 or bfloat16 → [..., out] of the same dtype.
+
+        Rows are rounded to 8 bits with a scale of their own; a row's result does not depend on the
+        other rows.
+        """
+        rows = x.reshape(-1, self.in_features)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        self._functions[x.dtype](
+            rows.data_ptr(),
+            rows.stride(0),
+            rows.shape[0],
+            self.address,
+            self.scales_address,
+            self.offsets_address,
             self.bias_address,
             self.out_features,
             self.in_features,

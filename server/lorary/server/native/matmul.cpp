@@ -1,6 +1,6 @@
-// Packed products by themselves (matmul.h); layer.cpp uses them inside whole layers.
+// Packed products by themselves (matmul.h, matmul_int8.h); layer.cpp uses them inside whole layers.
 
-#include "matmul.h"
+#include "matmul_int8.h"
 
 namespace {
 
@@ -10,6 +10,20 @@ void linear(const T* x, int64_t x_row, int64_t rows, const T* packed, const floa
 #pragma omp parallel num_threads(threads) if (threads > 1)
     multiply<Into::replace>(x, x_row, rows, packed, bias, n, k, y, y_row);
 }
+
+#ifdef __AVX512VNNI__
+template <typename T, typename Y>
+void linear_int8(const T* x, int64_t x_row, int64_t rows, const Int8Weight& weight, const float* bias,
+                 int64_t n, int64_t k, Y* y, int64_t y_row, int threads) {
+    std::vector<uint8_t> bytes(rows * quads(k));
+    std::vector<float> scales(rows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        quantize(x, x_row, rows, k, bytes.data(), scales.data());
+        multiply_int8<Into::replace>(bytes.data(), scales.data(), rows, weight, bias, n, k, y, y_row);
+    }
+}
+#endif
 
 }  // namespace
 
@@ -23,6 +37,32 @@ int lorary_has_bf16() {
     return 0;
 #endif
 }
+
+int lorary_has_int8() {
+#ifdef __AVX512VNNI__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#ifdef __AVX512VNNI__
+void lorary_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* packed, int threads) {
+    pack_int8(w, n, k, packed, threads);
+}
+
+void lorary_linear_int8_bf16(const uint16_t* x, int64_t x_row, int64_t rows, const int8_t* packed,
+                             const float* scales, const int32_t* offsets, const float* bias, int64_t n,
+                             int64_t k, uint16_t* y, int64_t y_row, int threads) {
+    linear_int8(x, x_row, rows, {packed, scales, offsets}, bias, n, k, y, y_row, threads);
+}
+
+void lorary_linear_int8_f32(const float* x, int64_t x_row, int64_t rows, const int8_t* packed,
+                            const float* scales, const int32_t* offsets, const float* bias, int64_t n,
+                            int64_t k, float* y, int64_t y_row, int threads) {
+    linear_int8(x, x_row, rows, {packed, scales, offsets}, bias, n, k, y, y_row, threads);
+}
+#endif
 
 void lorary_pack_f32(const float* w, int64_t w_row, int64_t n, int64_t k, float* packed, int threads) {
     pack(w, w_row, n, k, packed, threads);
