@@ -189,7 +189,12 @@ def tiny_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def peft_greedy(
-    base: Path, adapter: Path | None, prompt_ids: Sequence[int], max_tokens: int
+    base: Path,
+    adapter: Path | None,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    *,
+    ignore_eos: bool = False,
 ) -> list[int]:
     """The oracle: PEFT in float32, one request at a time, greedy."""
     from peft import PeftModel
@@ -199,6 +204,8 @@ def peft_greedy(
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
+    if ignore_eos:
+        model.generation_config.eos_token_id = None
     ids = torch.tensor([list(prompt_ids)])
     with torch.inference_mode():
         out = model.generate(

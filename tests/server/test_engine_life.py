@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -195,3 +195,28 @@ def test_what_does_not_fit_its_slot_is_refused(
         world.submit(prompt, labels=labels)
     fits = world.submit([5] * 10, labels=((1, 2, 3, 4), (6, 7, 8, 9)))
     assert world.collector.wait(fits)[2] is None
+
+
+def test_penalties_and_least_lengths_change_answers(make_world: Callable[..., EngineWorld]) -> None:
+    """Logits are changed in place, in a real step: what a sampler alone cannot show."""
+    world = make_world()
+    prompt = [5, 6, 7, 8, 9]
+    options: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True}
+    plain = world.collector.wait(world.submit(prompt, **options))[0]
+    penalties: list[dict[str, Any]] = [
+        {"repetition_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"presence_penalty": 2.0},
+    ]
+    for penalty in penalties:
+        tokens, _, error = world.collector.wait(world.submit(prompt, **options, **penalty))
+        assert error is None
+        assert len(set(tokens)) > len(set(plain)), penalty
+    first = plain[0]
+    tokens, finish, error = world.collector.wait(
+        world.submit(prompt, max_tokens=30, min_tokens=4, stop_token_ids=(first,), ignore_eos=True)
+    )
+    assert error is None
+    assert finish is not None
+    assert len(tokens) >= 4
+    assert first not in tokens[:4]

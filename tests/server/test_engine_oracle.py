@@ -85,6 +85,27 @@ def test_base_rows_are_bitwise_the_same_with_adapters_beside_them(
     assert run(["", "", "", ""]) == run(["", "", "alpha", "echo"])
 
 
+def test_an_answers_bits_do_not_depend_on_its_company(
+    make_world: Callable[..., EngineWorld],
+) -> None:
+    """Alone, and among others that come and go, with prompts cut elsewhere: equal log probabilities."""
+    prompt = prompts(3, longest=60)[0] * 2
+    options: dict[str, Any] = {"logprobs": 0, "ignore_eos": True, "max_tokens": 24}
+
+    def bits(world: EngineWorld, request_id: str) -> list[float]:
+        world.collector.wait(request_id)
+        outputs = world.collector.outputs[(request_id, 0)]
+        return [p.chosen[1] for o in outputs for p in o.logprobs]
+
+    alone = make_world(draft_rows=0, prefix_cache=False)
+    expected = bits(alone, alone.submit(prompt, "echo", **options))
+    world = make_world(draft_rows=0, prefix_cache=False, prefill_budget=11)
+    names = ["alpha", "", "echo", "bravo", "echo", "foxtrot"]
+    for i, (name, other) in enumerate(zip(names, prompts(6), strict=True)):
+        world.submit(other, name, max_tokens=3 + 4 * i, ignore_eos=True)
+    assert bits(world, world.submit(prompt, "echo", **options)) == expected
+
+
 def test_churn_over_few_pages_stays_exact(
     make_world: Callable[..., EngineWorld], tiny_base: Path, tiny_adapters: dict[str, Path]
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from lorary.bases import find_base
 from lorary.bases.load import Quantization, load_model
 from lorary.errors import ConfigError
-from lorary.server.native import layers as native_layers
+from lorary.server.native import decoder
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_native_int8(
     from transformers import AutoModelForCausalLM
 
     if not fused:
-        monkeypatch.setattr(native_layers, "FAMILIES", frozenset())
+        monkeypatch.setattr(decoder, "FAMILIES", frozenset())
     kernels = native.load()
     assert not isinstance(kernels, str), kernels
     if not kernels.has_int8:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lorary.server.native import layers as native_layers
+from lorary.server.native import decoder
 from tests.conftest import build_tokenizer, peft_greedy
 from tests.server.test_engine_oracle import prompts
 
@@ -120,7 +120,7 @@ def test_mixed_batch_without_fused_layers(
     prefill_budget: int,
 ) -> None:
     """The same base through the path of the families that have no native layer."""
-    monkeypatch.setattr(native_layers, "FAMILIES", frozenset())
+    monkeypatch.setattr(decoder, "FAMILIES", frozenset())
     world = make_world(prefill_budget=prefill_budget)
     assert world.fused is None
     names = ["alpha", "", "echo", "bravo", ""]

@@ -156,6 +156,7 @@ def build_engine(
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
             prefix_cache=config.prefix_cache,
+            draft_rows=config.draft_rows,
             pin_threads=config.pin_threads,
         ),
         dtype=dtype,

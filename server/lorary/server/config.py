@@ -130,6 +130,12 @@ class ServerConfig:
         True,
         "Do not read again what an earlier prompt with the same adapter began with (CPU only).",
     )
+    draft_rows: int = _option(
+        8,
+        "Rows of a step up to which next tokens are guessed from the text so far; 0 guesses none.",
+        low=0,
+        high=256,
+    )
     max_waiting: int = _option(
         1024, "Answers that may wait for a place; more are refused.", low=1, high=2**20
     )

@@ -178,6 +178,13 @@ class ServerMetrics:
             buckets=ROWS,
             registry=r,
         )
+        drafted = Counter(
+            "lorary_drafted_tokens",
+            "Tokens guessed from the text so far.",
+            ["result"],
+            registry=r,
+        )
+        self._kept, self._dropped = drafted.labels("kept"), drafted.labels("dropped")
         self._engine_up = Gauge("lorary_engine_up", "1 while the engine can step.", registry=r)
         self._engine_up.set(1)
 
@@ -243,6 +250,9 @@ class ServerMetrics:
         self._step_rows.observe(stats.num_decode_rows)
         self._step_prefill.observe(stats.num_prefill_tokens)
         self._step_distinct.observe(stats.num_distinct_adapters)
+        if stats.num_drafted_tokens:
+            self._kept.inc(stats.num_kept_tokens)
+            self._dropped.inc(stats.num_drafted_tokens - stats.num_kept_tokens)
         counts = self._steps_by_distinct
         while len(counts) <= stats.num_distinct_adapters:
             counts.append(0)

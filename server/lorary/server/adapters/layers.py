@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lorary.server.adapters.segments import Segments
+    from lorary.server.native.products import BoundKernel, Int8Linear, PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class LoraGroup:
         self.spec = spec
         self.layers = tuple(layers)
         self.weight, self.bias = _fuse(self.layers)
-        self.packed: native.PackedLinear | native.Int8Linear | None = None
+        self.packed: PackedLinear | Int8Linear | None = None
         if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
             pack = kernels.pack_int8 if int8 else kernels.pack
             self.packed = pack(self.weight, self.bias)
@@ -78,7 +79,7 @@ class LoraGroup:
             for layer in self.layers:
                 _give_up(layer)
         self.pool: GroupPool | None = None
-        self._bound: native.BoundKernel | None = None
+        self._bound: BoundKernel | None = None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 

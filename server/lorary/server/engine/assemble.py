@@ -22,7 +22,7 @@ from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
 from lorary.server.native import library as native
-from lorary.server.native.layers import fuse
+from lorary.server.native.decoder import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.residency import ResidencyObserver
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
-    from lorary.server.native.layers import FusedModel
+    from lorary.server.native.decoder import FusedModel
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class EngineLimits:
         adapter_memory_bytes: bytes for adapters on the device.
         prefix_cache: do not read again what an earlier prompt with the same adapter began with; needs
             the native kernels.
+        draft_rows: rows of a step up to which tokens are guessed from the text so far (prompt lookup);
+            0 guesses nothing.
         pin_threads: give every CPU thread of the engine a core of its own.
     """
 
@@ -61,6 +63,7 @@ class EngineLimits:
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
     prefix_cache: bool = True
+    draft_rows: int = 8
     pin_threads: bool = True
 
 
@@ -130,6 +133,7 @@ def assemble(
         deliver=deliver,
         # Moving sequences to the front, as the batched products need it, would overwrite what is kept.
         prefix_cache=PrefixCache() if limits.prefix_cache and cache.native is not None else None,
+        draft_rows=limits.draft_rows,
         observer=engine_observer,
         on_thread_start=_thread_setup(device, pin=limits.pin_threads),
     )

@@ -5,7 +5,7 @@ order), then the prefill chunks. Decode rows attend all at once with two batched
 neighbouring slots; every chunk attends on its own. The step's plan is read from a context variable
 that the runner sets for one forward.
 
-This serves the layers that do not run as one native call (``native/layers.py``): quantized bases,
+This serves the layers that do not run as one native call (``native/decoder.py``): quantized bases,
 other families, other devices. Decode attention has two implementations here: the native kernel on
 the CPU, which reads exactly what each row needs, and two batched products elsewhere. SDPA is used for prefill only: on the CPU its
 tiles are made for long queries (half the speed of the products for one token).

@@ -14,6 +14,8 @@ from lorary.server.adapters.segments import PoolEntry, Segments
 from lorary.server.engine.attention import AttentionPlan, Chunk
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorary.server.engine.kv_cache import KVCache
     from lorary.server.engine.scheduler import Scheduled
     from lorary.server.engine.sequence import Sequence
@@ -29,11 +31,14 @@ class Batch:
         plan: what attention needs.
         segments: rows by adapter; None when no row has one.
         logits_rows: int64 [L], rows whose logits are wanted: samplers' rows first, in the order of
-            ``samplers``, then every scorer's, prompt end first, then its branches in order.
+            ``samplers``, then every drafted sequence's, then every scorer's, prompt end first, then its
+            branches in order.
         samplers: sequences that get a token from this step.
+        drafted: sequences that get one or more, with their drafts: a row for the last token and one
+            for each drafted one.
         scorers: scoring sequences whose labels are answered by this step.
-        advanced: tokens computed per sequence.
-        num_decode: decode rows.
+        advanced: tokens computed per sequence, drafted ones apart.
+        num_decode: sequences that decode, drafted ones included.
         num_prefill_tokens: prompt tokens, branches included.
         num_distinct_adapters: adapters in the step, the bare base not counted.
     """
@@ -44,6 +49,7 @@ class Batch:
     segments: Segments | None
     logits_rows: torch.Tensor
     samplers: tuple[Sequence, ...]
+    drafted: tuple[tuple[Sequence, list[int]], ...]
     scorers: tuple[Sequence, ...]
     advanced: tuple[tuple[Sequence, int], ...]
     num_decode: int
@@ -73,11 +79,18 @@ class _Rows:
 
 
 def build_batch(
-    scheduled: Scheduled, cache: KVCache, *, device: torch.device, long_from: int
+    scheduled: Scheduled,
+    cache: KVCache,
+    *,
+    device: torch.device,
+    long_from: int,
+    drafts: Mapping[Sequence, list[int]] | None = None,
 ) -> Batch:
-    """Lay out a step: decode rows by slot, then prefill chunks."""
+    """Lay out a step: decode rows by slot, then drafts and prompts in chunks."""
     rows = _Rows()
-    decode = sorted(scheduled.decode, key=lambda s: s.slot)
+    drafts = drafts or {}
+    plain = [s for s in scheduled.decode if s not in drafts]
+    decode = sorted(plain, key=lambda s: s.slot)
     for sequence in decode:
         position = sequence.num_computed
         rows.extend(sequence, [sequence.token_ids[position]], [position], position)
@@ -87,6 +100,15 @@ def build_batch(
     sampler_rows = list(range(len(decode)))
     chunks: list[Chunk] = []
     advanced = [(sequence, 1) for sequence in decode]
+    draft_rows: list[int] = []
+    for sequence, draft in drafts.items():
+        start = sequence.num_computed
+        tokens = [sequence.token_ids[start], *draft]
+        first_row = len(rows.tokens)
+        rows.extend(sequence, tokens, list(range(start, start + len(tokens))), start)
+        draft_rows += range(first_row, len(rows.tokens))
+        chunks.append(Chunk(first_row, len(tokens), sequence.slot, start))
+    num_decode_rows = len(rows.tokens)
     for sequence, count in scheduled.prefill:
         first_row, start = len(rows.tokens), sequence.num_computed
         stop = start + count
@@ -116,12 +138,15 @@ def build_batch(
             chunks,
         ),
         segments=Segments.build(rows.entries, device=device, long_from=long_from),
-        logits_rows=torch.tensor(sampler_rows + scorer_rows, dtype=torch.long, device=device),
+        logits_rows=torch.tensor(
+            sampler_rows + draft_rows + scorer_rows, dtype=torch.long, device=device
+        ),
         samplers=tuple(samplers),
+        drafted=tuple(drafts.items()),
         scorers=tuple(scorers),
         advanced=tuple(advanced),
-        num_decode=len(decode),
-        num_prefill_tokens=len(rows.tokens) - len(decode),
+        num_decode=len(scheduled.decode),
+        num_prefill_tokens=len(rows.tokens) - num_decode_rows,
         num_distinct_adapters=len({id(e) for e in rows.entries if e is not None}),
     )
 

@@ -30,9 +30,10 @@ from lorary.server.engine.detokenizer import TextStream
 from lorary.server.engine.request import Finish, Lease, Output, Request, StepStats
 from lorary.server.engine.sampler import position_logprobs, sample, score_labels
 from lorary.server.engine.sequence import Sequence
+from lorary.server.engine.speculation import Drafter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -86,6 +87,7 @@ class Engine:
         long_from: int,
         deliver: Callable[[list[Output]], None],
         prefix_cache: PrefixCache | None = None,
+        draft_rows: int = 0,
         observer: EngineObserver | None = None,
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -98,6 +100,7 @@ class Engine:
         self._eos_ids = eos_ids
         self._long_from = long_from
         self._prefix_cache = prefix_cache
+        self._draft_rows = draft_rows
         self._deliver = deliver
         self._observer = observer
         self._device = cache.k.device
@@ -207,7 +210,7 @@ class Engine:
             for request in inbox:
                 scheduler.add(self._sequence(request))
             self._drop(cancelled)
-            if scheduler.running or any(s.request.lease.is_ready for s in scheduler.waiting):
+            if scheduler.running or scheduler.waiting.has_ready:
                 return True
             with self._changed:
                 if not (self._inbox or self._cancelled or self._stopping):
@@ -217,9 +220,7 @@ class Engine:
 
     def _sleep_s(self) -> float | None:
         """How long to sleep: short while loads are under way, else until somebody comes."""
-        if not self._scheduler.waiting:
-            return None
-        return 0.02
+        return 0.02 if self._scheduler.waiting else None
 
     def _sequence(self, request: Request) -> Sequence:
         now = time.monotonic_ns()
@@ -230,6 +231,7 @@ class Engine:
         )
         if not request.labels:
             sequence.text = TextStream(self._backend, request.sampling.stop)
+            sequence.drafter = Drafter() if self._draft_rows else None
             if not request.sampling.is_greedy:
                 sequence.generator = torch.Generator()
                 if request.sampling.seed is None:
@@ -262,20 +264,48 @@ class Engine:
             self._compact()
             self._deliver(outputs)
 
+    # All of it, for logits made in inference mode may be changed in place (penalties) only in it.
+    @torch.inference_mode()
     def _step(self) -> None:
         started = time.perf_counter()
         scheduled: Scheduled = self._scheduler.next_batch(self._admit)
         if scheduled.is_empty:
             return
-        batch = build_batch(scheduled, self._cache, device=self._device, long_from=self._long_from)
+        batch = build_batch(
+            scheduled,
+            self._cache,
+            device=self._device,
+            long_from=self._long_from,
+            drafts=self._drafts(scheduled),
+        )
         logits = self._runner.forward(batch)
         for sequence, count in batch.advanced:
             sequence.num_computed += count
-        outputs = self._sample(batch, logits) + self._score(batch, logits)
+        outputs = self._sample(batch, logits)
+        kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
+        outputs += [output for output, _ in kept] + self._score(batch, logits)
         self._compact()
-        self._record(batch, time.perf_counter() - started)
+        num_kept = sum(count for _, count in kept)
+        self._record(batch, time.perf_counter() - started, num_kept)
         if outputs:
             self._deliver(outputs)
+
+    def _drafts(self, scheduled: Scheduled) -> dict[Sequence, list[int]]:
+        """Guess next tokens where a step has rows to spare; steps that read prompts have none."""
+        spare = self._draft_rows - len(scheduled.decode)
+        drafts: dict[Sequence, list[int]] = {}
+        if scheduled.prefill:
+            return drafts
+        for sequence in scheduled.decode:
+            if spare <= 0 or sequence.drafter is None:
+                continue
+            room = self._cache.shape.context - len(sequence.token_ids)
+            left = sequence.request.sampling.max_tokens - sequence.num_generated - 1
+            draft = sequence.drafter.draft(sequence.token_ids, min(spare, room, left))
+            if draft:
+                drafts[sequence] = draft
+                spare -= len(draft)
+        return drafts
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a sequence its slot; False when it should wait for a prompt that begins like its own."""
@@ -296,25 +326,63 @@ class Engine:
         return True
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
-        count = len(batch.samplers)
-        if not count:
+        return self._choose(batch.samplers, logits[: len(batch.samplers)])
+
+    def _choose(self, sequences: tuple[Sequence, ...], rows: torch.Tensor) -> list[Output]:
+        """Give every sequence its next token, from its row of logits."""
+        if not sequences:
             return []
-        rows = logits[:count]
         # Reported log probabilities are those before penalties, which change rows in place.
         wanted = {
             i: rows[i].clone()
-            for i, s in enumerate(batch.samplers)
+            for i, s in enumerate(sequences)
             if s.request.sampling.logprobs is not None
         }
-        tokens = sample(rows, batch.samplers, self._eos_ids)
+        tokens = sample(rows, sequences, self._eos_ids)
         outputs = []
-        for i, (sequence, token) in enumerate(zip(batch.samplers, tokens, strict=True)):
+        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             output = self._append(sequence, token)
             if i in wanted:
                 top = sequence.request.sampling.logprobs or 0
                 output.logprobs.append(position_logprobs(wanted[i], token, top))
             outputs.append(output)
         return outputs
+
+    def _drafted_logits(
+        self, batch: Batch, logits: torch.Tensor
+    ) -> Iterator[tuple[Sequence, list[int], torch.Tensor]]:
+        """Yield every drafted sequence with its draft and its rows of logits."""
+        row = len(batch.samplers)
+        for sequence, draft in batch.drafted:
+            yield sequence, draft, logits[row : row + 1 + len(draft)]
+            row += 1 + len(draft)
+
+    def _keep_drafted(
+        self, sequence: Sequence, draft: list[int], rows: torch.Tensor
+    ) -> tuple[Output, int]:
+        """Choose token by token, as without a draft, for as long as it had guessed right.
+
+        Returns:
+            What the step made of the sequence, and how many drafted tokens were right.
+        """
+        request = sequence.request
+        whole = Output(request_id=request.request_id, index=request.index)
+        num_right = 0
+        for i in range(len(rows)):
+            (output,) = self._choose((sequence,), rows[i : i + 1])
+            # The row's own token is in the cache, and right.
+            sequence.num_computed += 1
+            whole.text += output.text
+            whole.token_ids += output.token_ids
+            whole.logprobs += output.logprobs
+            whole.finish = output.finish
+            is_right = i < len(draft) and output.token_ids == [draft[i]]
+            num_right += is_right
+            if whole.finish is not None or not is_right:
+                break
+        assert sequence.drafter is not None
+        sequence.drafter.learn(len(draft), num_right, len(sequence.token_ids))
+        return whole, num_right
 
     def _append(self, sequence: Sequence, token: int) -> Output:
         """Add a token to its answer, and end the answer if that ends it."""
@@ -352,7 +420,7 @@ class Engine:
         return output
 
     def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
-        row = len(batch.samplers)
+        row = len(batch.samplers) + sum(1 + len(draft) for _, draft in batch.drafted)
         outputs = []
         for sequence in batch.scorers:
             count = 1 + sequence.num_branch_tokens
@@ -425,7 +493,7 @@ class Engine:
                 self._cache.release(sequence.slot)
                 sequence.slot = taken
 
-    def _record(self, batch: Batch, seconds: float) -> None:
+    def _record(self, batch: Batch, seconds: float, num_kept: int) -> None:
         if self._observer is None:
             return
         scheduler = self._scheduler
@@ -434,6 +502,8 @@ class Engine:
                 seconds=seconds,
                 num_decode_rows=batch.num_decode,
                 num_prefill_tokens=batch.num_prefill_tokens,
+                num_drafted_tokens=sum(len(draft) for _, draft in batch.drafted),
+                num_kept_tokens=num_kept,
                 num_distinct_adapters=batch.num_distinct_adapters,
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),

@@ -142,6 +142,8 @@ class StepStats:
     seconds: float
     num_decode_rows: int
     num_prefill_tokens: int
+    num_drafted_tokens: int = 0
+    num_kept_tokens: int = 0
     num_distinct_adapters: int
     num_running: int
     num_waiting: int

@@ -10,13 +10,13 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.layers import step_segments
 from lorary.server.engine.attention import NAME, step_plan
-from lorary.server.native.layers import StepArrays
+from lorary.server.native.decoder import StepArrays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorary.server.engine.batch import Batch
-    from lorary.server.native.layers import FusedModel
+    from lorary.server.native.decoder import FusedModel
 
 
 class Runner:

@@ -1,18 +1,19 @@
 """Who runs in the next step; pure Python, no torch.
 
 Decode rows go first: every sequence that has its prompt behind it advances by one token in every
-step. What is left of the step's token budget goes to prompts, oldest first, cut into chunks, so
-that a long prompt never stalls the streams. A waiting request takes a place only when its adapter
-is on the device: a load in progress delays nobody else.
+step. What is left of the step's token budget goes to prompts, cut into chunks, so that a long prompt
+never stalls the streams. A free place goes to the adapter that has been served least (``fair_queue``),
+so that one with a thousand requests delays one with a single request by no more than its share; and
+only when the adapter is on the device: a load in progress delays nobody else.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorary.errors import Overloaded
+from lorary.server.engine.fair_queue import ANSWER_COST, PROMPT_COST, FairQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,13 +44,13 @@ class Scheduler:
         self.max_batch = max_batch
         self.prefill_budget = prefill_budget
         self.max_waiting = max_waiting
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
 
     @property
     def num_waiting_for_adapter(self) -> int:
         """How many wait for a load rather than for a place."""
-        return sum(not s.request.lease.is_ready for s in self.waiting)
+        return self.waiting.num_loading
 
     def check_room(self, count: int, num_pending: int = 0) -> None:
         """Raise unless ``count`` more may wait beside ``num_pending`` not yet added.
@@ -66,13 +67,14 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
-        self.waiting.append(sequence)
+        """Put a sequence behind the others of its adapter."""
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is."""
         if sequence in self.running:
             self.running.remove(sequence)
+            self.waiting.end(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -87,29 +89,19 @@ class Scheduler:
         rather wait: it keeps its turn.
         """
         decode = tuple(s for s in self.running if not s.is_prefilling)
+        for sequence in decode:
+            self.waiting.charge(sequence, ANSWER_COST)
         budget = self.prefill_budget
         prefill: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             if sequence.is_prefilling:
                 budget = self._take_chunk(sequence, budget, prefill)
-        # A sequence that may not start now stays where it is: its turn is not lost.
-        skipped: list[Sequence] = []
-        num_put_off = 0
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch:
-            sequence = self.waiting.popleft()
-            if not sequence.request.lease.is_ready:
-                skipped.append(sequence)
-                continue
-            if not admit(sequence):
-                skipped.append(sequence)
-                num_put_off += 1
-                # Asking costs a comparison of prompts: not of a whole long queue in every step.
-                if num_put_off >= self.max_batch:
-                    break
-                continue
-            self.running.append(sequence)
-            budget = self._take_chunk(sequence, budget, prefill)
-        self.waiting.extendleft(reversed(skipped))
+        while budget > 0 and len(self.running) < self.max_batch:
+            taken = self.waiting.take(lambda s: s.request.lease.is_ready and admit(s))
+            if taken is None:
+                break
+            self.running.append(taken)
+            budget = self._take_chunk(taken, budget, prefill)
         return Scheduled(decode, tuple(prefill))
 
     def _take_chunk(
@@ -120,4 +112,5 @@ class Scheduler:
             return 0
         count = min(sequence.num_prompt - sequence.num_computed, budget)
         prefill.append((sequence, count))
+        self.waiting.charge(sequence, PROMPT_COST * count)
         return budget - count

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.detokenizer import TextStream
     from lorary.server.engine.request import Request
+    from lorary.server.engine.speculation import Drafter
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,6 +26,7 @@ class Sequence:
         slot: its place in the cache, -1 while it waits.
         entry: its adapter's place in the pool, None for the bare base.
         text: turns ids into text, None for scoring requests.
+        drafter: guesses its next tokens, None where nobody does.
         generator: its own stream of random numbers, None when greedy.
     """
 
@@ -36,6 +38,7 @@ class Sequence:
     entry: PoolEntry | None = None
     text: TextStream | None = None
     generator: torch.Generator | None = None
+    drafter: Drafter | None = None
     started_ns: int = 0
     first_token_ns: int = 0
     arrived_ns: int = 0

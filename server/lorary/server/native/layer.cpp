@@ -47,7 +47,7 @@ struct Step {
     float* gate_up;    // [rows, 2 * inner]
     void* gated;       // [rows, inner]
     uint8_t* bytes;    // [rows, widest input], where weights are 8-bit
-    float* scales;     // [rows], likewise
+    float* scales;     // [rows, their groups], likewise
     int32_t threads;
 };
 

@@ -16,7 +16,7 @@ template <typename T, typename Y>
 void linear_int8(const T* x, int64_t x_row, int64_t rows, const Int8Weight& weight, const float* bias,
                  int64_t n, int64_t k, Y* y, int64_t y_row, int threads) {
     std::vector<uint8_t> bytes(rows * quads(k));
-    std::vector<float> scales(rows);
+    std::vector<float> scales(rows * groups(k));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         quantize(x, x_row, rows, k, bytes.data(), scales.data());

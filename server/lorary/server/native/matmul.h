@@ -100,6 +100,29 @@ void all_tiles(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t dept
 // What becomes of a product: it replaces y, or is added to it (a residual stream).
 enum class Into { replace, add };
 
+// What one panel's sums become in y; sums [rows, 32] may be changed.
+template <Into kInto, typename Y>
+void put_panel(float* sums, int64_t rows, const float* bias, int64_t n, int64_t panel, Y* y,
+               int64_t y_row) {
+    const int64_t column = panel * kPanel, width = n - column < kPanel ? n - column : kPanel;
+    for (int64_t r = 0; r < rows; ++r) {
+        float* sum = sums + r * kPanel;
+        Y* to = y + r * y_row + column;
+        if (bias)
+            for (int64_t c = 0; c < width; ++c) sum[c] += bias[column + c];
+        if (width == kPanel) {
+            for (int64_t c = 0; c < kPanel; c += kLanes) {
+                Lanes lanes = widen(sum + c);
+                if (kInto == Into::add) lanes += widen(to + c);
+                narrow(to + c, lanes);
+            }
+        } else {
+            for (int64_t c = 0; c < width; ++c)
+                store(to + c, kInto == Into::add ? load(to + c) + sum[c] : sum[c]);
+        }
+    }
+}
+
 // Called by every thread of a parallel region; they share the panels.
 template <Into kInto, typename T, typename Y>
 void multiply(const T* x, int64_t x_row, int64_t rows, const T* packed, const float* bias, int64_t n,
@@ -111,24 +134,7 @@ void multiply(const T* x, int64_t x_row, int64_t rows, const T* packed, const fl
         for (int64_t from = 0; from < k; from += kDepth)
             all_tiles(x + from, x_row, rows, panel + from * kPanel, k - from < kDepth ? k - from : kDepth,
                       sums, kPanel, from == 0);
-        const int64_t column = p * kPanel;
-        const int64_t width = n - column < kPanel ? n - column : kPanel;
-        for (int64_t r = 0; r < rows; ++r) {
-            float* sum = sums + r * kPanel;
-            Y* to = y + r * y_row + column;
-            if (bias)
-                for (int64_t c = 0; c < width; ++c) sum[c] += bias[column + c];
-            if (width == kPanel) {
-                for (int64_t c = 0; c < kPanel; c += kLanes) {
-                    Lanes lanes = widen(sum + c);
-                    if (kInto == Into::add) lanes += widen(to + c);
-                    narrow(to + c, lanes);
-                }
-            } else {
-                for (int64_t c = 0; c < width; ++c)
-                    store(to + c, kInto == Into::add ? load(to + c) + sum[c] : sum[c]);
-            }
-        }
+        put_panel<kInto>(sums, rows, bias, n, p, y, y_row);
     }
 }
 

@@ -1,8 +1,10 @@
 // The base's matrix products with 8-bit weights and, made for each call, 8-bit rows (AVX512-VNNI).
 //
-// Semantics: y[m, n] = s[m] * t[n] * sum_k q[m, k] * w[n, k] (+ bias[n]), q and w in [-127, 127],
-// s[m] = max_k |x[m, k]| / 127 (symmetric, one scale a row: Dettmers et al. 2022, arXiv:2208.07339,
-// without its outlier columns), t[n] the weight row's. Sums are exact integers.
+// Semantics: inputs in groups G of 64, q and w in [-127, 127]:
+//   y[m, n] = sum_G s[m, G] * t[n, G] * sum_{k in G} q[m, k] * w[n, k]  (+ bias[n])
+// with s[m, G] = max_{k in G} |x[m, k]| / 127, t likewise of the weights: symmetric, and one outlier
+// spoils its own group only. Sums within a group are exact integers, groups are added in float32 in
+// ascending order: a row's bits do not depend on the other rows.
 //
 // Packed layout: panels of 32 outputs; for each four inputs, 32 outputs x 4. vpdpbusd multiplies
 // unsigned by signed bytes, so rows are stored as q + 128, and 128 * sum_k w[n, k] is taken off.
@@ -16,18 +18,22 @@
 #include <immintrin.h>
 
 constexpr int64_t kQuad = 4;
+constexpr int64_t kGroup = 64;
+// Rows of one register tile: an integer and a float32 sum for each of 6 x 2 registers of outputs.
+constexpr int kInt8Tile = 6;
 inline int64_t quads(int64_t k) { return (k + kQuad - 1) / kQuad * kQuad; }
+inline int64_t groups(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
-// A weight in this form: bytes, and per output its scale and 128 times its sum.
+// A weight in this form; scales and offsets (128 times a group's sum) are [panels, groups, 32].
 struct Int8Weight {
     const int8_t* packed;
     const float* scales;
     const int32_t* offsets;
 };
 
-// One row of n elements to bytes around 128, quads(n) of them; returns its scale.
+// At most 64 elements to bytes around 128; returns their scale.
 template <typename T>
-float quantize_row(const T* x, int64_t n, uint8_t* q) {
+float quantize_group(const T* x, int64_t n, uint8_t* q) {
     Lanes largest = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
@@ -37,7 +43,7 @@ float quantize_row(const T* x, int64_t n, uint8_t* q) {
     float most = 0.0f;
     for (int64_t l = 0; l < kLanes; ++l) most = largest[l] > most ? largest[l] : most;
     for (; i < n; ++i) most = std::fabs(load(x + i)) > most ? std::fabs(load(x + i)) : most;
-    const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     for (i = 0; i + kLanes <= n; i += kLanes) {
         // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, into the low bits.
@@ -48,44 +54,71 @@ float quantize_row(const T* x, int64_t n, uint8_t* q) {
         std::memcpy(q + i, &bytes, sizeof bytes);
     }
     for (; i < n; ++i) q[i] = static_cast<uint8_t>(std::nearbyint(load(x + i) * inverse) + 128.0f);
-    for (; i < quads(n); ++i) q[i] = 128;
-    return scale;
+    return most / 127.0f;
 }
 
-// Called by every thread of a parallel region.
+// Called by every thread of a parallel region. q is [rows, quads(k)], scales [rows, groups(k)].
 template <typename T>
 void quantize(const T* x, int64_t x_row, int64_t rows, int64_t k, uint8_t* q, float* scales) {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) scales[r] = quantize_row(x + r * x_row, k, q + r * quads(k));
+    for (int64_t r = 0; r < rows; ++r) {
+        uint8_t* to = q + r * quads(k);
+        for (int64_t g = 0; g < groups(k); ++g) {
+            const int64_t from = g * kGroup, n = k - from < kGroup ? k - from : kGroup;
+            scales[r * groups(k) + g] = quantize_group(x + r * x_row + from, n, to + from);
+        }
+        for (int64_t i = k; i < quads(k); ++i) to[i] = 128;
+    }
 }
 
+// sums[r, 0:32] = x[r] . one panel, for R rows; scales and offsets are the panel's.
 template <int R>
-void tile(const uint8_t* x, int64_t x_row, const int8_t* w, int64_t depth, int32_t* sums) {
-    __m512i acc[R][2];
-#pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < depth; k += kQuad) {
-        const __m512i w0 = _mm512_loadu_si512(w + k * kPanel);
-        const __m512i w1 = _mm512_loadu_si512(w + k * kPanel + 64);
-#pragma GCC unroll 14
-        for (int r = 0; r < R; ++r) {
-            int32_t four;
-            std::memcpy(&four, x + r * x_row + k, sizeof four);
-            const __m512i all = _mm512_set1_epi32(four);
-            acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], all, w0);
-            acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], all, w1);
+void tile(const uint8_t* x, const float* x_scales, int64_t k, const int8_t* w, const float* w_scales,
+          const int32_t* w_offsets, float* sums) {
+    __m512 total[R][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    const int64_t depth = quads(k), num_groups = groups(k);
+    for (int64_t g = 0; g < num_groups; ++g) {
+        __m512i acc[R][2];
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+        const int64_t last = (g + 1) * kGroup < depth ? (g + 1) * kGroup : depth;
+        for (int64_t i = g * kGroup; i < last; i += kQuad) {
+            const __m512i w0 = _mm512_loadu_si512(w + i * kPanel);
+            const __m512i w1 = _mm512_loadu_si512(w + i * kPanel + 64);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) {
+                int32_t four;
+                std::memcpy(&four, x + r * depth + i, sizeof four);
+                const __m512i all = _mm512_set1_epi32(four);
+                acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], all, w0);
+                acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], all, w1);
+            }
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+            const __m512i offset = _mm512_loadu_si512(w_offsets + g * kPanel + h * kLanes);
+            const __m512 scale = _mm512_loadu_ps(w_scales + g * kPanel + h * kLanes);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) {
+                const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][h], offset));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[r * num_groups + g]));
+                total[r][h] = _mm512_fmadd_ps(exact, both, total[r][h]);
+            }
         }
     }
-#pragma GCC unroll 14
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-        _mm512_storeu_si512(sums + r * kPanel, acc[r][0]);
-        _mm512_storeu_si512(sums + r * kPanel + kLanes, acc[r][1]);
+        _mm512_storeu_ps(sums + r * kPanel, total[r][0]);
+        _mm512_storeu_ps(sums + r * kPanel + kLanes, total[r][1]);
     }
 }
 
-using Int8Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+using Int8Tile = void (*)(const uint8_t*, const float*, int64_t, const int8_t*, const float*,
+                          const int32_t*, float*);
 
-template <int R = kTile>
+template <int R = kInt8Tile>
 Int8Tile int8_tile_of(int64_t rows) {
     if constexpr (R == 0) return nullptr;
     else return rows == R ? static_cast<Int8Tile>(tile<R>) : int8_tile_of<R - 1>(rows);
@@ -95,25 +128,17 @@ Int8Tile int8_tile_of(int64_t rows) {
 template <Into kInto, typename Y>
 void multiply_int8(const uint8_t* q, const float* row_scales, int64_t rows, const Int8Weight& w,
                    const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
-    const int64_t depth = quads(k), tiles = (rows + kTile - 1) / kTile;
+    const int64_t tiles = (rows + kInt8Tile - 1) / kInt8Tile;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < panels(n); ++p) {
-        int32_t* sums = reinterpret_cast<int32_t*>(scratch(kTile * kPanel));
-        const int64_t column = p * kPanel, width = n - column < kPanel ? n - column : kPanel;
+        float* sums = scratch(rows * kPanel);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
-            int8_tile_of(last - first)(q + first * depth, depth, w.packed + p * kPanel * depth, depth, sums);
-            for (int64_t r = first; r < last; ++r) {
-                const int32_t* sum = sums + (r - first) * kPanel;
-                Y* to = y + r * y_row + column;
-                for (int64_t c = 0; c < width; ++c) {
-                    float value = static_cast<float>(sum[c] - w.offsets[column + c]) * row_scales[r] *
-                                  w.scales[column + c];
-                    if (bias) value += bias[column + c];
-                    store(to + c, kInto == Into::add ? load(to + c) + value : value);
-                }
-            }
+            int8_tile_of(last - first)(q + first * quads(k), row_scales + first * groups(k), k,
+                                       w.packed + p * kPanel * quads(k), w.scales + p * groups(k) * kPanel,
+                                       w.offsets + p * groups(k) * kPanel, sums + first * kPanel);
         }
+        put_panel<kInto>(sums, rows, bias, n, p, y, y_row);
     }
 }
 

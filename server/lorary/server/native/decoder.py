@@ -105,15 +105,16 @@ class _Workspace:
     """Buffers for what a layer hands from one of its parts to the next; shared by all layers."""
 
     def __init__(self, layer: _Layer, dtype: torch.dtype) -> None:
+        widest = max(layer.hidden, layer.o.inputs, layer.inner)
         self._widths = (
             (layer.hidden, dtype),
             (layer.qkv.outputs, torch.float32),
             (layer.o.inputs, dtype),
             (2 * layer.inner, torch.float32),
             (layer.inner, dtype),
-            # 8-bit rows of whatever a projection reads, up to three bytes wider than that.
-            (max(layer.hidden, layer.o.inputs, layer.inner) + 3, torch.uint8),
-            (1, torch.float32),
+            # 8-bit rows of whatever a projection reads, up to three bytes wider; a scale for each 64.
+            (widest + 3, torch.uint8),
+            (widest // 64 + 1, torch.float32),
         )
         self._rows = 0
         self._buffers: tuple[torch.Tensor, ...] = ()
@@ -156,6 +157,7 @@ class FusedLayer(nn.Module):
         assert step is not None, "a layer outside of a step"
         cos, sin = position_embeddings
         assert hidden_states.dtype == cos.dtype == torch.float32
+        assert cos.shape[-1] == self._layer.dim, "rotary embedding of a part of the head"
         self._function(
             self._address,
             ctypes.addressof(step),
