@@ -18,6 +18,7 @@ from benchmarks import report
 from benchmarks.harness.machine import ROOT, commit, cpu_slug, machine, versions
 from benchmarks.harness.threads import pin_threads
 from benchmarks.plan import SEED, Plan, Popularity, Through
+from benchmarks.plot import draw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,7 @@ def main(
     if table:
         path = out or _newest(name)
         report.write_section(DOCUMENT, name, report.section(path))
+        draw(report.read(path), DOCUMENT.with_name(f"{name}.svg"))
         console.print(f"{DOCUMENT} shows {path}")
         return
     threads = pin_threads(threads)

@@ -1,6 +1,6 @@
 """How fast are many adapters at once? Lorary beside PEFT's mixed batch, in the same run.
 
-    python benchmarks/serving.py                                  the whole matrix (about 25 min)
+    python benchmarks/serving.py                                  the whole matrix (about 50 min)
     python benchmarks/serving.py --adapters 8 --concurrency 8     one cell
     python benchmarks/serving.py --through grpc                   over a real server process
     python benchmarks/serving.py --table                          results → docs/benchmarks.md

@@ -160,8 +160,10 @@ def _start(
             max_batch=max(plan.concurrency),
             max_context=MAX_CONTEXT,
             adapter_memory_bytes=ADAPTER_MEMORY,
-            # Every repeat asks the same of everybody; only this contender could remember.
+            # Every repeat asks the same of everybody; only this contender could remember. And greedy
+            # answers without an end go round in circles, which drafts would make too much of.
             prefix_cache=False,
+            draft_rows=0,
         )
         return LoraryEngine(base, registry, dtype=dtype, limits=limits, int8=name == "lorary-int8")
     from benchmarks.contenders.lorary_grpc import LoraryServer
@@ -175,6 +177,7 @@ def _start(
         "max-batch": max(plan.concurrency),
         "max-context": MAX_CONTEXT,
         "adapter-memory": ADAPTER_MEMORY,
+        "draft-rows": 0,
         "log-level": "warning",
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]

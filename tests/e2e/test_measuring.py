@@ -13,6 +13,7 @@ import pytest
 from benchmarks import report
 from benchmarks.agreement import Agreement, disagreements
 from benchmarks.measure import figures
+from benchmarks.plot import draw
 from benchmarks.workload import Trace, choose
 from scripts.demo_calls import plan_calls
 from scripts.demo_report import TaskResult, standard_error
@@ -68,6 +69,17 @@ def test_table_says_what_adapters_cost() -> None:
         "-",
         "80%",
     ]
+
+
+def test_picture_has_a_line_for_everybody(tmp_path: Path) -> None:
+    records = [{**run_record("lorary", 50.0), "adapters": k} for k in (0, 8)]
+    records += [{**run_record("peft", 9.0), "adapters": k} for k in (0, 8)]
+    for name in ("a.svg", "b.svg"):
+        draw(records, tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    assert "lorary" in text
+    assert "peft" in text
 
 
 @pytest.mark.parametrize(("ours", "is_ok"), [(81.0, True), (79.0, False)])
