@@ -69,7 +69,9 @@ def main(
     if table:
         path = out or _newest(name)
         report.write_section(DOCUMENT, name, report.section(path))
-        draw(report.read(path), DOCUMENT.with_name(f"{name}.svg"))
+        picture = DOCUMENT.with_name(f"{name}.svg")
+        if picture.name in DOCUMENT.read_text():
+            draw(report.read(path), picture)
         console.print(f"{DOCUMENT} shows {path}")
         return
     threads = pin_threads(threads)
