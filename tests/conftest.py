@@ -73,6 +73,18 @@ def build_tokenizer() -> Any:
     return fast
 
 
+TINY_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+"""Of every tiny base whose family names them as Llama does."""
+
+
 def build_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Save a random Llama of two layers with its tokenizer; return the folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,13 +94,7 @@ def build_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     config = LlamaConfig(
         **{
             "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.2,
+            **TINY_SIZES,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "tie_word_embeddings": True,

@@ -61,6 +61,13 @@ class Collector:
         tokens = [token for output in outputs for token in output.token_ids]
         return tokens, outputs[-1].finish, outputs[-1].error
 
+    def logprobs(self, request_id: str, index: int = 0) -> list[float]:
+        """Return the log probability of every token of an answer that came without an error."""
+        _, _, error = self.wait(request_id, index)
+        assert error is None
+        outputs = self.outputs[(request_id, index)]
+        return [p.chosen[1] for output in outputs for p in output.logprobs]
+
 
 class EngineWorld:
     """An engine, its adapters by name, and its outputs."""

@@ -77,10 +77,7 @@ def test_base_rows_are_bitwise_the_same_with_adapters_beside_them(
             for p, a in zip(asked, adapters, strict=True)
         ]
         world.engine.start()
-        for request_id in ids:
-            world.collector.wait(request_id)
-        outputs = [world.collector.outputs[(i, 0)] for i in ids[:2]]
-        return [[p.chosen[1] for o in out for p in o.logprobs] for out in outputs]
+        return [world.collector.logprobs(i) for i in ids][:2]
 
     assert run(["", "", "", ""]) == run(["", "", "alpha", "echo"])
 
@@ -92,18 +89,13 @@ def test_an_answers_bits_do_not_depend_on_its_company(
     prompt = prompts(3, longest=60)[0] * 2
     options: dict[str, Any] = {"logprobs": 0, "ignore_eos": True, "max_tokens": 24}
 
-    def bits(world: EngineWorld, request_id: str) -> list[float]:
-        world.collector.wait(request_id)
-        outputs = world.collector.outputs[(request_id, 0)]
-        return [p.chosen[1] for o in outputs for p in o.logprobs]
-
     alone = make_world(draft_rows=0, prefix_cache=False)
-    expected = bits(alone, alone.submit(prompt, "echo", **options))
+    expected = alone.collector.logprobs(alone.submit(prompt, "echo", **options))
     world = make_world(draft_rows=0, prefix_cache=False, prefill_budget=11)
     names = ["alpha", "", "echo", "bravo", "echo", "foxtrot"]
     for i, (name, other) in enumerate(zip(names, prompts(6), strict=True)):
         world.submit(other, name, max_tokens=3 + 4 * i, ignore_eos=True)
-    assert bits(world, world.submit(prompt, "echo", **options)) == expected
+    assert world.collector.logprobs(world.submit(prompt, "echo", **options)) == expected
 
 
 def test_churn_over_few_pages_stays_exact(

@@ -23,6 +23,29 @@ PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44], [90], [17, 18, 19, 20]]
 NAMES = ["alpha", "", "echo", "foxtrot"]
 
 
+def check_logprobs(
+    world: EngineWorld, adapters: dict[str, Path], load: Callable[[], Any], tolerance: float
+) -> None:
+    """Ask every prompt of its adapter at once; compare with PEFT over what ``load`` returns."""
+    from peft import PeftModel
+
+    ids = [
+        world.submit(p, n, logprobs=0, max_tokens=6, ignore_eos=True)
+        for p, n in zip(PROMPTS, NAMES, strict=True)
+    ]
+    for request_id, name, prompt in zip(ids, NAMES, PROMPTS, strict=True):
+        found = world.collector.logprobs(request_id)
+        tokens, _, _ = world.collector.wait(request_id)
+        model = load()
+        if name:
+            model = PeftModel.from_pretrained(model, str(adapters[name])).eval()
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].float()
+        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 :]
+        expected = [float(logprobs[i, token]) for i, token in enumerate(tokens)]
+        assert found == pytest.approx(expected, abs=tolerance)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_mixed_batch_over_a_quantized_base(
     make_world: Callable[..., EngineWorld],
@@ -31,28 +54,15 @@ def test_mixed_batch_over_a_quantized_base(
     quantization: Quantization,
 ) -> None:
     """Log probabilities, not tokens: the quantizers' products depend a little on the batch."""
-    from peft import PeftModel
-
     base = find_base(tiny_base)
     options = {"quantization": quantization, "dtype": torch.float32, "device": "cpu"}
     world = make_world(model=load_model(base, **options))  # type: ignore[arg-type]
-    ids = [
-        world.submit(p, n, logprobs=0, max_tokens=6, ignore_eos=True)
-        for p, n in zip(PROMPTS, NAMES, strict=True)
-    ]
-    for request_id, name, prompt in zip(ids, NAMES, PROMPTS, strict=True):
-        tokens, _, error = world.collector.wait(request_id)
-        assert error is None
-        outputs = world.collector.outputs[(request_id, 0)]
-        found = [p.chosen[1] for o in outputs for p in o.logprobs]
-        model: Any = load_model(base, **options)  # type: ignore[arg-type]
-        if name:
-            model = PeftModel.from_pretrained(model, str(tiny_adapters[name])).eval()
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].float()
-        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 :]
-        expected = [float(logprobs[i, token]) for i, token in enumerate(tokens)]
-        assert found == pytest.approx(expected, abs=TOLERANCE[quantization])
+    check_logprobs(
+        world,
+        tiny_adapters,
+        lambda: load_model(base, **options),  # type: ignore[arg-type]
+        TOLERANCE[quantization],
+    )
 
 
 # int8 rounds activations per row to 8 bits through float16; nf4 on the CPU multiplies single rows
@@ -70,7 +80,6 @@ def test_native_int8(
     fused: bool,
 ) -> None:
     """Our own 8-bit weights: near PEFT in float32, with each row's adapter."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     if not fused:
@@ -81,23 +90,12 @@ def test_native_int8(
         pytest.skip("this CPU has no product with 8-bit weights")
     world = make_world(int8=True)
     assert (world.fused is not None) == fused
-    ids = [
-        world.submit(p, n, logprobs=0, max_tokens=6, ignore_eos=True)
-        for p, n in zip(PROMPTS, NAMES, strict=True)
-    ]
-    for request_id, name, prompt in zip(ids, NAMES, PROMPTS, strict=True):
-        tokens, _, error = world.collector.wait(request_id)
-        assert error is None
-        outputs = world.collector.outputs[(request_id, 0)]
-        found = [p.chosen[1] for o in outputs for p in o.logprobs]
-        model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-        if name:
-            model = PeftModel.from_pretrained(model, str(tiny_adapters[name])).eval()
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].float()
-        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 :]
-        expected = [float(logprobs[i, token]) for i, token in enumerate(tokens)]
-        assert found == pytest.approx(expected, abs=TOLERANCE["native int8"])
+    check_logprobs(
+        world,
+        tiny_adapters,
+        lambda: AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32),
+        TOLERANCE["native int8"],
+    )
 
 
 def test_what_cannot_be_rounded_is_refused(make_world: Callable[..., EngineWorld]) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lorary.server.native import decoder
-from tests.conftest import build_tokenizer, peft_greedy
+from tests.conftest import TINY_SIZES, build_tokenizer, peft_greedy
 from tests.server.test_engine_oracle import prompts
 
 if TYPE_CHECKING:
@@ -18,38 +18,29 @@ if TYPE_CHECKING:
 
     from tests.server.conftest import EngineWorld
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
 SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 SLIDING = ["sliding_attention", "full_attention"]
 # name: (family, settings, whether its layers run as one native call)
 FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "llama": ("Llama", SIZES, True),
-    "llama, scaled rotary embedding": ("Llama", {**SIZES, "rope_parameters": SCALED}, True),
-    "llama, wide heads": ("Llama", {**SIZES, "head_dim": 24}, True),
-    "llama, gelu": ("Llama", {**SIZES, "hidden_act": "gelu"}, False),
-    "mistral, sliding window": ("Mistral", {**SIZES, "sliding_window": 7}, True),
-    "qwen2": ("Qwen2", SIZES, True),
+    "llama": ("Llama", TINY_SIZES, True),
+    "llama, scaled rotary embedding": ("Llama", {**TINY_SIZES, "rope_parameters": SCALED}, True),
+    "llama, wide heads": ("Llama", {**TINY_SIZES, "head_dim": 24}, True),
+    "llama, gelu": ("Llama", {**TINY_SIZES, "hidden_act": "gelu"}, False),
+    "mistral, sliding window": ("Mistral", {**TINY_SIZES, "sliding_window": 7}, True),
+    "qwen2": ("Qwen2", TINY_SIZES, True),
     "qwen2, sliding window": (
         "Qwen2",
-        {**SIZES, "use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING},
+        {**TINY_SIZES, "use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING},
         True,
     ),
-    "qwen3": ("Qwen3", {**SIZES, "head_dim": 16}, True),
-    "gemma": ("Gemma", {**SIZES, "head_dim": 16}, False),
+    "qwen3": ("Qwen3", {**TINY_SIZES, "head_dim": 16}, True),
+    "gemma": ("Gemma", {**TINY_SIZES, "head_dim": 16}, False),
     "gemma2": (
         "Gemma2",
-        {**SIZES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
+        {**TINY_SIZES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
         False,
     ),
-    "phi": ("Phi", SIZES, False),
+    "phi": ("Phi", TINY_SIZES, False),
     "gpt2": (
         "GPT2",
         {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2},

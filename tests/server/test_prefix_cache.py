@@ -116,22 +116,16 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [source.randrange(3, 118) for _ in range(length)]
 
 
-def logprobs(world: EngineWorld, request_id: str, index: int = 0) -> list[float]:
-    world.collector.wait(request_id, index)
-    outputs = world.collector.outputs[(request_id, index)]
-    return [p.chosen[1] for o in outputs for p in o.logprobs]
-
-
 def test_reused_beginning_changes_no_bit(make_world: Callable[..., EngineWorld]) -> None:
     prompt = prompt_of(60, 1)
     options: dict[str, Any] = {"logprobs": 0, "ignore_eos": True, "max_tokens": 8}
     without = make_world(prefix_cache=False)
-    expected = logprobs(without, without.submit(prompt, "alpha", **options))
+    expected = without.collector.logprobs(without.submit(prompt, "alpha", **options))
     world = make_world()
     first = world.submit(prompt[:45] + prompt_of(9, 2), "alpha", **options)
     world.collector.wait(first)
     second = world.submit(prompt, "alpha", **options)
-    assert logprobs(world, second) == expected
+    assert world.collector.logprobs(second) == expected
     finish = world.collector.wait(second)[1]
     assert finish is not None
     assert (finish.prompt_tokens, finish.cached_tokens) == (60, 45)

@@ -137,8 +137,7 @@ def test_seeded_answers_penalties_and_logprobs_are_the_same(
         answers = [world.collector.wait(i) for i in ids]
         assert [error for _, _, error in answers] == [None] * 3
         tokens = [t for t, _, _ in answers]
-        outputs = [o for i in ids for o in world.collector.outputs[(i, 0)]]
-        logprobs = [p.chosen[1] for o in outputs for p in o.logprobs]
+        logprobs = [p for i in ids for p in world.collector.logprobs(i)]
         return tokens, logprobs, sum(s.num_drafted_tokens for s in world.collector.steps)
 
     plain, plain_logprobs, none = run(0)

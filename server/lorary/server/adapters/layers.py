@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lorary.server.adapters.segments import Segments
-    from lorary.server.native.products import BoundKernel, Int8Linear, PackedLinear
+    from lorary.server.native.products import BoundKernel, PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class LoraGroup:
     Attributes:
         spec: names and shapes.
         pool: the group's rows; set by ``attach``.
+        bound: the native kernel over these rows, if there is one for them; set by ``attach``.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LoraGroup:
         self.spec = spec
         self.layers = tuple(layers)
         self.weight, self.bias = _fuse(self.layers)
-        self.packed: PackedLinear | Int8Linear | None = None
+        self.packed: PackedLinear | None = None
         if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
             pack = kernels.pack_int8 if int8 else kernels.pack
             self.packed = pack(self.weight, self.bias)
@@ -79,7 +80,7 @@ class LoraGroup:
             for layer in self.layers:
                 _give_up(layer)
         self.pool: GroupPool | None = None
-        self._bound: BoundKernel | None = None
+        self.bound: BoundKernel | None = None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -87,7 +88,7 @@ class LoraGroup:
         """Give the group its rows, and the row-wise kernel if there is one for them."""
         self.pool = pool
         if kernel is not None and pool.a.device.type == "cpu" and kernel.supports(pool.a.dtype):
-            self._bound = kernel.bind(pool.a, pool.b)
+            self.bound = kernel.bind(pool.a, pool.b)
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """Return one member's output for ``x`` [..., in], adapters included.
@@ -125,8 +126,8 @@ class LoraGroup:
         for segment in segments.long:
             torch_ops.add_segment(y_rows, x_rows, self.pool.a, self.pool.b, segment)
         if segments.num_short:
-            assert self._bound is not None, "short rows without a row-wise kernel"
-            self._bound.add_rows(y_rows, x_rows.contiguous(), segments)
+            assert self.bound is not None, "short rows without a row-wise kernel"
+            self.bound.add_rows(y_rows, x_rows.contiguous(), segments)
 
 
 class LoraMember(nn.Module):

@@ -85,6 +85,18 @@ class Segments:
         """How many rows the row-wise kernel handles."""
         return self.short_rows.numel()
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the short part's arrays lie, in the order of the native ``Mix``; then its length."""
+        arrays = (
+            self.short_rows,
+            self.short_entry,
+            self.rank_indptr,
+            self.rank_rows,
+            self.rank_scales,
+        )
+        return (*(array.data_ptr() for array in arrays), self.num_short)
+
     @classmethod
     def build(
         cls,

@@ -56,6 +56,16 @@ class Batch:
     num_prefill_tokens: int
     num_distinct_adapters: int
 
+    @property
+    def num_drafted_tokens(self) -> int:
+        """Tokens of all drafts."""
+        return sum(len(draft) for _, draft in self.drafted)
+
+    @property
+    def first_score_row(self) -> int:
+        """Where the scorers' rows begin among the logits."""
+        return len(self.samplers) + len(self.drafted) + self.num_drafted_tokens
+
 
 class _Rows:
     """The flat row while it grows."""

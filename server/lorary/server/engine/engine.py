@@ -216,11 +216,7 @@ class Engine:
                 if not (self._inbox or self._cancelled or self._stopping):
                     # A lease may have become ready since it was looked at, without a wake-up that
                     # this thread could hear; the time-out bounds what that can cost.
-                    self._changed.wait(self._sleep_s())
-
-    def _sleep_s(self) -> float | None:
-        """How long to sleep: short while loads are under way, else until somebody comes."""
-        return 0.02 if self._scheduler.waiting else None
+                    self._changed.wait(0.02 if scheduler.waiting else None)
 
     def _sequence(self, request: Request) -> Sequence:
         now = time.monotonic_ns()
@@ -420,7 +416,7 @@ class Engine:
         return output
 
     def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
-        row = len(batch.samplers) + sum(1 + len(draft) for _, draft in batch.drafted)
+        row = batch.first_score_row
         outputs = []
         for sequence in batch.scorers:
             count = 1 + sequence.num_branch_tokens
@@ -502,7 +498,7 @@ class Engine:
                 seconds=seconds,
                 num_decode_rows=batch.num_decode,
                 num_prefill_tokens=batch.num_prefill_tokens,
-                num_drafted_tokens=sum(len(draft) for _, draft in batch.drafted),
+                num_drafted_tokens=batch.num_drafted_tokens,
                 num_kept_tokens=num_kept,
                 num_distinct_adapters=batch.num_distinct_adapters,
                 num_running=len(scheduler.running),

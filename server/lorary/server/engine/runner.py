@@ -10,7 +10,6 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.layers import step_segments
 from lorary.server.engine.attention import NAME, step_plan
-from lorary.server.native.decoder import StepArrays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,10 +53,7 @@ class Runner:
         """Tell the layers about the step, for the time of the block."""
         plan = batch.plan
         if self.fused is not None:
-            arrays = StepArrays(
-                plan.slots, plan.positions, plan.lengths, plan.chunks, batch.segments
-            )
-            with self.fused.step(arrays):
+            with self.fused.step(plan, batch.segments):
                 yield
         else:
             with step_plan(plan), step_segments(batch.segments):

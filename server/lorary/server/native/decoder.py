@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.layers import LoraGroup
     from lorary.server.adapters.segments import Segments
-    from lorary.server.engine.attention import Chunk
+    from lorary.server.engine.attention import AttentionPlan
     from lorary.server.engine.kv_cache import KVCache
 
 # Layers whose forward is exactly that of layer.cpp; whoever adds one adds its family's test.
@@ -82,25 +81,6 @@ class _Step(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StepArrays:
-    """A step's host arrays, as ``build_batch`` lays them out.
-
-    Attributes:
-        slots: int32 [T], every row's slot.
-        positions: int32 [T], where in the slot its key goes.
-        lengths: int32 [num_decode], positions that each decode row reads.
-        chunks: the prefill chunks.
-        segments: rows by adapter, or None.
-    """
-
-    slots: torch.Tensor
-    positions: torch.Tensor
-    lengths: torch.Tensor
-    chunks: Sequence[Chunk]
-    segments: Segments | None
-
-
 class _Workspace:
     """Buffers for what a layer hands from one of its parts to the next; shared by all layers."""
 
@@ -138,7 +118,7 @@ class FusedLayer(nn.Module):
     def __init__(self, function: Any, layer: _Layer, tensors: tuple[object, ...]) -> None:
         super().__init__()
         self._function = function
-        self._layer = layer
+        self.structure = layer
         self._address = ctypes.addressof(layer)
         self._tensors = tensors
 
@@ -157,7 +137,7 @@ class FusedLayer(nn.Module):
         assert step is not None, "a layer outside of a step"
         cos, sin = position_embeddings
         assert hidden_states.dtype == cos.dtype == torch.float32
-        assert cos.shape[-1] == self._layer.dim, "rotary embedding of a part of the head"
+        assert cos.shape[-1] == self.structure.dim, "rotary embedding of a part of the head"
         self._function(
             self._address,
             ctypes.addressof(step),
@@ -171,40 +151,30 @@ class FusedLayer(nn.Module):
 class FusedModel:
     """What a model with fused layers needs in every step."""
 
-    def __init__(self, layers: Sequence[FusedLayer], dtype: torch.dtype) -> None:
-        self.layers = tuple(layers)
-        self._workspace = _Workspace(layers[0]._layer, dtype)
+    def __init__(self, layer: FusedLayer, dtype: torch.dtype) -> None:
+        self._workspace = _Workspace(layer.structure, dtype)
 
     @contextmanager
-    def step(self, arrays: StepArrays) -> Iterator[None]:
-        """Make these arrays those of every layer within the block, on this thread."""
-        rows = arrays.slots.numel()
-        masks = [c.tree for c in arrays.chunks]
-        chunks = (_Chunk * len(masks))(
+    def step(self, plan: AttentionPlan, segments: Segments | None) -> Iterator[None]:
+        """Make this step that of every layer within the block, on this thread."""
+        rows = plan.slots.numel()
+        chunks = (_Chunk * len(plan.chunks))(
             *(
-                _Chunk(c.row, c.length, c.slot, c.start, None if m is None else m.data_ptr())
-                for c, m in zip(arrays.chunks, masks, strict=True)
+                _Chunk(
+                    c.row, c.length, c.slot, c.start, None if c.tree is None else c.tree.data_ptr()
+                )
+                for c in plan.chunks
             )
         )
-        mix = _Mix()
-        if arrays.segments is not None:
-            part = arrays.segments
-            mix = _Mix(
-                part.short_rows.data_ptr(),
-                part.short_entry.data_ptr(),
-                part.rank_indptr.data_ptr(),
-                part.rank_rows.data_ptr(),
-                part.rank_scales.data_ptr(),
-                part.num_short,
-            )
+        mix = _Mix() if segments is None else _Mix(*segments.addresses)
         step = _Step(
             rows,
-            arrays.lengths.numel(),
-            arrays.slots.data_ptr(),
-            arrays.positions.data_ptr(),
-            arrays.lengths.data_ptr(),
+            plan.num_decode,
+            plan.slots.data_ptr(),
+            plan.positions.data_ptr(),
+            plan.lengths.data_ptr(),
             ctypes.addressof(chunks),
-            len(masks),
+            len(chunks),
             mix,
             *self._workspace.pointers(rows),
             torch.get_num_threads(),
@@ -244,7 +214,7 @@ def fuse(
     inner.layers = nn.ModuleList(fused)
     # Residual stream and rotary tables take the dtype of the embeddings' output.
     model.get_input_embeddings().register_forward_hook(lambda _m, _x, output: output.float())
-    return FusedModel(fused, dtype)
+    return FusedModel(fused[0], dtype)
 
 
 def _fused(
@@ -296,24 +266,20 @@ def _fused(
 
 def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
     """Return a group's structure, and what it points into."""
-    assert group.packed is not None
-    assert group.pool is not None
-    a, b = group.pool.a, group.pool.b
-    addresses = (ctypes.c_void_p * len(b))(*(t.data_ptr() for t in b))
-    outs = (ctypes.c_int64 * len(b))(*(t.shape[1] for t in b))
-    members, cap, width = a.shape
-    packed = group.packed
+    packed, bound = group.packed, group.bound
+    assert packed is not None
+    assert bound is not None, "a packed group without the kernel for its adapters"
     structure = _Projection(
         packed.address,
         packed.scales_address,
         packed.offsets_address,
         packed.bias_address,
-        width,
+        packed.in_features,
         packed.out_features,
-        a.data_ptr(),
-        ctypes.addressof(addresses),
-        ctypes.addressof(outs),
-        members,
-        cap,
+        bound.a_address,
+        bound.b_address,
+        bound.outs_address,
+        bound.members,
+        bound.cap,
     )
-    return structure, (packed, a, b, addresses, outs)
+    return structure, (packed, bound)

@@ -84,6 +84,14 @@ void gated_silu(const float* gate, const float* up, int64_t n, O* out) {
     for (; i < n; ++i) store(out + i, gate[i] / (1.0f + std::exp(-gate[i])) * up[i]);
 }
 
+// Called by every thread of a parallel region; they share the rows.
+template <typename T>
+void normalize(const Layer& layer, const float* weight, int64_t rows, const float* hidden, T* normed) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+        rms_norm(hidden + r * layer.hidden, weight, layer.hidden, layer.eps, normed + r * layer.hidden);
+}
+
 template <typename T>
 GroupPool<T> pool_of(const Projection& p) {
     return {static_cast<const T*>(p.a), reinterpret_cast<const T* const*>(p.b), p.outs, p.members, p.cap, p.in};
@@ -117,10 +125,7 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
     T* gated = static_cast<T*>(step.gated);
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
     {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r)
-            rms_norm(hidden + r * layer.hidden, layer.attention_norm, layer.hidden, layer.eps,
-                     normed + r * layer.hidden);
+        normalize(layer, layer.attention_norm, rows, hidden, normed);
         project<Into::replace>(layer.qkv, step, normed, step.qkv);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
@@ -144,10 +149,7 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
                       shape);
         attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, attended, layer.o.in, shape);
         project<Into::add>(layer.o, step, attended, hidden);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r)
-            rms_norm(hidden + r * layer.hidden, layer.mlp_norm, layer.hidden, layer.eps,
-                     normed + r * layer.hidden);
+        normalize(layer, layer.mlp_norm, rows, hidden, normed);
         project<Into::replace>(layer.gate_up, step, normed, step.gate_up);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {

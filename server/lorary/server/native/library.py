@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorary.server.native.build import build
-from lorary.server.native.products import BoundKernel, Int8Linear, PackedLinear
+from lorary.server.native.products import BoundKernel, PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,21 +26,10 @@ _PANEL, _GROUP = 32, 64
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ADD_ROWS = [*[_POINTER] * 5, *[_INT64] * 4, *[_POINTER] * 5, _INT64, ctypes.c_int]
-_LINEAR = [
-    _POINTER,
-    _INT64,
-    _INT64,
-    _POINTER,
-    _POINTER,
-    *[_INT64] * 2,
-    _POINTER,
-    _INT64,
-    ctypes.c_int,
-]
-_LINEAR_INT8 = [
-    *[_POINTER, _INT64, _INT64, *[_POINTER] * 4],
-    *[_INT64, _INT64, _POINTER, _INT64, ctypes.c_int],
-]
+_ROWS = [_POINTER, _INT64, _INT64]
+_OUTPUT = [_INT64, _INT64, _POINTER, _INT64, ctypes.c_int]
+_LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
+_LINEAR_INT8 = [*_ROWS, *[_POINTER] * 4, *_OUTPUT]
 _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DECODE = [*[_POINTER] * 6, *[_INT64] * 7, _FLOAT, _FLOAT, _INT64, ctypes.c_int]
@@ -67,7 +56,6 @@ class NativeKernels:
             dtype: typed(library, f"lorary_decode_{suffix}", _DECODE)
             for dtype, suffix in _SUFFIX.items()
         }
-
         has_bf16 = bool(library.lorary_has_bf16())
         self._packed = [torch.float32, *([torch.bfloat16] if has_bf16 else [])]
         self._pack = {
@@ -90,7 +78,7 @@ class NativeKernels:
         if self.has_int8:
             self._pack_int8 = typed(library, "lorary_pack_int8", _PACK_INT8)
             self._linear_int8 = {
-                dtype: typed(library, f"lorary_linear_int8_{suffix}", _LINEAR_INT8)
+                (dtype, dtype): typed(library, f"lorary_linear_int8_{suffix}", _LINEAR_INT8)
                 for dtype, suffix in _SUFFIX.items()
             }
         for name in ("layer", "step"):
@@ -140,10 +128,9 @@ class NativeKernels:
             packed.data_ptr(),
             torch.get_num_threads(),
         )
-        functions = {out: f for (x, out), f in self._linear.items() if x == weight.dtype}
-        return PackedLinear(functions, packed, out, width, bias)
+        return PackedLinear(self._linear, packed, (out, width), bias)
 
-    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Round a weight [out, in] of any float dtype to 8 bits, a scale for each 64 inputs.
 
         Only where ``has_int8``.
@@ -162,8 +149,8 @@ class NativeKernels:
         def by_panel(m: torch.Tensor) -> torch.Tensor:
             return m.view(panels, _PANEL, groups).transpose(1, 2).contiguous()
 
-        return Int8Linear(
-            self._linear_int8, packed, by_panel(scales), by_panel(offsets), (out, width), bias
+        return PackedLinear(
+            self._linear_int8, packed, (out, width), bias, by_panel(scales), by_panel(offsets)
         )
 
     def decode_attention(
@@ -178,7 +165,7 @@ class NativeKernels:
         softcap: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Attend one token per row over its slot (semantics in attention.cpp).
+        """Attend one token per row over its slot (semantics in attention.h).
 
         Shapes: q [n, H, D] with unit stride in D, k and v [slots, Hkv, context, D] contiguous, slots
         and lengths int32 [n] → [n, H, D] of q's dtype.

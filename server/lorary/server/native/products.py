@@ -14,106 +14,59 @@ if TYPE_CHECKING:
 
 
 class PackedLinear:
-    """A weight in the matrix product's own layout, and its bias.
+    """A weight in the matrix product's own layout, and its bias; holds its tensors alive.
 
     Attributes:
-        dtype: the weight's, and of what it is multiplied with.
+        dtype: the packed weight's, and unless that is int8 of what it is multiplied with.
         address: where the packed weight lies.
-        scales_address, offsets_address: None, as only 8-bit weights have them.
+        scales_address, offsets_address: where an 8-bit weight's scales and offsets lie, else None.
         bias_address: where the bias lies, float32 [out]; None without one.
     """
 
-    scales_address = None
-    offsets_address = None
-
     def __init__(
         self,
-        functions: Mapping[torch.dtype, ctypes._NamedFuncPointer],
+        functions: Mapping[tuple[torch.dtype, torch.dtype], ctypes._NamedFuncPointer],
         packed: torch.Tensor,
-        out_features: int,
-        in_features: int,
-        bias: torch.Tensor | None,
-    ) -> None:
-        self._functions = functions
-        self._tensors = (packed, None if bias is None else bias.float().contiguous())
-        self.dtype = packed.dtype
-        self.out_features = out_features
-        self.in_features = in_features
-        self.address = packed.data_ptr()
-        self.bias_address = None if self._tensors[1] is None else self._tensors[1].data_ptr()
-
-    def linear(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Multiply x [..., in], sums in float32 → [..., out] of ``dtype``.
-
-        ``x`` is rounded to the weight's dtype; ``dtype`` is that (the default) or float32. A row's
-        result does not depend on the other rows.
-        """
-        dtype = dtype or self.dtype
-        rows = x.reshape(-1, self.in_features).to(self.dtype)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype)
-        self._functions[dtype](
-            rows.data_ptr(),
-            rows.stride(0),
-            rows.shape[0],
-            self.address,
-            self.bias_address,
-            self.out_features,
-            self.in_features,
-            y.data_ptr(),
-            self.out_features,
-            torch.get_num_threads(),
-        )
-        return y
-
-
-class Int8Linear:
-    """A weight as 8-bit numbers in the product's own layout, with its scales and bias.
-
-    Attributes:
-        dtype: the packed weight's.
-        address, scales_address, offsets_address: where weight, scales and offsets lie.
-        bias_address: where the bias lies, float32 [out]; None without one.
-    """
-
-    dtype = torch.int8
-
-    def __init__(
-        self,
-        functions: Mapping[torch.dtype, ctypes._NamedFuncPointer],
-        packed: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
         shape: tuple[int, int],
         bias: torch.Tensor | None,
+        scales: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
     ) -> None:
         self._functions = functions
-        self._bias = None if bias is None else bias.float().contiguous()
-        self._tensors = (packed, scales, offsets)
-        self.out_features, self.in_features = shape
-        self.address, self.scales_address, self.offsets_address = (
-            t.data_ptr() for t in self._tensors
+        self._tensors = (
+            packed,
+            scales,
+            offsets,
+            None if bias is None else bias.float().contiguous(),
         )
-        self.bias_address = None if self._bias is None else self._bias.data_ptr()
+        self.dtype = packed.dtype
+        self.out_features, self.in_features = shape
+        self.address, self.scales_address, self.offsets_address, self.bias_address = (
+            None if t is None else t.data_ptr() for t in self._tensors
+        )
 
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x [..., in], float32 or bfloat16 → [..., out] of the same dtype.
+    def linear(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Multiply x [..., in] → [..., out] of ``dtype``, with sums in float32.
 
-        Rows are rounded to 8 bits with a scale for each 64 of their elements; a row's result does not depend on the
-        other rows.
+        Without 8-bit weights ``x`` is rounded to the weight's dtype, and ``dtype`` is that (the
+        default) or float32. With them its rows are rounded to 8 bits, a scale for each 64 elements,
+        and ``dtype`` is that of ``x``. A row's result does not depend on the other rows.
         """
+        has_scales = self.scales_address is not None
         rows = x.reshape(-1, self.in_features)
+        if not has_scales:
+            rows = rows.to(self.dtype)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        self._functions[x.dtype](
+        dtype = dtype or rows.dtype
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype)
+        scaling = (self.scales_address, self.offsets_address) if has_scales else ()
+        self._functions[rows.dtype, dtype](
             rows.data_ptr(),
             rows.stride(0),
             rows.shape[0],
             self.address,
-            self.scales_address,
-            self.offsets_address,
+            *scaling,
             self.bias_address,
             self.out_features,
             self.in_features,
@@ -125,24 +78,25 @@ class Int8Linear:
 
 
 class BoundKernel:
-    """The kernel over one group's pool; holds the pool's tensors alive."""
+    """The kernel over one group's pool; holds the pool's tensors alive.
+
+    Attributes:
+        a_address: where A lies, [members, cap, in].
+        b_address, outs_address: where the members' addresses of B and their widths lie.
+        members, cap: layers of the group, rank rows of the pool.
+    """
 
     def __init__(
         self, function: ctypes._NamedFuncPointer, a: torch.Tensor, b: Sequence[torch.Tensor]
     ) -> None:
         self._function = function
         self._tensors = (a, *b)
-        members, cap, width = a.shape
-        self._b = (ctypes.c_void_p * members)(*[t.data_ptr() for t in b])
-        self._outs = (ctypes.c_int64 * members)(*[t.shape[1] for t in b])
-        self._fixed = (
-            a.data_ptr(),
-            ctypes.addressof(self._b),
-            ctypes.addressof(self._outs),
-            members,
-            cap,
-            width,
-        )
+        self.members, self.cap, self._width = a.shape
+        self._b = (ctypes.c_void_p * self.members)(*[t.data_ptr() for t in b])
+        self._outs = (ctypes.c_int64 * self.members)(*[t.shape[1] for t in b])
+        self.a_address = a.data_ptr()
+        self.b_address = ctypes.addressof(self._b)
+        self.outs_address = ctypes.addressof(self._outs)
 
     def add_rows(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
         """Add the adapters of ``segments.short_rows`` to ``y``, in place.
@@ -152,13 +106,13 @@ class BoundKernel:
         self._function(
             x.data_ptr(),
             y.data_ptr(),
-            *self._fixed,
+            self.a_address,
+            self.b_address,
+            self.outs_address,
+            self.members,
+            self.cap,
+            self._width,
             y.stride(0),
-            segments.short_rows.data_ptr(),
-            segments.short_entry.data_ptr(),
-            segments.rank_indptr.data_ptr(),
-            segments.rank_rows.data_ptr(),
-            segments.rank_scales.data_ptr(),
-            segments.num_short,
+            *segments.addresses,
             torch.get_num_threads(),
         )
