@@ -28,11 +28,16 @@ class Collector:
         self.outputs: dict[tuple[str, int], list[Output]] = {}
         self.steps: list[StepStats] = []
         self.errors: list[BaseException] = []
+        self.ended: dict[tuple[str, int], int] = {}
+        """In which order answers ended."""
 
     def deliver(self, outputs: list[Output]) -> None:
         with self._changed:
             for output in outputs:
-                self.outputs.setdefault((output.request_id, output.index), []).append(output)
+                key = (output.request_id, output.index)
+                self.outputs.setdefault(key, []).append(output)
+                if output.finish is not None or output.error is not None:
+                    self.ended[key] = len(self.ended)
             self._changed.notify_all()
 
     def on_step(self, stats: StepStats) -> None:

@@ -35,7 +35,8 @@ def assert_idle(world: EngineWorld) -> None:
     while world.engine.num_running or world.engine.num_waiting:
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert world.engine._cache.num_free == world.engine._cache.num_slots
+    assert world.engine._cache.num_free_slots == world.engine._cache.num_slots
+    assert world.engine._blocks.num_free == world.engine._cache.num_blocks
     assert all(r.num_holders == 0 for r in world.residency.snapshot())
 
 
@@ -191,7 +192,7 @@ def test_what_does_not_fit_its_slot_is_refused(
     labels: tuple[tuple[int, ...], ...],
 ) -> None:
     world = make_world(max_context=16)
-    with pytest.raises(InvalidRequest, match="slot of 16"):
+    with pytest.raises(InvalidRequest, match="context of 16"):
         world.submit(prompt, labels=labels)
     fits = world.submit([5] * 10, labels=((1, 2, 3, 4), (6, 7, 8, 9)))
     assert world.collector.wait(fits)[2] is None

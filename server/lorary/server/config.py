@@ -123,12 +123,26 @@ class ServerConfig:
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )
+    kv_memory: int = _option(
+        0,
+        "Device memory for keys and values, such as 4GiB; 0 takes what --max-batch answers of "
+        "--max-context tokens need, but no more than --memory-fraction.",
+        low=0,
+        high=2**44,
+        is_size=True,
+    )
+    memory_fraction: float = _option(
+        0.8,
+        "Share of the memory left by base and adapters that keys and values may take.",
+        low=0.01,
+        high=1.0,
+    )
     prefill_budget: int = _option(
         512, "Most prompt tokens in one step, so that streams keep flowing.", low=16, high=2**20
     )
     prefix_cache: bool = _option(
         True,
-        "Do not read again what an earlier prompt with the same adapter began with (CPU only).",
+        "Do not read again what an earlier prompt with the same adapter began with.",
     )
     draft_rows: int = _option(
         8,
@@ -235,7 +249,7 @@ def _shown_default(field: dataclasses.Field[Any]) -> str:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.0f}"
+    return f"{value:.0f}" if value >= 1 or not value else f"{value:g}"
 
 
 def _check(name: str, value: Any, meta: Any) -> None:

@@ -184,6 +184,11 @@ class ServerMetrics:
             ["result"],
             registry=r,
         )
+        self._preemptions = Counter(
+            "lorary_preemptions",
+            "Answers that lost their place for want of KV memory and went on later.",
+            registry=r,
+        )
         self._kept, self._dropped = drafted.labels("kept"), drafted.labels("dropped")
         self._engine_up = Gauge("lorary_engine_up", "1 while the engine can step.", registry=r)
         self._engine_up.set(1)
@@ -250,6 +255,8 @@ class ServerMetrics:
         self._step_rows.observe(stats.num_decode_rows)
         self._step_prefill.observe(stats.num_prefill_tokens)
         self._step_distinct.observe(stats.num_distinct_adapters)
+        if stats.num_preempted:
+            self._preemptions.inc(stats.num_preempted)
         if stats.num_drafted_tokens:
             self._kept.inc(stats.num_kept_tokens)
             self._dropped.inc(stats.num_drafted_tokens - stats.num_kept_tokens)

@@ -14,9 +14,10 @@ from lorary.server.adapters.layers import LoraModel
 from lorary.server.adapters.loader import load_adapter
 from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.engine.batch import build_batch
+from lorary.server.engine.blocks import blocks_for
 from lorary.server.engine.engine import Engine
 from lorary.server.engine.kv_cache import KVCache, KVShape
-from lorary.server.engine.prefix_cache import PrefixCache
+from lorary.server.engine.memory import available_bytes, plan_blocks
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
@@ -43,14 +44,16 @@ class EngineLimits:
     """What an engine may use.
 
     Attributes:
-        max_batch: sequences in one step; each has a slot of ``max_context`` tokens.
+        max_batch: sequences in one step.
         max_context: most tokens of prompt and answer together.
         prefill_budget: most prompt tokens in one step.
         max_waiting: most requests in the queue.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
-        prefix_cache: do not read again what an earlier prompt with the same adapter began with; needs
-            the native kernels.
+        kv_memory_bytes: bytes for keys and values; 0 takes what ``max_batch`` sequences of
+            ``max_context`` tokens need, but no more than ``memory_fraction``.
+        memory_fraction: share of the memory left by base and adapters that keys and values may take.
+        prefix_cache: do not read again what an earlier prompt with the same adapter began with.
         draft_rows: rows of a step up to which tokens are guessed from the text so far (prompt lookup);
             0 guesses nothing.
         pin_threads: give every CPU thread of the engine a core of its own.
@@ -62,6 +65,8 @@ class EngineLimits:
     max_waiting: int = 1024
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
+    kv_memory_bytes: int = 0
+    memory_fraction: float = 0.8
     prefix_cache: bool = True
     draft_rows: int = 8
     pin_threads: bool = True
@@ -110,7 +115,10 @@ def assemble(
     model.eval()
     lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype, int8=int8)
     shape = KVShape.from_config(model.config, limits.max_context)
-    cache = KVCache(shape, num_slots=limits.max_batch, dtype=dtype, device=device)
+    num_blocks = _plan_blocks(model, lora, shape, limits, dtype, device)
+    cache = KVCache(
+        shape, num_slots=limits.max_batch, num_blocks=num_blocks, dtype=dtype, device=device
+    )
     fused = None if lora.kernels is None else fuse(model, lora.groups, cache, lora.kernels)
     if device.type == "cpu" and fused is None:
         logger.info(
@@ -131,8 +139,7 @@ def assemble(
         eos_ids=end_tokens(model, tokenizer),
         long_from=lora.long_from,
         deliver=deliver,
-        # Moving sequences to the front, as the batched products need it, would overwrite what is kept.
-        prefix_cache=PrefixCache() if limits.prefix_cache and cache.native is not None else None,
+        prefix_cache=limits.prefix_cache,
         draft_rows=limits.draft_rows,
         observer=engine_observer,
         on_thread_start=_thread_setup(device, pin=limits.pin_threads),
@@ -183,26 +190,79 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     return frozenset(ids)
 
 
+def _plan_blocks(
+    model: Any,
+    lora: LoraModel,
+    shape: KVShape,
+    limits: EngineLimits,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Return how many blocks of keys and values there will be."""
+    if device.type == "cuda":
+        promised = _step_bytes(model, lora, shape, limits, dtype, device)
+    else:
+        # The pool's memory is the system's until adapters are written into it.
+        promised = lora.pool.memory_bytes
+    return plan_blocks(
+        shape,
+        dtype,
+        max_batch=limits.max_batch,
+        kv_memory_bytes=limits.kv_memory_bytes,
+        memory_fraction=limits.memory_fraction,
+        available_bytes=available_bytes(device, promised=promised),
+    )
+
+
+def _step_bytes(
+    model: Any,
+    lora: LoraModel,
+    shape: KVShape,
+    limits: EngineLimits,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Return the bytes of tensors that the largest step needs beside weights and cache, by making it."""
+    length = min(limits.prefill_budget, shape.context - 1)
+    cache = KVCache(
+        shape, num_slots=1, num_blocks=blocks_for(length + 1), dtype=dtype, device=device
+    )
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    _trial(Runner(model), cache, lora.long_from, length)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def _warm_up(runner: Runner, cache: KVCache, long_from: int) -> None:
     """Run a prompt and a decode step, so that what this base cannot do shows at start-up."""
-    request = Request(
-        request_id="warm-up",
-        prompt_ids=[0, 0],
-        sampling=Sampling(max_tokens=1),
-        lease=BaseLease(),
-    )
-    sequence = Sequence(request=request, token_ids=[0, 0], slot=cache.allocate())
     try:
-        for scheduled in (Scheduled((), ((sequence, 2),)), Scheduled((sequence,), ())):
-            batch = build_batch(scheduled, cache, device=cache.k.device, long_from=long_from)
-            logits = runner.forward(batch)
-            sequence.num_computed += batch.advanced[0][1]
-            sequence.token_ids.append(0)
+        logits = _trial(runner, cache, long_from, 2)
     except NotImplementedError as error:
         raise ConfigError(f"this base needs {error}, which Lorary cannot serve yet") from error
-    finally:
-        cache.release(sequence.slot)
     if not torch.isfinite(logits).all():
         raise ConfigError(
             "the base's logits are not finite in this dtype; try --dtype float32, or check the base"
         )
+
+
+def _trial(runner: Runner, cache: KVCache, long_from: int, length: int) -> torch.Tensor:
+    """Read a prompt of ``length`` tokens and decode one; return that one's logits."""
+    request = Request(
+        request_id="trial",
+        prompt_ids=[0] * length,
+        sampling=Sampling(max_tokens=1),
+        lease=BaseLease(),
+    )
+    blocks = list(range(blocks_for(length + 1)))
+    sequence = Sequence(
+        request=request, token_ids=[0] * length, slot=cache.take_slot(blocks), blocks=blocks
+    )
+    try:
+        for scheduled in (Scheduled((), ((sequence, length),)), Scheduled((sequence,), ())):
+            batch = build_batch(scheduled, cache, device=cache.k.device, long_from=long_from)
+            logits = runner.forward(batch)
+            sequence.num_computed += batch.advanced[0][1]
+            sequence.token_ids.append(0)
+    finally:
+        cache.release_slot(sequence.slot)
+    return logits

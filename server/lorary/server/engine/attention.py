@@ -1,14 +1,14 @@
-"""Attention over the slot cache, behind transformers' ``AttentionInterface``.
+"""Attention over the paged cache, behind transformers' ``AttentionInterface``.
 
-The model runs on a flat row of tokens [1, T]: first the decode rows (one token each, in slot
-order), then the prefill chunks. Decode rows attend all at once with two batched products over
-neighbouring slots; every chunk attends on its own. The step's plan is read from a context variable
-that the runner sets for one forward.
+The model runs on a flat row of tokens [1, T]: first the decode rows (one token each), then the prefill
+chunks. Decode rows attend all at once; every chunk attends on its own. The step's plan is read from a
+context variable that the runner sets for one forward.
 
 This serves the layers that do not run as one native call (``native/decoder.py``): quantized bases,
 other families, other devices. Decode attention has two implementations here: the native kernel on
-the CPU, which reads exactly what each row needs, and two batched products elsewhere. SDPA is used for prefill only: on the CPU its
-tiles are made for long queries (half the speed of the products for one token).
+the CPU, which reads the blocks where they are, and two batched products over a gathered copy elsewhere.
+SDPA is used for prefill only: on the CPU its tiles are made for long queries (half the speed of the
+products for one token).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from lorary.server.engine.blocks import BLOCK, blocks_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,7 +40,7 @@ class Chunk:
     Attributes:
         row: first row of the chunk.
         length: tokens in it.
-        slot: the sequence's slot.
+        slot: the sequence's row of the cache's table.
         start: position of its first token, = tokens already in the cache.
         tree: bool [length, start + length] of what may see what, when the chunk ends in branches
             (labels to be scored side by side); None for plain causal attention.
@@ -57,9 +59,9 @@ class AttentionPlan:
     What only the torch operators need is worked out when first asked for.
 
     Attributes:
-        cache: the slots.
-        slots: int32 [T] on the host, every row's slot; decode rows come first, in slot order.
-        positions: int32 [T] on the host, where in its slot a row's key goes.
+        cache: keys and values.
+        slots: int32 [T] on the host, every row's slot; decode rows come first.
+        positions: int32 [T] on the host, where in its sequence a row's key goes.
         num_decode: how many rows at the front are decode rows.
         lengths: int32 [num_decode] on the host, positions each decode row reads.
         chunks: the prefill chunks.
@@ -80,25 +82,33 @@ class AttentionPlan:
         self.lengths = positions[:num_decode] + 1
         self.chunks = tuple(chunks)
         self._masks: dict[int | None, torch.Tensor] = {}
+        self._chunk_blocks: dict[int, torch.Tensor] = {}
 
     @cached_property
     def write_index(self) -> torch.Tensor:
         """Return int64 [T * kv_heads]: row of the flattened cache for every (token, head)."""
-        shape = self.cache.shape
-        head = torch.arange(shape.num_kv_heads)
-        row = self.slots.long()[:, None] * shape.num_kv_heads + head
-        index = row * shape.context + self.positions.long()[:, None]
+        positions = self.positions.long()
+        block = self.cache.tables[self.slots.long(), positions // BLOCK].long()
+        head = torch.arange(self.cache.shape.num_kv_heads)
+        row = block[:, None] * self.cache.shape.num_kv_heads + head
+        index = row * BLOCK + (positions % BLOCK)[:, None]
         return index.view(-1).to(self.cache.k.device)
 
     @cached_property
-    def decode_slots(self) -> torch.Tensor:
-        """Return int64 [num_decode]: the decode rows' slots."""
-        return self.slots[: self.num_decode].long().to(self.cache.k.device)
+    def decode_blocks(self) -> torch.Tensor:
+        """Return int64 [num_decode, W]: the blocks of the decode rows, as many as the longest has."""
+        rows = self.slots[: self.num_decode].long()
+        blocks = self.cache.tables[rows, : blocks_for(self.longest)]
+        return blocks.long().to(self.cache.k.device)
 
-    @cached_property
-    def span(self) -> int:
-        """Return how many slots from 0 on hold all decode rows."""
-        return int(self.slots[self.num_decode - 1]) + 1 if self.num_decode else 0
+    def chunk_blocks(self, chunk: Chunk) -> torch.Tensor:
+        """Return int64 [W]: the blocks that hold what a chunk sees."""
+        blocks = self._chunk_blocks.get(chunk.row)
+        if blocks is None:
+            count = blocks_for(chunk.start + chunk.length)
+            blocks = self.cache.tables[chunk.slot, :count].long().to(self.cache.k.device)
+            self._chunk_blocks[chunk.row] = blocks
+        return blocks
 
     @cached_property
     def longest(self) -> int:
@@ -106,14 +116,12 @@ class AttentionPlan:
         return int(self.lengths.max())
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Return 0 where a decode row may look and -inf elsewhere: [span, 1, 1, longest]."""
+        """Return 0 where a decode row may look and -inf elsewhere: [num_decode, 1, 1, W * BLOCK]."""
         mask = self._masks.get(window)
         if mask is None:
             device = self.cache.k.device
-            # A slot that nobody decodes in reads one position, for a softmax of nothing is NaN.
-            lengths = torch.ones(self.span, dtype=torch.long, device=device)
-            lengths[self.decode_slots] = self.lengths.long().to(device)
-            position = torch.arange(self.longest, device=device)
+            lengths = self.lengths.long().to(device)
+            position = torch.arange(self.decode_blocks.shape[1] * BLOCK, device=device)
             hidden = position >= lengths[:, None]
             if window is not None:
                 hidden |= position < lengths[:, None] - window
@@ -178,6 +186,7 @@ def attend(
                 decode,
                 k_layer,
                 v_layer,
+                plan.cache.tables,
                 plan.slots,
                 plan.lengths,
                 scale=scale,
@@ -189,7 +198,8 @@ def attend(
         parts.append(out)
     for chunk in plan.chunks:
         q = query[:, :, chunk.row : chunk.row + chunk.length]
-        parts.append(_prefill(chunk, q, k_layer, v_layer, scale, sliding_window, softcap))
+        blocks = plan.chunk_blocks(chunk)
+        parts.append(_prefill(chunk, blocks, q, k_layer, v_layer, scale, sliding_window, softcap))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(1, tokens, heads, dim), None
 
@@ -203,25 +213,25 @@ def _decode(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attend one token per slot; q [n, H, D] → [n, H, D]."""
-    kv_heads, heads, dim = k_layer.shape[1], q.shape[1], q.shape[2]
-    is_dense = plan.span == plan.num_decode
-    if not is_dense:
-        spread = q.new_zeros(plan.span, heads, dim)
-        q = spread.index_copy_(0, plan.decode_slots, q)
-    q = q.reshape(plan.span, kv_heads, heads // kv_heads, dim)
-    k = k_layer[: plan.span, :, : plan.longest]
-    v = v_layer[: plan.span, :, : plan.longest]
+    """Attend one token per row; q [n, H, D] → [n, H, D]."""
+    rows, heads, dim = q.shape
+    k, v = _gather(k_layer, plan.decode_blocks), _gather(v_layer, plan.decode_blocks)
+    q = q.reshape(rows, k.shape[1], heads // k.shape[1], dim)
     scores = torch.matmul(q, k.transpose(2, 3)).mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores += plan.decode_mask(window, scores.dtype)
-    out = torch.matmul(torch.softmax(scores, dim=-1), v).view(plan.span, heads, dim)
-    return out if is_dense else out.index_select(0, plan.decode_slots)
+    return torch.matmul(torch.softmax(scores, dim=-1), v).view(rows, heads, dim)
+
+
+def _gather(layer: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Copy blocks int64 [n, W] of [blocks, Hkv, BLOCK, D] into [n, Hkv, W * BLOCK, D]."""
+    return layer[blocks].transpose(1, 2).flatten(2, 3)
 
 
 def _prefill(
     chunk: Chunk,
+    blocks: torch.Tensor,
     q: torch.Tensor,
     k_layer: torch.Tensor,
     v_layer: torch.Tensor,
@@ -231,8 +241,8 @@ def _prefill(
 ) -> torch.Tensor:
     """Attend one sequence's chunk; q [1, H, t, D] → [t, H, D]."""
     total = chunk.start + chunk.length
-    k = k_layer[chunk.slot : chunk.slot + 1, :, :total]
-    v = v_layer[chunk.slot : chunk.slot + 1, :, :total]
+    k = _gather(k_layer, blocks[None])[:, :, :total]
+    v = _gather(v_layer, blocks[None])[:, :, :total]
     is_plain = chunk.tree is None and chunk.start == 0 and (window is None or window >= total)
     mask = None if is_plain else _chunk_mask(chunk, window, q.device)
     if softcap is None:

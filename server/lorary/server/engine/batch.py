@@ -96,11 +96,10 @@ def build_batch(
     long_from: int,
     drafts: Mapping[Sequence, list[int]] | None = None,
 ) -> Batch:
-    """Lay out a step: decode rows by slot, then drafts and prompts in chunks."""
+    """Lay out a step: decode rows, then drafts and prompts in chunks."""
     rows = _Rows()
     drafts = drafts or {}
-    plain = [s for s in scheduled.decode if s not in drafts]
-    decode = sorted(plain, key=lambda s: s.slot)
+    decode = [s for s in scheduled.decode if s not in drafts]
     for sequence in decode:
         position = sequence.num_computed
         rows.extend(sequence, [sequence.token_ids[position]], [position], position)
@@ -123,7 +122,7 @@ def build_batch(
         first_row, start = len(rows.tokens), sequence.num_computed
         stop = start + count
         rows.extend(sequence, sequence.token_ids[start:stop], list(range(start, stop)), start)
-        is_last = stop == sequence.num_prompt
+        is_last = stop == len(sequence.token_ids)
         tree = None
         if is_last and sequence.request.labels:
             scorers.append(sequence)

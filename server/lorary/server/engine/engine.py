@@ -1,8 +1,10 @@
 """The loop that owns the device.
 
-A request's life: ``submit`` (any thread) → inbox → scheduler's queue → a slot, once its adapter is
-on the device → prompt in chunks → one token per step → ``Finish``, slot and lease given back. One
-call of ``deliver`` per step hands all outputs to the service.
+A request's life: ``submit`` (any thread) → inbox → scheduler's queue → a slot and blocks of the cache,
+once its adapter is on the device → prompt in chunks → one token per step → ``Finish``, all of it given
+back. Where blocks run out, the latest to arrive is preempted: back to the queue's front, its tokens kept,
+to be read again (from the tree of blocks, as far as they are still there). One call of ``deliver`` per
+step hands all outputs to the service.
 
 Everything below ``_run`` happens on the engine thread; ``submit``, ``cancel``, ``wake`` and the
 properties may be used from any other.
@@ -26,6 +28,7 @@ from lorary.errors import (
     Unavailable,
 )
 from lorary.server.engine.batch import Batch, build_batch
+from lorary.server.engine.blocks import BLOCK, Blocks
 from lorary.server.engine.detokenizer import TextStream
 from lorary.server.engine.request import Finish, Lease, Output, Request, StepStats
 from lorary.server.engine.sampler import position_logprobs, sample, score_labels
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.kv_cache import KVCache
-    from lorary.server.engine.prefix_cache import PrefixCache
     from lorary.server.engine.request import FinishReason
     from lorary.server.engine.runner import Runner
     from lorary.server.engine.scheduler import Scheduled, Scheduler
@@ -86,7 +88,7 @@ class Engine:
         eos_ids: frozenset[int],
         long_from: int,
         deliver: Callable[[list[Output]], None],
-        prefix_cache: PrefixCache | None = None,
+        prefix_cache: bool = True,
         draft_rows: int = 0,
         observer: EngineObserver | None = None,
         on_thread_start: Callable[[], None] = lambda: None,
@@ -99,7 +101,9 @@ class Engine:
         self._backend = tokenizer.backend_tokenizer
         self._eos_ids = eos_ids
         self._long_from = long_from
-        self._prefix_cache = prefix_cache
+        self._blocks = Blocks(cache.num_blocks, share=prefix_cache)
+        self._is_full = False
+        self._num_preempted = 0
         self._draft_rows = draft_rows
         self._deliver = deliver
         self._observer = observer
@@ -122,7 +126,7 @@ class Engine:
         Raises:
             Overloaded: the queue is full.
             Unavailable: the engine is stopping or has failed.
-            InvalidRequest: it does not fit into a slot. In all cases nothing was queued and the
+            InvalidRequest: it does not fit into the context. In all cases nothing was queued and the
                 lease is still the caller's.
         """
         self._check_fits(request)
@@ -134,12 +138,12 @@ class Engine:
             self._changed.notify()
 
     def _check_fits(self, request: Request) -> None:
-        """Refuse what would be written beyond its own slot, into another sequence's."""
+        """Refuse what is longer than any sequence may be."""
         prompt = len(request.prompt_ids)
         beyond = sum(len(label) - 1 for label in request.labels) if request.labels else 1
         if not prompt or prompt + beyond > self._cache.shape.context:
             raise InvalidRequest(
-                f"a prompt of {prompt} tokens with {beyond} behind it does not fit into a slot of "
+                f"a prompt of {prompt} tokens with {beyond} behind it does not fit into a context of "
                 f"{self._cache.shape.context}; shorten it, or raise --max-context",
                 field="input",
             )
@@ -257,13 +261,13 @@ class Engine:
             if error is not None:
                 outputs.append(self._end(sequence, error=error))
         if outputs:
-            self._compact()
             self._deliver(outputs)
 
     # All of it, for logits made in inference mode may be changed in place (penalties) only in it.
     @torch.inference_mode()
     def _step(self) -> None:
         started = time.perf_counter()
+        self._make_room()
         scheduled: Scheduled = self._scheduler.next_batch(self._admit)
         if scheduled.is_empty:
             return
@@ -274,13 +278,19 @@ class Engine:
             long_from=self._long_from,
             drafts=self._drafts(scheduled),
         )
-        logits = self._runner.forward(batch)
+        try:
+            logits = self._runner.forward(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._shrink(error)
+            return
         for sequence, count in batch.advanced:
             sequence.num_computed += count
+            self._blocks.publish(sequence)
         outputs = self._sample(batch, logits)
         kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
         outputs += [output for output, _ in kept] + self._score(batch, logits)
-        self._compact()
         num_kept = sum(count for _, count in kept)
         self._record(batch, time.perf_counter() - started, num_kept)
         if outputs:
@@ -298,27 +308,89 @@ class Engine:
             room = self._cache.shape.context - len(sequence.token_ids)
             left = sequence.request.sampling.max_tokens - sequence.num_generated - 1
             draft = sequence.drafter.draft(sequence.token_ids, min(spare, room, left))
-            if draft:
+            # A guess is not worth somebody's place in the next step.
+            is_room = self._blocks.num_free > len(scheduled.decode)
+            if draft and is_room and self._grow(sequence, len(sequence.token_ids) + len(draft)):
                 drafts[sequence] = draft
                 spare -= len(draft)
         return drafts
 
+    def _make_room(self) -> None:
+        """Give every sequence that decodes a block for its next token, at others' expense if need be."""
+        self._is_full = False
+        for sequence in list(self._scheduler.running):
+            # One of them may have been preempted for the sake of another.
+            if sequence.slot >= 0 and not sequence.is_prefilling:
+                while not self._grow(sequence, sequence.num_computed + 1):
+                    victim = self._scheduler.victim()
+                    self._preempt(victim)
+                    if victim is sequence:
+                        break
+
+    def _grow(self, sequence: Sequence, num_positions: int) -> bool:
+        """Give a running sequence blocks for so many positions in all; False when too few are free."""
+        first = len(sequence.blocks)
+        if num_positions <= first * BLOCK:
+            return True
+        if not self._blocks.grow(sequence, num_positions):
+            return False
+        self._cache.set_blocks(sequence.slot, sequence.blocks, first)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's place and blocks; it goes on later from the tokens it has."""
+        self._scheduler.preempt(sequence)
+        self._release_place(sequence)
+        sequence.num_computed = 0
+        self._num_preempted += 1
+        # Who was just sent away must not come back in the same step.
+        self._is_full = True
+
+    def _shrink(self, error: BaseException) -> None:
+        """Go on with half as many after a step for which there was no memory; it changed nothing.
+
+        Raises:
+            BaseException: ``error``, when one sequence alone was too much.
+        """
+        scheduler = self._scheduler
+        if len(scheduler.running) == 1 and scheduler.prefill_budget <= BLOCK:
+            raise error
+        scheduler.max_batch = max(1, len(scheduler.running) // 2)
+        scheduler.prefill_budget = max(BLOCK, scheduler.prefill_budget // 2)
+        while len(scheduler.running) > scheduler.max_batch:
+            self._preempt(scheduler.victim())
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "a step ran out of memory (%s); from now on at most %d answers at once and %d prompt tokens "
+            "in a step. Lower --memory-fraction, --max-batch or --prefill-budget",
+            str(error).partition("\n")[0],
+            scheduler.max_batch,
+            scheduler.prefill_budget,
+        )
+
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a sequence its slot; False when it should wait for a prompt that begins like its own."""
-        lease = cast("DeviceLease", sequence.request.lease)
-        if self._prefix_cache is None:
-            sequence.slot = self._cache.allocate()
-        else:
-            free = self._cache.free_slots
-            claim = self._prefix_cache.claim(sequence, self._scheduler.running, free)
-            if claim is None:
-                return False
-            sequence.slot = self._cache.take(claim.slot)
-            if claim.source != claim.slot:
-                self._cache.move(claim.source, claim.slot, claim.length)
-            sequence.num_cached = sequence.num_computed = claim.length
-        sequence.entry = lease.entry
-        sequence.started_ns = time.monotonic_ns()
+        """Give a sequence its place; False when it should wait, for memory or for a prompt like its own."""
+        if self._is_full:
+            return False
+        running = self._scheduler.running
+        shared = self._blocks.look_up(sequence, running)
+        if shared is None:
+            return False
+        # All of it at once, so that a prompt is never half read; then a block for everybody's answer.
+        num_positions = len(sequence.token_ids) + max(1, sequence.num_branch_tokens)
+        if not self._blocks.take(sequence, shared, num_positions, spare=len(running)):
+            # Nobody behind it may overtake it for being smaller: it would never have its turn.
+            self._is_full = True
+            return False
+        sequence.slot = self._cache.take_slot(sequence.blocks)
+        if shared.tail:
+            self._cache.copy(shared.source, sequence.blocks[len(shared.path)], shared.tail)
+        sequence.num_computed = shared.length
+        if not sequence.started_ns:
+            sequence.num_cached = shared.length
+            sequence.started_ns = time.monotonic_ns()
+            sequence.entry = cast("DeviceLease", sequence.request.lease).entry
         return True
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
@@ -460,34 +532,17 @@ class Engine:
         """Give back everything a sequence holds; the only way out of the scheduler."""
         self._scheduler.remove(sequence)
         if sequence.slot >= 0:
-            self._cache.release(sequence.slot)
-            if self._prefix_cache is not None:
-                computed = sequence.token_ids[: sequence.num_computed]
-                self._prefix_cache.keep(sequence.slot, sequence.request.lease.digest, computed)
-            sequence.slot = -1
+            self._release_place(sequence)
         sequence.request.lease.release()
         request = sequence.request
         return Output(
             request_id=request.request_id, index=request.index, finish=finish, error=error
         )
 
-    def _compact(self) -> None:
-        """Move sequences from high slots into holes, so that decoding reads a dense front.
-
-        The native kernels read any slots alike.
-        """
-        if self._cache.native is not None:
-            return
-        running = self._scheduler.running
-        count = len(running)
-        holes = sorted(set(range(count)) - {s.slot for s in running}, reverse=True)
-        for sequence in running:
-            if sequence.slot >= count:
-                target = holes.pop()
-                taken = self._cache.take(target)
-                self._cache.move(sequence.slot, taken, sequence.num_computed)
-                self._cache.release(sequence.slot)
-                sequence.slot = taken
+    def _release_place(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence)
+        self._cache.release_slot(sequence.slot)
+        sequence.slot = -1
 
     def _record(self, batch: Batch, seconds: float, num_kept: int) -> None:
         if self._observer is None:
@@ -504,10 +559,12 @@ class Engine:
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
                 num_waiting_for_adapter=scheduler.num_waiting_for_adapter,
-                kv_tokens_used=sum(s.num_computed for s in scheduler.running),
-                kv_tokens_total=self._cache.num_slots * self._cache.shape.context,
+                num_preempted=self._num_preempted,
+                kv_tokens_used=(self._cache.num_blocks - self._blocks.num_free) * BLOCK,
+                kv_tokens_total=self._cache.num_blocks * BLOCK,
             )
         )
+        self._num_preempted = 0
 
     def _fail_everyone(self, error: LoraryError) -> None:
         with self._changed:
@@ -518,3 +575,10 @@ class Engine:
             outputs.append(Output(request_id=request.request_id, index=request.index, error=error))
         if outputs:
             self._deliver(outputs)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is torch's or the system's; torch's CPU allocator says it in words only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)

@@ -96,6 +96,15 @@ class FairQueue:
         """Count work done for a sequence that was taken."""
         self._counters[sequence.request.lease.digest] += cost
 
+    def put_back(self, sequence: Sequence) -> None:
+        """Put a sequence that was taken in front of the others of its adapter; it keeps its turn."""
+        key = sequence.request.lease.digest
+        self._queues.setdefault(key, deque()).appendleft(sequence)
+        self._length += 1
+        self._num_running[key] -= 1
+        if not self._num_running[key]:
+            del self._num_running[key]
+
     def end(self, sequence: Sequence) -> None:
         """A sequence that was taken has left."""
         key = sequence.request.lease.digest

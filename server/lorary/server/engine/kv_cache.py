@@ -1,16 +1,9 @@
-"""Keys and values of running sequences: one slot per sequence.
+"""Keys and values of running sequences, in blocks, and the table of who reads which.
 
-A slot is one page as long as the context: on the CPU the system gives memory to the parts that are
-written only, so a long context costs nothing until it is used, and a batch of neighbouring slots is
-a view for batched products. The engine keeps occupied slots at the front where such products are
-used; the native kernels read any slots alike.
-
-Ownership of a slot's positions::
-
-    [0, num_computed)   written, read by attention; owned by the sequence until release
-    [num_computed, C)   not written in this life; may hold an earlier sequence's values, never read
-
-What a released slot holds stays readable until the slot is taken again (``prefix_cache``).
+Ownership of a position: a sequence writes the positions from its ``num_computed`` on, in blocks that it
+owns alone; what is before that is read by it, and by others where the block is in the tree
+(``blocks``, which decides all of this). A row of ``tables``, a *slot*, names a running sequence's blocks
+in order, so that a step's rows say only which slot they belong to.
 """
 
 from __future__ import annotations
@@ -18,17 +11,21 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorary.errors import ConfigError
+from lorary.server.engine.blocks import BLOCK, blocks_for
 from lorary.server.native import library as native
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Shape of the cache: layers, key/value heads, positions per slot, width of a head."""
+    """Shape of the cache: layers, key/value heads, most positions of a sequence, width of a head."""
 
     num_layers: int
     num_kv_heads: int
@@ -54,68 +51,75 @@ class KVShape:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         return cls(text.num_hidden_layers, kv_heads, context, head_dim)
 
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one block: keys and values of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * BLOCK * self.head_dim * dtype.itemsize
+
 
 class KVCache:
-    """``k`` and ``v`` [layers, slots, kv_heads, context, head_dim], and who has which slot."""
+    """Keys and values ``k``, ``v`` [layers, blocks, kv_heads, BLOCK, head_dim], and the slots.
+
+    Attributes:
+        tables: int32 [slots, blocks of the longest sequence] on the host; a slot's entries beyond its
+            sequence's blocks are stale but name blocks that exist.
+        native: the native kernels, where they serve this cache.
+    """
 
     def __init__(
-        self, shape: KVShape, *, num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: KVShape,
+        *,
+        num_slots: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.shape = shape
         self.num_slots = num_slots
-        size = (shape.num_layers, num_slots, shape.num_kv_heads, shape.context, shape.head_dim)
+        self.num_blocks = num_blocks
+        size = (shape.num_layers, num_blocks, shape.num_kv_heads, BLOCK, shape.head_dim)
         try:
             self.k = _lazy_zeros(size, dtype, device)
             self.v = _lazy_zeros(size, dtype, device)
         except (RuntimeError, OSError, torch.OutOfMemoryError) as error:
             raise ConfigError(
-                f"no memory for {num_slots} sequences of {shape.context} tokens "
-                f"({self.bytes_for(shape, num_slots, dtype)} bytes); lower --max-batch or "
+                f"no memory for {num_blocks} blocks of keys and values "
+                f"({num_blocks * shape.block_bytes(dtype)} bytes); lower --kv-memory, --max-batch or "
                 "--max-context"
             ) from error
+        self.tables = torch.zeros(num_slots, blocks_for(shape.context), dtype=torch.int32)
+        # The same memory: writing a few numbers through torch costs microseconds each.
+        self._tables = self.tables.numpy()
         kernels = native.load() if device.type == "cpu" else None
         self.native = (
             kernels
             if isinstance(kernels, native.NativeKernels) and kernels.supports(dtype)
             else None
         )
-        """The native kernels, where they serve this cache."""
         self._free = list(range(num_slots - 1, -1, -1))
 
-    @staticmethod
-    def bytes_for(shape: KVShape, num_slots: int, dtype: torch.dtype) -> int:
-        """Bytes of a cache of this shape."""
-        element = torch.empty((), dtype=dtype).element_size()
-        row = shape.num_kv_heads * shape.head_dim * element
-        return 2 * shape.num_layers * num_slots * shape.context * row
-
     @property
-    def num_free(self) -> int:
+    def num_free_slots(self) -> int:
         """Slots that nobody has."""
         return len(self._free)
 
-    @property
-    def free_slots(self) -> tuple[int, ...]:
-        """Slots that nobody has, in no order."""
-        return tuple(self._free)
-
-    def allocate(self) -> int:
-        """Take the lowest free slot; the scheduler never asks when ``num_free`` is 0."""
-        self._free.sort(reverse=True)
-        return self._free.pop()
-
-    def take(self, slot: int) -> int:
-        """Take this very slot, which must be free."""
-        self._free.remove(slot)
+    def take_slot(self, blocks: Sequence[int]) -> int:
+        """Take a free slot and fill it in; the scheduler never asks for more than ``num_slots``."""
+        slot = self._free.pop()
+        self._tables[slot, : len(blocks)] = blocks
         return slot
 
-    def release(self, slot: int) -> None:
+    def set_blocks(self, slot: int, blocks: Sequence[int], first: int) -> None:
+        """Write a sequence's blocks from the ``first`` one on into its slot."""
+        self._tables[slot, first : len(blocks)] = blocks[first:]
+
+    def release_slot(self, slot: int) -> None:
         """Give a slot back."""
         assert slot not in self._free, f"slot {slot} released twice"
         self._free.append(slot)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` positions of a slot to another one, in every layer."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of a block to another one, in every layer."""
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
 
@@ -129,5 +133,5 @@ def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     count = math.prod(size)
-    buffer = mmap.mmap(-1, count * torch.empty((), dtype=dtype).element_size())
+    buffer = mmap.mmap(-1, count * dtype.itemsize)
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(size)

@@ -148,5 +148,6 @@ class StepStats:
     num_running: int
     num_waiting: int
     num_waiting_for_adapter: int
+    num_preempted: int = 0
     kv_tokens_used: int
     kv_tokens_total: int

@@ -78,6 +78,15 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def victim(self) -> Sequence:
+        """Return who loses its place first when memory is short: the latest to arrive."""
+        return max(self.running, key=lambda s: s.arrived_ns)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's place away; it is the next of its adapter to get one."""
+        self.running.remove(sequence)
+        self.waiting.put_back(sequence)
+
     def everyone(self) -> Iterable[Sequence]:
         """Iterate over a copy of all sequences, running ones first."""
         return [*self.running, *self.waiting]
@@ -110,7 +119,7 @@ class Scheduler:
         """Give a prompt its share of the budget; return what is left."""
         if budget <= 0:
             return 0
-        count = min(sequence.num_prompt - sequence.num_computed, budget)
+        count = min(sequence.num_uncomputed, budget)
         prefill.append((sequence, count))
         self.waiting.charge(sequence, PROMPT_COST * count)
         return budget - count

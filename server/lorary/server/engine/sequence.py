@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from lorary.server.adapters.segments import PoolEntry
+    from lorary.server.engine.blocks import Node
     from lorary.server.engine.detokenizer import TextStream
     from lorary.server.engine.request import Request
     from lorary.server.engine.speculation import Drafter
@@ -23,7 +24,9 @@ class Sequence:
         token_ids: prompt and answer so far.
         num_computed: tokens whose keys and values are in the cache.
         num_cached: tokens of the prompt that another sequence had computed.
-        slot: its place in the cache, -1 while it waits.
+        slot: its row of the cache's table of blocks, -1 while it waits.
+        blocks: blocks of the cache that hold its positions, in order.
+        path: nodes of the tree that spell its beginning, one for each of the first blocks.
         entry: its adapter's place in the pool, None for the bare base.
         text: turns ids into text, None for scoring requests.
         drafter: guesses its next tokens, None where nobody does.
@@ -35,6 +38,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)
     entry: PoolEntry | None = None
     text: TextStream | None = None
     generator: torch.Generator | None = None
@@ -62,8 +67,8 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt is still unread."""
-        return self.num_computed < self.num_prompt
+        """Whether it has more to read than its next token: its prompt, or all of it once preempted."""
+        return self.num_computed < self.num_prompt or self.num_uncomputed > 1
 
     @property
     def num_branch_tokens(self) -> int:

@@ -1,8 +1,8 @@
-// Attention of a step's rows over their slots of the cache.
+// Attention of a step's rows over their sequences' blocks of the cache.
 //
-// Semantics, for a query at position n - 1 of its sequence, query head h of KV head g, slot s:
-//   w[p]   = softmax_p(cap(scale * q[h] . K[s, g, p]))   for the p that it sees
-//   out[h] = sum_p w[p] * V[s, g, p]
+// Semantics, for a query at position n - 1 of its sequence, query head h of KV head g:
+//   w[p]   = softmax_p(cap(scale * q[h] . K[g, p]))   for the p that it sees
+//   out[h] = sum_p w[p] * V[g, p]
 // with cap(x) = softcap * tanh(x / softcap) where softcap > 0. It sees [max(0, n - window), n), all
 // from 0 on where window = 0; or what its row of the chunk's mask says.
 #pragma once
@@ -13,15 +13,50 @@
 #include "matmul.h"
 
 struct AttentionShape {
-    int64_t kv_heads, group, dim, context;
+    int64_t kv_heads, group, dim;
     float scale, softcap;
     int64_t window;
 };
 
-// One layer's cache: k and v [slots, kv_heads, context, dim].
+// Positions of one block of the cache; kv_cache.py has the same number.
+constexpr int64_t kCacheBlock = 32;
+
+// One sequence's keys or values, one KV head.
+template <typename T>
+struct Pages {
+    T* first;              // of block 0 of the cache
+    const int32_t* table;  // the sequence's blocks
+    int64_t stride, dim;   // elements of a block of all heads; of a position
+    T* at(int64_t p) const { return first + table[p / kCacheBlock] * stride + p % kCacheBlock * dim; }
+};
+
+// Call visit(begin, end) for positions [from, to), cut where blocks end.
+template <typename Visit>
+void by_block(int64_t from, int64_t to, Visit visit) {
+    for (int64_t begin = from; begin < to;) {
+        const int64_t rest = (begin / kCacheBlock + 1) * kCacheBlock, end = rest < to ? rest : to;
+        visit(begin, end);
+        begin = end;
+    }
+}
+
+// One layer's cache: k and v [blocks, kv_heads, kCacheBlock, dim]; tables [slots, width] of blocks.
 template <typename T>
 struct LayerCache {
     T *k, *v;
+    const int32_t* tables;
+    int64_t width;
+    Pages<T> keys(int64_t slot, int64_t head, const AttentionShape& s) const {
+        return pages(k, slot, head, s);
+    }
+    Pages<T> values(int64_t slot, int64_t head, const AttentionShape& s) const {
+        return pages(v, slot, head, s);
+    }
+
+   private:
+    Pages<T> pages(T* from, int64_t slot, int64_t head, const AttentionShape& s) const {
+        return {from + head * kCacheBlock * s.dim, tables + slot * width, s.kv_heads * kCacheBlock * s.dim, s.dim};
+    }
 };
 
 // Prompt tokens of one sequence: rows [row, row + length) of the step, at positions from `start` on.
@@ -59,71 +94,76 @@ inline void soften(float* w, int64_t count) {
     for (int64_t i = 0; i < count; ++i) w[i] *= scale;
 }
 
-// 16 * W elements of G heads' sums of values, positions in ascending order.
+// 16 * W elements from `d` on of G heads' sums of values, positions [first, length) in ascending order.
 template <int G, int W, typename T, typename O>
-void weigh(const float* weight, int64_t tall, const T* v, int64_t dim, int64_t count, O* out) {
+void weigh(const float* weight, int64_t tall, const Pages<T>& v, int64_t first, int64_t length,
+           int64_t d, O* out) {
     Lanes acc[G][W] = {};
-    for (int64_t p = 0; p < count; ++p) {
-        Lanes value[W];
+    by_block(first, length, [&](int64_t begin, int64_t end) {
+        const T* row = v.at(begin) + d;
+        for (int64_t p = begin - first; p < end - first; ++p, row += v.dim) {
+            Lanes value[W];
 #pragma GCC unroll 2
-        for (int w = 0; w < W; ++w) value[w] = widen(v + p * dim + w * kLanes);
+            for (int w = 0; w < W; ++w) value[w] = widen(row + w * kLanes);
 #pragma GCC unroll 8
-        for (int g = 0; g < G; ++g)
-            for (int w = 0; w < W; ++w) acc[g][w] += weight[g * tall + p] * value[w];
-    }
+            for (int g = 0; g < G; ++g)
+                for (int w = 0; w < W; ++w) acc[g][w] += weight[g * tall + p] * value[w];
+        }
+    });
     for (int g = 0; g < G; ++g)
-        for (int w = 0; w < W; ++w) narrow(out + g * dim + w * kLanes, acc[g][w]);
+        for (int w = 0; w < W; ++w) narrow(out + g * v.dim + d + w * kLanes, acc[g][w]);
 }
 
 // One decode row, one KV head, G of the query heads that share it: each key and value is read once
 // for all of them.
 template <int G, typename Q, typename T, typename O>
-void attend_heads(const Q* q, int64_t q_head, const T* k, const T* v, O* out, int64_t length,
-                  const AttentionShape& s) {
+void attend_heads(const Q* q, int64_t q_head, const Pages<T>& k, const Pages<T>& v, O* out,
+                  int64_t length, const AttentionShape& s) {
     const int64_t first = s.window > 0 && length > s.window ? length - s.window : 0;
     const int64_t count = length - first, wide = aligned(s.dim), tall = aligned(count);
-    const int64_t soon = (count < 512 ? count : 512) * s.dim;
-    fetch(k + first * s.dim, soon);
-    fetch(v + first * s.dim, soon);
+    by_block(first, count < 512 ? length : first + 512, [&](int64_t begin, int64_t end) {
+        fetch(k.at(begin), (end - begin) * s.dim);
+        fetch(v.at(begin), (end - begin) * s.dim);
+    });
     float* query = scratch(G * (wide + tall));
     float* weight = query + G * wide;
     for (int g = 0; g < G; ++g)
         for (int64_t d = 0; d < s.dim; ++d) query[g * wide + d] = load(q + g * q_head + d) * s.scale;
     const int64_t even = s.dim / kLanes * kLanes;
-    for (int64_t p = 0; p < count; ++p) {
-        const T* row = k + (first + p) * s.dim;
-        Lanes sums[G] = {};
-        for (int64_t d = 0; d < even; d += kLanes) {
-            const Lanes key = widen(row + d);
+    by_block(first, length, [&](int64_t begin, int64_t end) {
+        const T* row = k.at(begin);
+        for (int64_t p = begin - first; p < end - first; ++p, row += s.dim) {
+            Lanes sums[G] = {};
+            for (int64_t d = 0; d < even; d += kLanes) {
+                const Lanes key = widen(row + d);
 #pragma GCC unroll 8
-            for (int g = 0; g < G; ++g) sums[g] += widen(query + g * wide + d) * key;
+                for (int g = 0; g < G; ++g) sums[g] += widen(query + g * wide + d) * key;
+            }
+            for (int g = 0; g < G; ++g) {
+                for (int64_t d = even; d < s.dim; ++d)
+                    sums[g][d - even] += query[g * wide + d] * load(row + d);
+                weight[g * tall + p] = sum_of(sums[g]);
+            }
         }
-        for (int g = 0; g < G; ++g) {
-            for (int64_t d = even; d < s.dim; ++d) sums[g][d - even] += query[g * wide + d] * load(row + d);
-            weight[g * tall + p] = sum_of(sums[g]);
-        }
-    }
+    });
     for (int g = 0; g < G; ++g) {
         cap(weight + g * tall, count, s.softcap);
         soften(weight + g * tall, count);
     }
     int64_t d = 0;
-    for (; d + 2 * kLanes <= even; d += 2 * kLanes)
-        weigh<G, 2>(weight, tall, v + first * s.dim + d, s.dim, count, out + d);
-    for (; d < even; d += kLanes)
-        weigh<G, 1>(weight, tall, v + first * s.dim + d, s.dim, count, out + d);
+    for (; d + 2 * kLanes <= even; d += 2 * kLanes) weigh<G, 2>(weight, tall, v, first, length, d, out);
+    for (; d < even; d += kLanes) weigh<G, 1>(weight, tall, v, first, length, d, out);
     for (; d < s.dim; ++d)
         for (int g = 0; g < G; ++g) {
             float acc = 0.0f;
-            for (int64_t p = 0; p < count; ++p)
-                acc += weight[g * tall + p] * load(v + (first + p) * s.dim + d);
+            for (int64_t p = 0; p < count; ++p) acc += weight[g * tall + p] * load(v.at(first + p) + d);
             store(out + g * s.dim + d, acc);
         }
 }
 
 template <typename Q, typename T, typename O>
-void attend_one(const Q* q, int64_t q_head, const T* k, const T* v, O* out, int64_t length,
-                const AttentionShape& s) {
+void attend_one(const Q* q, int64_t q_head, const Pages<T>& k, const Pages<T>& v, O* out,
+                int64_t length, const AttentionShape& s) {
     int64_t g = 0;
     for (; g + 4 <= s.group; g += 4)
         attend_heads<4>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
@@ -140,9 +180,9 @@ void attend_decode(const Q* q, int64_t q_row, int64_t q_head, LayerCache<const T
 #pragma omp for schedule(dynamic, 2)
     for (int64_t i = 0; i < rows * s.kv_heads; ++i) {
         const int64_t row = i / s.kv_heads, head = i % s.kv_heads;
-        const int64_t at = (slots[row] * s.kv_heads + head) * s.context * s.dim;
-        attend_one(q + row * q_row + head * s.group * q_head, q_head, cache.k + at, cache.v + at,
-                   out + (row * s.kv_heads + head) * s.group * s.dim, lengths[row], s);
+        attend_one(q + row * q_row + head * s.group * q_head, q_head, cache.keys(slots[row], head, s),
+                   cache.values(slots[row], head, s), out + (row * s.kv_heads + head) * s.group * s.dim,
+                   lengths[row], s);
     }
 }
 
@@ -164,7 +204,7 @@ void attend_block(const Chunk& chunk, int64_t begin, int64_t end, int64_t head, 
     const int64_t earliest = chunk.start + begin + 1 - s.window;
     const int64_t first = s.window > 0 && !chunk.mask && earliest > 0 ? earliest : 0;
     const int64_t count = stop - first, padded = panels(count) * kPanel;
-    const int64_t at = (chunk.slot * s.kv_heads + head) * s.context * s.dim;
+    const auto keys = cache.keys(chunk.slot, head, s), values = cache.values(chunk.slot, head, s);
     const int64_t widths = panels(s.dim) * kPanel, longest = padded > s.dim ? padded : s.dim;
     float* query = scratch(rows * (widths + padded) + longest * kPanel + rows * kPanel);
     float* weight = query + rows * widths;
@@ -177,7 +217,7 @@ void attend_block(const Chunk& chunk, int64_t begin, int64_t end, int64_t head, 
     for (int64_t p = 0; p < padded; p += kPanel) {
         for (int64_t c = 0; c < kPanel; ++c) {
             const bool is_there = p + c < count;
-            const T* key = cache.k + at + (first + p + c) * s.dim;
+            const T* key = is_there ? keys.at(first + p + c) : nullptr;
             for (int64_t d = 0; d < s.dim; ++d) panel[d * kPanel + c] = is_there ? load(key + d) : 0.0f;
         }
         all_tiles<float>(query, widths, rows, panel, s.dim, weight + p, padded, true);
@@ -201,9 +241,10 @@ void attend_block(const Chunk& chunk, int64_t begin, int64_t end, int64_t head, 
     }
     for (int64_t d = 0; d < s.dim; d += kPanel) {
         const int64_t width = s.dim - d < kPanel ? s.dim - d : kPanel;
-        for (int64_t p = 0; p < count; ++p)
-            for (int64_t c = 0; c < kPanel; ++c)
-                panel[p * kPanel + c] = c < width ? load(cache.v + at + (first + p) * s.dim + d + c) : 0.0f;
+        for (int64_t p = 0; p < count; ++p) {
+            const T* value = values.at(first + p) + d;
+            for (int64_t c = 0; c < kPanel; ++c) panel[p * kPanel + c] = c < width ? load(value + c) : 0.0f;
+        }
         all_tiles<float>(weight, padded, rows, panel, count, sums, kPanel, true);
         for (int64_t r = 0; r < rows; ++r) {
             O* to = out + (chunk.row + begin + r / s.group) * out_row + r % s.group * s.dim + d;

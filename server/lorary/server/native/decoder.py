@@ -49,9 +49,10 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Projection) for name in ("qkv", "o", "gate_up", "down")),
         *((name, _P) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "k", "v")),
+        ("tables", _P),
         *(
             (name, _I)
-            for name in ("hidden", "inner", "kv_heads", "group", "dim", "context", "window")
+            for name in ("width", "hidden", "inner", "kv_heads", "group", "dim", "window")
         ),
         *((name, _F) for name in ("eps", "scale", "softcap")),
     )
@@ -250,18 +251,21 @@ def _fused(
         *(None if w is None else w.data_ptr() for w in weights),
         k.data_ptr(),
         v.data_ptr(),
+        cache.tables.data_ptr(),
+        cache.tables.shape[1],
         projections[0].inputs,
         projections[3].inputs,
         cache.shape.num_kv_heads,
         config.num_attention_heads // cache.shape.num_kv_heads,
         cache.shape.head_dim,
-        cache.shape.context,
         window or 0,
         norms[0].variance_epsilon,
         attention.scaling,
         0.0,
     )
-    return FusedLayer(kernels.layer_function(k.dtype), structure, (weights, k, v, kept))
+    return FusedLayer(
+        kernels.layer_function(k.dtype), structure, (weights, k, v, cache.tables, kept)
+    )
 
 
 def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:

@@ -1,5 +1,5 @@
 // One decoder layer of the Llama kind in one call: RMSNorm, q/k/v, rotary embedding, attention over
-// the slot cache, output projection, RMSNorm, gated SiLU; every projection with its rows' adapters.
+// the paged cache, output projection, RMSNorm, gated SiLU; every projection with its rows' adapters.
 //
 // The residual stream and everything between products is float32; only what enters a product is
 // rounded to the weights' dtype. Called once per layer and step, so that a step costs no interpreter
@@ -29,14 +29,15 @@ struct Layer {
     const float *attention_norm, *mlp_norm;  // [hidden]
     const float *q_norm, *k_norm;            // [dim], or null
     void *k, *v;
-    int64_t hidden, inner, kv_heads, group, dim, context, window;
+    const int32_t* tables;  // [slots, width], every slot's blocks
+    int64_t width, hidden, inner, kv_heads, group, dim, window;
     float eps, scale, softcap;
 };
 
 struct Step {
     int64_t rows, num_decode;
     const int32_t* slots;      // [rows]
-    const int32_t* positions;  // [rows], in the slot
+    const int32_t* positions;  // [rows], in the sequence
     const int32_t* lengths;    // [num_decode]
     const Chunk* chunks;
     int64_t num_chunks;
@@ -116,10 +117,11 @@ template <typename T>
 void run(const Layer& layer, const Step& step, const float* cos, const float* sin, float* hidden) {
     const int64_t rows = step.rows, dim = layer.dim, width = layer.qkv.out;
     const int64_t heads = layer.kv_heads * layer.group;
-    const AttentionShape shape{layer.kv_heads, layer.group, dim,         layer.context,
+    const AttentionShape shape{layer.kv_heads, layer.group,   dim,
                                layer.scale,    layer.softcap, layer.window};
-    const LayerCache<T> cache{static_cast<T*>(layer.k), static_cast<T*>(layer.v)};
-    const LayerCache<const T> seen{cache.k, cache.v};
+    const LayerCache<T> cache{static_cast<T*>(layer.k), static_cast<T*>(layer.v), layer.tables,
+                              layer.width};
+    const LayerCache<const T> seen{cache.k, cache.v, cache.tables, cache.width};
     T* normed = static_cast<T*>(step.normed);
     T* attended = static_cast<T*>(step.attended);
     T* gated = static_cast<T*>(step.gated);
@@ -136,13 +138,10 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
                 rotate(row + h * dim, cos + r * dim, sin + r * dim, dim);
             }
             for (int64_t h = 0; h < layer.kv_heads; ++h) {
-                const int64_t at =
-                    ((step.slots[r] * layer.kv_heads + h) * layer.context + step.positions[r]) * dim;
-                const float* key = row + (heads + h) * dim;
-                for (int64_t d = 0; d < dim; ++d) {
-                    store(cache.k + at + d, key[d]);
-                    store(cache.v + at + d, key[layer.kv_heads * dim + d]);
-                }
+                const float *key = row + (heads + h) * dim, *value = key + layer.kv_heads * dim;
+                const int64_t slot = step.slots[r], position = step.positions[r];
+                convert(key, dim, cache.keys(slot, h, shape).at(position));
+                convert(value, dim, cache.values(slot, h, shape).at(position));
             }
         }
         attend_decode(step.qkv, width, dim, seen, attended, step.slots, step.lengths, step.num_decode,

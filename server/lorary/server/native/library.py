@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 6
+_ABI = 7
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -32,7 +32,16 @@ _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
 _LINEAR_INT8 = [*_ROWS, *[_POINTER] * 4, *_OUTPUT]
 _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
-_DECODE = [*[_POINTER] * 6, *[_INT64] * 7, _FLOAT, _FLOAT, _INT64, ctypes.c_int]
+_DECODE = [
+    *[_POINTER] * 5,
+    _INT64,
+    *[_POINTER] * 2,
+    *[_INT64] * 6,
+    _FLOAT,
+    _FLOAT,
+    _INT64,
+    ctypes.c_int,
+]
 
 
 class NativeKernels:
@@ -158,6 +167,7 @@ class NativeKernels:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        tables: torch.Tensor,
         slots: torch.Tensor,
         lengths: torch.Tensor,
         *,
@@ -165,26 +175,27 @@ class NativeKernels:
         softcap: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Attend one token per row over its slot (semantics in attention.h).
+        """Attend one token per row over its blocks (semantics in attention.h).
 
-        Shapes: q [n, H, D] with unit stride in D, k and v [slots, Hkv, context, D] contiguous, slots
-        and lengths int32 [n] → [n, H, D] of q's dtype.
+        Shapes: q [n, H, D] with unit stride in D, k and v [blocks, Hkv, 32, D] contiguous, tables int32
+        [slots, W] of blocks, slots and lengths int32 [n] → [n, H, D] of q's dtype.
         """
         rows, heads, dim = q.shape
-        kv_heads, context = k.shape[1], k.shape[2]
+        kv_heads = k.shape[1]
         out = torch.empty(rows, heads, dim, dtype=q.dtype)
         self._decode[q.dtype](
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
             out.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
             slots.data_ptr(),
             lengths.data_ptr(),
             rows,
             kv_heads,
             heads // kv_heads,
             dim,
-            context,
             q.stride(0),
             q.stride(1),
             scale,

@@ -1,0 +1,302 @@
+"""Who has which block of the cache, and which beginnings of prompts blocks still hold; no torch.
+
+A block is ``BLOCK`` positions of one sequence, in every layer. Blocks that are full are kept in a tree,
+one for each adapter's digest (keys and values depend on the adapter): a path from its root spells the
+tokens that its blocks hold. A new prompt walks down as far as it agrees and uses those blocks as its
+own beginning, together with everybody else who does; from a block that it agrees with in part it takes
+a copy of that part (copy on write). Nobody writes into a block of the tree beyond what its node names.
+
+States of a block::
+
+    free  → owned by one sequence → in the tree, used by n sequences → in the tree, idle → free
+                └──────────────────────────────→ free
+
+Idle blocks go when a free one is needed: leaves of the tree first, the one longest unused first. So
+what is remembered costs no memory that anybody needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as Tokens
+
+    from lorary.server.engine.sequence import Sequence
+
+BLOCK = 32
+"""Positions of a block: the width of the native kernels' panels."""
+LEAST_SHARED = 16
+"""Shorter beginnings are read again: finding and copying them is not free."""
+WORTH_WAITING = 64
+"""A prompt waits for another one that is being read when it then saves at least this many tokens."""
+_TAIL = 8
+"""Tokens by which children that agree in part are found."""
+_LOOKED_AT = 8
+"""Of these children, how many are compared: what a template has in common, they all have."""
+
+
+class Node:
+    """One block in the tree; a root has none.
+
+    Attributes:
+        block: the block; -1 for a root.
+        tokens: what it holds, at most ``BLOCK``; fewer only in a leaf.
+        children: the nodes behind it by their tokens.
+        tails: the same, oldest first, by the beginnings of their tokens.
+        digest: a root's.
+        num_users: running sequences whose path leads through it.
+    """
+
+    __slots__ = ("block", "children", "digest", "num_users", "parent", "tails", "tokens")
+
+    def __init__(
+        self, block: int, tokens: tuple[int, ...], parent: Node | None, digest: str = ""
+    ) -> None:
+        self.digest = digest
+        self.block = block
+        self.tokens = tokens
+        self.parent = parent
+        self.children: dict[tuple[int, ...], Node] = {}
+        self.tails: dict[tuple[int, ...], list[Node]] = {}
+        self.num_users = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a new sequence need not compute.
+
+    Attributes:
+        path: nodes whose blocks are its beginning.
+        source: a block that holds the next ``tail`` positions, to be copied; -1 when ``tail`` is 0.
+        tail: less than ``BLOCK``.
+    """
+
+    path: tuple[Node, ...] = ()
+    source: int = -1
+    tail: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions in all."""
+        return len(self.path) * BLOCK + self.tail
+
+
+class Blocks:
+    """All blocks of a cache; the engine thread's alone.
+
+    With ``share`` off nothing is remembered and every sequence has blocks of its own.
+    """
+
+    def __init__(self, num_blocks: int, *, share: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.share = share
+        # The lowest first: memory that was never written costs nothing on a CPU.
+        self._free = list(range(num_blocks))
+        self._roots: dict[str, Node] = {}
+        # Leaves that nobody uses, the longest unused first; and how many nodes nobody uses.
+        self._idle_leaves: OrderedDict[Node, None] = OrderedDict()
+        self._num_idle = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be had, idle ones included."""
+        return len(self._free) + self._num_idle
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that are kept for what they hold."""
+        return self._num_idle
+
+    def look_up(self, sequence: Sequence, running: Iterable[Sequence]) -> Shared | None:
+        """Find what a sequence shares with the tree and with running ones; changes nothing.
+
+        Returns:
+            What it shares, or None when it is better to wait until a running prompt has been read.
+        """
+        if not self.share:
+            return Shared()
+        digest, tokens = sequence.request.lease.digest, sequence.token_ids
+        # The last token is always read: its logits choose the next one.
+        limit = len(tokens) - 1
+        shared = self._walk(digest, tokens, limit)
+        coming = 0
+        for other in running:
+            if other.request.lease.digest != digest:
+                continue
+            same = common_length(other.token_ids, tokens, limit)
+            there = min(same, other.num_computed)
+            if there > shared.length and there // BLOCK == len(shared.path):
+                source = other.blocks[len(shared.path)]
+                shared = Shared(shared.path, source, there % BLOCK)
+            if other.is_prefilling:
+                coming = max(coming, min(same, len(other.token_ids)))
+        if coming >= shared.length + WORTH_WAITING:
+            return None
+        return shared if shared.length >= LEAST_SHARED else Shared()
+
+    def _walk(self, digest: str, tokens: list[int], limit: int) -> Shared:
+        node = self._roots.get(digest)
+        path: list[Node] = []
+        while node is not None:
+            start = len(path) * BLOCK
+            child = None
+            if start + BLOCK <= limit:
+                child = node.children.get(tuple(tokens[start : start + BLOCK]))
+            if child is None:
+                return self._with_tail(node, path, tokens[start:limit])
+            path.append(child)
+            node = child
+        return Shared()
+
+    def _with_tail(self, node: Node, path: list[Node], rest: list[int]) -> Shared:
+        """Add the child that agrees with ``rest`` the longest, among the newest that do at all."""
+        source, tail = -1, 0
+        for child in node.tails.get(tuple(rest[:_TAIL]), ())[-_LOOKED_AT:]:
+            same = common_length(child.tokens, rest, BLOCK - 1)
+            if same > tail:
+                source, tail = child.block, same
+        return Shared(tuple(path), source, tail)
+
+    def take(
+        self, sequence: Sequence, shared: Shared, num_positions: int, *, spare: int = 0
+    ) -> bool:
+        """Give a sequence that has nothing its beginning, and blocks for ``num_positions``.
+
+        Args:
+            sequence: gets ``blocks`` and ``path``; ``num_computed`` is the caller's affair, as is the
+                copy of ``shared.tail`` positions from ``shared.source`` into its first own block: before
+                the next step writes, for the source may be an idle block that has just changed hands.
+            shared: what ``look_up`` returned just now.
+            num_positions: at least ``shared.length``.
+            spare: blocks that must still be free afterwards, for those who run already.
+
+        Returns:
+            False, and nothing has changed, when there are too few.
+        """
+        for node in shared.path:
+            self._use(node)
+        needed = blocks_for(num_positions) - len(shared.path)
+        if needed + spare > self.num_free:
+            for node in reversed(shared.path):
+                self._let_go(node)
+            return False
+        sequence.path = list(shared.path)
+        sequence.blocks = [node.block for node in shared.path]
+        sequence.blocks += [self._allocate() for _ in range(needed)]
+        return True
+
+    def grow(self, sequence: Sequence, num_positions: int) -> bool:
+        """Give a sequence blocks for ``num_positions`` in all; False, unchanged, when too few are free."""
+        needed = blocks_for(num_positions) - len(sequence.blocks)
+        if needed > self.num_free:
+            return False
+        sequence.blocks += [self._allocate() for _ in range(needed)]
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Put into the tree what a sequence has filled since the last time."""
+        if not self.share:
+            return
+        while (len(sequence.path) + 1) * BLOCK <= sequence.num_computed:
+            start = len(sequence.path) * BLOCK
+            tokens = tuple(sequence.token_ids[start : start + BLOCK])
+            node = self._child(sequence, tokens)
+            self._use(node)
+            sequence.path.append(node)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take everything back from a sequence; what it computed stays in the tree, idle."""
+        self.publish(sequence)
+        kept = {node.block for node in sequence.path}
+        start = len(sequence.path) * BLOCK
+        tail = tuple(sequence.token_ids[start : sequence.num_computed])
+        if self.share and len(tail) >= _TAIL:
+            node = self._child(sequence, tail)
+            if node in self._idle_leaves:
+                self._idle_leaves.move_to_end(node)
+            kept.add(node.block)
+        for node in reversed(sequence.path):
+            self._let_go(node)
+        for block in sequence.blocks:
+            if block not in kept:
+                heapq.heappush(self._free, block)
+        sequence.blocks, sequence.path = [], []
+
+    def _child(self, sequence: Sequence, tokens: tuple[int, ...]) -> Node:
+        """Return the node behind a sequence's path, made of the sequence's own block if it is new."""
+        digest = sequence.request.lease.digest
+        parent = sequence.path[-1] if sequence.path else self._roots.get(digest)
+        if parent is None:
+            parent = self._roots[digest] = Node(-1, (), None, digest)
+        node = parent.children.get(tokens)
+        if node is None:
+            node = Node(sequence.blocks[len(sequence.path)], tokens, parent)
+            parent.children[tokens] = node
+            parent.tails.setdefault(tokens[:_TAIL], []).append(node)
+            self._num_idle += 1
+            self._idle_leaves[node] = None
+        return node
+
+    def _use(self, node: Node) -> None:
+        if not node.num_users:
+            self._num_idle -= 1
+            self._idle_leaves.pop(node, None)
+        node.num_users += 1
+
+    def _let_go(self, node: Node) -> None:
+        node.num_users -= 1
+        if not node.num_users:
+            self._num_idle += 1
+            if not node.children:
+                self._idle_leaves[node] = None
+
+    def _allocate(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        node, _ = self._idle_leaves.popitem(last=False)
+        self._num_idle -= 1
+        self._forget(node)
+        return node.block
+
+    def _forget(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None, "a root has no block to give"
+        del parent.children[node.tokens]
+        tails = parent.tails[node.tokens[:_TAIL]]
+        tails.remove(node)
+        if not tails:
+            del parent.tails[node.tokens[:_TAIL]]
+        if parent.children:
+            return
+        if parent.parent is None:
+            del self._roots[parent.digest]
+        elif not parent.num_users:
+            self._idle_leaves[parent] = None
+
+
+def blocks_for(num_positions: int) -> int:
+    """Return how many blocks hold this many positions."""
+    return -(-num_positions // BLOCK)
+
+
+def common_length(a: Tokens[int], b: Tokens[int], limit: int) -> int:
+    """Return how many tokens at the front are the same, at most ``limit``."""
+    high = min(len(a), len(b), limit)
+    if high <= 0:
+        return 0
+    if list(a[:high]) == list(b[:high]):
+        return high
+    low = 0
+    while high - low > 1:
+        # The first `low` are the same; some of the first `high` are not.
+        middle = (low + high) // 2
+        if list(a[low:middle]) == list(b[low:middle]):
+            low = middle
+        else:
+            high = middle
+    return low
