@@ -1,8 +1,7 @@
-"""One forward of transformers' own model code over a step's flat row."""
+"""One forward over a step's flat row: native layers where there are, else transformers' own model code."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,6 @@ from lorary.server.adapters.layers import step_segments
 from lorary.server.engine.attention import NAME, step_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lorary.server.engine.batch import Batch
     from lorary.server.native.decoder import FusedModel
 
@@ -38,7 +35,9 @@ class Runner:
 
         Writes the step's keys and values into the cache of ``batch.plan``.
         """
-        with self._step(batch):
+        if self.fused is not None:
+            return self.fused.forward(batch)
+        with step_plan(batch.plan), step_segments(batch.segments):
             output = self.model(
                 input_ids=batch.token_ids,
                 position_ids=batch.position_ids,
@@ -47,14 +46,3 @@ class Runner:
             )
         logits: torch.Tensor = output.logits[0].float()
         return logits
-
-    @contextmanager
-    def _step(self, batch: Batch) -> Iterator[None]:
-        """Tell the layers about the step, for the time of the block."""
-        plan = batch.plan
-        if self.fused is not None:
-            with self.fused.step(plan, batch.segments):
-                yield
-        else:
-            with step_plan(plan), step_segments(batch.segments):
-                yield

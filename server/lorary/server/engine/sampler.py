@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorary.server.engine.request import PositionLogprobs
+from lorary.server.native import library as native
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Rows
@@ -40,11 +41,20 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
             logits[row, banned] = float("-inf")
         if not sampling.is_greedy:
             drawn.append(row)
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = most_likely(logits)
     if drawn:
         chosen = _draw(logits[drawn], [sequences[row] for row in drawn])
         for row, token in zip(drawn, chosen, strict=True):
             tokens[row] = token
+    return tokens
+
+
+def most_likely(logits: torch.Tensor) -> list[int]:
+    """Return where each row of logits float32 [R, vocab] is largest."""
+    kernels = native.load() if logits.device.type == "cpu" else None
+    if isinstance(kernels, native.NativeKernels):
+        return kernels.argmax(logits)
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
     return tokens
 
 

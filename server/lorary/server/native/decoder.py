@@ -1,34 +1,34 @@
-"""Whole decoder layers of the Llama kind in one native call each (semantics in layer.cpp).
+"""All decoder layers of the Llama kind in one native call (semantics in layer.cpp).
 
-``fuse`` replaces the layers of a transformers model by ``FusedLayer``; embeddings, rotary tables
-(with their scaling), the loop over the layers, the last norm and the head stay transformers' own. The
-residual stream is float32 from the embeddings on.
+Embeddings, rotary tables (with their scaling) and the head are transformers' own modules; what the
+model's own forward does between them is done here. The residual stream is float32 from the embeddings on.
 """
 
 from __future__ import annotations
 
 import ctypes
-from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lorary.server.native.library import NativeKernels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from lorary.server.adapters.layers import LoraGroup
-    from lorary.server.adapters.segments import Segments
     from lorary.server.engine.attention import AttentionPlan
+    from lorary.server.engine.batch import Batch
     from lorary.server.engine.kv_cache import KVCache
 
-# Layers whose forward is exactly that of layer.cpp; whoever adds one adds its family's test.
+# Layers whose forward is exactly that of layer.cpp, in models whose forward is exactly embeddings,
+# rotary tables, layers, norm; whoever adds one adds its family's test.
 FAMILIES = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 )
+# Rotary embeddings whose tables depend on how long the sequences of a step are.
+_CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -110,65 +110,82 @@ class _Workspace:
         return tuple(buffer.data_ptr() for buffer in self._buffers)
 
 
-_current: ContextVar[_Step | None] = ContextVar("lorary_native_step", default=None)
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """One layer as layer.cpp reads it, and the tensors that it points into."""
 
-
-class FusedLayer(nn.Module):
-    """Stands where a decoder layer stood; holds its tensors alive."""
-
-    def __init__(self, function: Any, layer: _Layer, tensors: tuple[object, ...]) -> None:
-        super().__init__()
-        self._function = function
-        self.structure = layer
-        self._address = ctypes.addressof(layer)
-        self._tensors = tensors
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        **_unused: object,
-    ) -> torch.Tensor:
-        """Run the layer over the step's rows; hidden_states float32 [1, T, hidden], in place.
-
-        ``position_embeddings`` are cos and sin, float32 [1, T, dim].
-        """
-        step = _current.get()
-        assert step is not None, "a layer outside of a step"
-        cos, sin = position_embeddings
-        assert hidden_states.dtype == cos.dtype == torch.float32
-        assert cos.shape[-1] == self.structure.dim, "rotary embedding of a part of the head"
-        self._function(
-            self._address,
-            ctypes.addressof(step),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            hidden_states.data_ptr(),
-        )
-        return hidden_states
+    structure: _Layer
+    tensors: tuple[object, ...]
 
 
 class FusedModel:
-    """What a model with fused layers needs in every step."""
+    """From token ids to logits: embeddings, all layers in one call, head.
 
-    def __init__(self, layer: FusedLayer, dtype: torch.dtype) -> None:
-        self._workspace = _Workspace(layer.structure, dtype)
+    Args:
+        model: the transformers model whose layers these are.
+        layers: in order.
+        cache: keys and values, of the layers' dtype.
+        kernels: have the layers' function.
+    """
 
-    @contextmanager
-    def step(self, plan: AttentionPlan, segments: Segments | None) -> Iterator[None]:
-        """Make this step that of every layer within the block, on this thread."""
-        rows = plan.slots.numel()
-        chunks = (_Chunk * len(plan.chunks))(
-            *(
-                _Chunk(
-                    c.row, c.length, c.slot, c.start, None if c.tree is None else c.tree.data_ptr()
-                )
-                for c in plan.chunks
-            )
+    def __init__(
+        self, model: Any, layers: Sequence[FusedLayer], cache: KVCache, kernels: NativeKernels
+    ) -> None:
+        inner = getattr(model, model.base_model_prefix)
+        self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
+        self._head = model.get_output_embeddings()
+        self._norm = inner.norm.weight.data.float().contiguous()
+        assert ctypes.c_float(inner.norm.variance_epsilon).value == layers[0].structure.eps
+        self._layers = tuple(layers)
+        self._addresses = (_P * len(layers))(*(ctypes.addressof(x.structure) for x in layers))
+        self._dtype = cache.k.dtype
+        self._function = kernels.layers_function(self._dtype)
+        self._workspace = _Workspace(layers[0].structure, self._dtype)
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self._rotary.rope_type not in _CHANGING_ROPE:
+            positions = torch.arange(cache.shape.context)
+            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions[None])
+            self._tables = cos[0].contiguous(), sin[0].contiguous()
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run one step and return float32 logits [L, vocab] of ``batch.logits_rows``.
+
+        Writes the step's keys and values into the cache.
+        """
+        hidden = self._embed(batch.token_ids[0]).float()
+        cos, sin = self._rope(batch.position_ids)
+        count, width = batch.logits_rows.numel(), hidden.shape[1]
+        normed = torch.empty(count, width, dtype=self._dtype)
+        # Held by a name until the call is over, as all that the step points into.
+        chunks = _chunks(batch.plan)
+        step = self._step(batch, chunks)
+        self._function(
+            self._addresses,
+            len(self._layers),
+            ctypes.addressof(step),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            hidden.data_ptr(),
+            self._norm.data_ptr(),
+            batch.logits_rows.data_ptr(),
+            count,
+            normed.data_ptr(),
         )
-        mix = _Mix() if segments is None else _Mix(*segments.addresses)
-        step = _Step(
+        logits: torch.Tensor = self._head(normed)
+        return logits.float()
+
+    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, float32 [T, dim], for positions int64 [1, T]."""
+        if self._tables is not None:
+            cos, sin = self._tables
+            return cos.index_select(0, positions[0]), sin.index_select(0, positions[0])
+        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
+        return cos[0].contiguous(), sin[0].contiguous()
+
+    def _step(self, batch: Batch, chunks: ctypes.Array[_Chunk]) -> _Step:
+        plan = batch.plan
+        rows = plan.slots.numel()
+        return _Step(
             rows,
             plan.num_decode,
             plan.slots.data_ptr(),
@@ -176,26 +193,30 @@ class FusedModel:
             plan.lengths.data_ptr(),
             ctypes.addressof(chunks),
             len(chunks),
-            mix,
+            _Mix() if batch.segments is None else _Mix(*batch.segments.addresses),
             *self._workspace.pointers(rows),
             torch.get_num_threads(),
         )
-        token = _current.set(step)
-        try:
-            yield
-        finally:
-            _current.reset(token)
+
+
+def _chunks(plan: AttentionPlan) -> ctypes.Array[_Chunk]:
+    return (_Chunk * len(plan.chunks))(
+        *(
+            _Chunk(c.row, c.length, c.slot, c.start, None if c.tree is None else c.tree.data_ptr())
+            for c in plan.chunks
+        )
+    )
 
 
 def fuse(
     model: Any, groups: Sequence[LoraGroup], cache: KVCache, kernels: NativeKernels
 ) -> FusedModel | None:
-    """Replace the decoder layers of a model whose linear layers are ``groups``, in place.
+    """Make one function of a model whose linear layers are ``groups``.
 
     Returns:
         The fused model; None when a layer is not of a known family, has a projection that is not
-        packed (a quantized base), another activation than SiLU, or a dtype without a kernel. Nothing
-        is changed then.
+        packed (a quantized base), another activation than SiLU, a rotary embedding of a part of the
+        head, or a dtype without a kernel.
     """
     expected = (ctypes.sizeof(_Layer), ctypes.sizeof(_Step))
     assert kernels.structure_bytes == expected, "layer.cpp has other structures"
@@ -208,23 +229,22 @@ def fuse(
     names = {id(module): name for name, module in model.named_modules()}
     fused: list[FusedLayer] = []
     for layer in layers:
-        made = _fused(layer, names[id(layer)], by_module, cache, kernels)
+        made = _fused(layer, names[id(layer)], by_module, cache)
         if made is None:
             return None
         fused.append(made)
-    inner.layers = nn.ModuleList(fused)
-    # Residual stream and rotary tables take the dtype of the embeddings' output.
-    model.get_input_embeddings().register_forward_hook(lambda _m, _x, output: output.float())
-    return FusedModel(fused[0], dtype)
+    return FusedModel(model, fused, cache, kernels)
 
 
 def _fused(
-    layer: Any, name: str, groups: dict[str, LoraGroup], cache: KVCache, kernels: NativeKernels
+    layer: Any, name: str, groups: dict[str, LoraGroup], cache: KVCache
 ) -> FusedLayer | None:
     if type(layer).__name__ not in FAMILIES:
         return None
     attention, config = layer.self_attn, layer.self_attn.config
     if getattr(config, "hidden_act", None) not in ("silu", "swish"):
+        return None
+    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
         return None
     parts = [
         groups.get(f"{name}.{path}")
@@ -263,9 +283,7 @@ def _fused(
         attention.scaling,
         0.0,
     )
-    return FusedLayer(
-        kernels.layer_function(k.dtype), structure, (weights, k, v, cache.tables, kept)
-    )
+    return FusedLayer(structure, (weights, k, v, cache.tables, kept))
 
 
 def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:

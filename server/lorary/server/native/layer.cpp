@@ -1,9 +1,10 @@
-// One decoder layer of the Llama kind in one call: RMSNorm, q/k/v, rotary embedding, attention over
-// the paged cache, output projection, RMSNorm, gated SiLU; every projection with its rows' adapters.
+// All decoder layers of the Llama kind in one call, and the norm behind them: per layer RMSNorm, q/k/v,
+// rotary embedding, attention over the paged cache, output projection, RMSNorm, gated SiLU; every
+// projection with its rows' adapters.
 //
 // The residual stream and everything between products is float32; only what enters a product is
-// rounded to the weights' dtype. Called once per layer and step, so that a step costs no interpreter
-// time per operator, and one team of threads goes through all of it.
+// rounded to the weights' dtype. Called once per step, so that a step costs no interpreter time per
+// operator or layer, and one team of threads goes through all of it.
 
 #include "adapters.h"
 #include "attention.h"
@@ -113,6 +114,7 @@ void project(const Projection& p, const Step& step, const T* x, float* y) {
     if (step.mix.num_rows) add_adapters(pool_of<T>(p), step.mix, x, y, p.out);
 }
 
+// Called by every thread of a parallel region.
 template <typename T>
 void run(const Layer& layer, const Step& step, const float* cos, const float* sin, float* hidden) {
     const int64_t rows = step.rows, dim = layer.dim, width = layer.qkv.out;
@@ -125,37 +127,49 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
     T* normed = static_cast<T*>(step.normed);
     T* attended = static_cast<T*>(step.attended);
     T* gated = static_cast<T*>(step.gated);
+    normalize(layer, layer.attention_norm, rows, hidden, normed);
+    project<Into::replace>(layer.qkv, step, normed, step.qkv);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        float* row = step.qkv + r * width;
+        for (int64_t h = 0; h < heads + layer.kv_heads; ++h) {
+            const float* norm = h < heads ? layer.q_norm : layer.k_norm;
+            if (norm) rms_norm(row + h * dim, norm, dim, layer.eps, row + h * dim);
+            rotate(row + h * dim, cos + r * dim, sin + r * dim, dim);
+        }
+        for (int64_t h = 0; h < layer.kv_heads; ++h) {
+            const float *key = row + (heads + h) * dim, *value = key + layer.kv_heads * dim;
+            const int64_t slot = step.slots[r], position = step.positions[r];
+            convert(key, dim, cache.keys(slot, h, shape).at(position));
+            convert(value, dim, cache.values(slot, h, shape).at(position));
+        }
+    }
+    attend_decode(step.qkv, width, dim, seen, attended, step.slots, step.lengths, step.num_decode,
+                  shape);
+    attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, attended, layer.o.in, shape);
+    project<Into::add>(layer.o, step, attended, hidden);
+    normalize(layer, layer.mlp_norm, rows, hidden, normed);
+    project<Into::replace>(layer.gate_up, step, normed, step.gate_up);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* gate = step.gate_up + r * 2 * layer.inner;
+        gated_silu(gate, gate + layer.inner, layer.inner, gated + r * layer.inner);
+    }
+    project<Into::add>(layer.down, step, gated, hidden);
+}
+
+// The layers, then the last norm of the rows whose logits are wanted: out [num_wanted, hidden].
+template <typename T>
+void run_all(const Layer* const* layers, int64_t count, const Step& step, const float* cos, const float* sin,
+             float* hidden, const float* norm, const int64_t* wanted, int64_t num_wanted, T* out) {
+    const int64_t width = layers[0]->hidden;
+    const float eps = layers[0]->eps;
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
     {
-        normalize(layer, layer.attention_norm, rows, hidden, normed);
-        project<Into::replace>(layer.qkv, step, normed, step.qkv);
+        for (int64_t i = 0; i < count; ++i) run<T>(*layers[i], step, cos, sin, hidden);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            float* row = step.qkv + r * width;
-            for (int64_t h = 0; h < heads + layer.kv_heads; ++h) {
-                const float* norm = h < heads ? layer.q_norm : layer.k_norm;
-                if (norm) rms_norm(row + h * dim, norm, dim, layer.eps, row + h * dim);
-                rotate(row + h * dim, cos + r * dim, sin + r * dim, dim);
-            }
-            for (int64_t h = 0; h < layer.kv_heads; ++h) {
-                const float *key = row + (heads + h) * dim, *value = key + layer.kv_heads * dim;
-                const int64_t slot = step.slots[r], position = step.positions[r];
-                convert(key, dim, cache.keys(slot, h, shape).at(position));
-                convert(value, dim, cache.values(slot, h, shape).at(position));
-            }
-        }
-        attend_decode(step.qkv, width, dim, seen, attended, step.slots, step.lengths, step.num_decode,
-                      shape);
-        attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, attended, layer.o.in, shape);
-        project<Into::add>(layer.o, step, attended, hidden);
-        normalize(layer, layer.mlp_norm, rows, hidden, normed);
-        project<Into::replace>(layer.gate_up, step, normed, step.gate_up);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) {
-            const float* gate = step.gate_up + r * 2 * layer.inner;
-            gated_silu(gate, gate + layer.inner, layer.inner, gated + r * layer.inner);
-        }
-        project<Into::add>(layer.down, step, gated, hidden);
+        for (int64_t r = 0; r < num_wanted; ++r)
+            rms_norm(hidden + wanted[r] * width, norm, width, eps, out + r * width);
     }
 }
 
@@ -167,17 +181,19 @@ extern "C" {
 int64_t lorary_layer_bytes() { return sizeof(Layer); }
 int64_t lorary_step_bytes() { return sizeof(Step); }
 
-// Run one layer over the step's rows: hidden float32 [rows, hidden], in place; cos and sin float32
-// [rows, dim]. Writes the rows' keys and values into the layer's cache.
-void lorary_layer_f32(const Layer* layer, const Step* step, const float* cos, const float* sin,
-                      float* hidden) {
-    run<float>(*layer, *step, cos, sin, hidden);
+// Run the layers over the step's rows: hidden float32 [rows, hidden], in place; cos and sin float32
+// [rows, dim]. Writes the rows' keys and values into the layers' caches.
+void lorary_layers_f32(const Layer* const* layers, int64_t count, const Step* step, const float* cos,
+                       const float* sin, float* hidden, const float* norm, const int64_t* wanted,
+                       int64_t num_wanted, float* out) {
+    run_all(layers, count, *step, cos, sin, hidden, norm, wanted, num_wanted, out);
 }
 
 #ifdef __AVX512BF16__
-void lorary_layer_bf16(const Layer* layer, const Step* step, const float* cos, const float* sin,
-                       float* hidden) {
-    run<uint16_t>(*layer, *step, cos, sin, hidden);
+void lorary_layers_bf16(const Layer* const* layers, int64_t count, const Step* step, const float* cos,
+                        const float* sin, float* hidden, const float* norm, const int64_t* wanted,
+                        int64_t num_wanted, uint16_t* out) {
+    run_all(layers, count, *step, cos, sin, hidden, norm, wanted, num_wanted, out);
 }
 #endif
 

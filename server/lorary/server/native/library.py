@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 7
+_ABI = 8
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -32,6 +32,8 @@ _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
 _LINEAR_INT8 = [*_ROWS, *[_POINTER] * 4, *_OUTPUT]
 _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
+_LAYERS = [_POINTER, _INT64, *[_POINTER] * 6, _INT64, _POINTER]
+_ARGMAX = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DECODE = [
     *[_POINTER] * 5,
     _INT64,
@@ -70,8 +72,8 @@ class NativeKernels:
         self._pack = {
             dtype: typed(library, f"lorary_pack_{_SUFFIX[dtype]}", _PACK) for dtype in self._packed
         }
-        self._layer = {
-            dtype: typed(library, f"lorary_layer_{_SUFFIX[dtype]}", [_POINTER] * 5)
+        self._layers = {
+            dtype: typed(library, f"lorary_layers_{_SUFFIX[dtype]}", _LAYERS)
             for dtype in self._packed
         }
         self._linear = {
@@ -81,6 +83,7 @@ class NativeKernels:
             for out, name in ((torch.bfloat16, "bf16"), (torch.float32, "bf16_f32")):
                 key = (torch.bfloat16, out)
                 self._linear[key] = typed(library, f"lorary_linear_{name}", _LINEAR)
+        self._argmax = typed(library, "lorary_argmax_f32", _ARGMAX)
         self.has_int8 = bool(library.lorary_has_int8())
         """Whether this CPU has the product with 8-bit weights."""
         self._linear_int8 = {}
@@ -116,9 +119,9 @@ class NativeKernels:
         """Whether packed products and whole layers run in this dtype on this CPU."""
         return dtype in self._packed
 
-    def layer_function(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    def layers_function(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
         """Return the function of layer.cpp for this dtype."""
-        return self._layer[dtype]
+        return self._layers[dtype]
 
     def can_pack(self, weight: torch.Tensor) -> bool:
         """Whether ``pack`` takes this weight [out, in]."""
@@ -161,6 +164,15 @@ class NativeKernels:
         return PackedLinear(
             self._linear_int8, packed, (out, width), bias, by_panel(scales), by_panel(offsets)
         )
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        """Return where each row of logits float32 [n, vocab], unit stride in rows, is largest first."""
+        rows, width = logits.shape
+        found = (ctypes.c_int64 * rows)()
+        self._argmax(
+            logits.data_ptr(), logits.stride(0), rows, width, found, torch.get_num_threads()
+        )
+        return list(found)
 
     def decode_attention(
         self,
