@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tests.server.conftest import EngineWorld
 
 SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+# Its tables are made anew in every step; within the base's own context they are the plain ones.
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 SLIDING = ["sliding_attention", "full_attention"]
 # name: (family, settings, whether its layers run as one native call)
 FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,8 +11,15 @@ import torch
 
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.request import Request, Sampling
-from lorary.server.engine.sampler import position_logprobs, sample, score_labels
+from lorary.server.engine.sampler import (
+    _draw_by_torch,
+    most_likely,
+    position_logprobs,
+    sample,
+    score_labels,
+)
 from lorary.server.engine.sequence import Sequence
+from lorary.server.native import library as native
 
 NO_EOS: frozenset[int] = frozenset()
 
@@ -28,7 +36,7 @@ def row(seed: int | None = None, generated: list[int] | None = None, **sampling:
     for token in answer:
         sequence.counts[token] = sequence.counts.get(token, 0) + 1
     if not request.sampling.is_greedy:
-        sequence.generator = torch.Generator().manual_seed(seed or 0)
+        sequence.generator = Random(seed)
     return sequence
 
 
@@ -76,6 +84,60 @@ def test_temperature_sharpens() -> None:
 def test_filters_keep_exactly_their_set(limits: dict[str, float], allowed: set[int]) -> None:
     logits = [math.log(v) for v in (0.5, 0.3, 0.15, 0.05)]
     assert set(frequencies(400, logits, temperature=1.0, **limits)) == allowed
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 16, 50, 1031, 4096, 49152])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"temperature": 0.3},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 20},
+        {"top_k": 100_000},
+        {"top_p": 0.9},
+        {"top_p": 0.999999, "temperature": 2.0},
+        {"top_p": 0.01},
+        {"min_p": 0.2},
+        {"top_k": 40, "top_p": 0.8, "min_p": 0.01, "temperature": 0.7},
+    ],
+)
+def test_both_implementations_draw_the_same(vocab: int, limits: dict[str, Any]) -> None:
+    """The native kernel and the operators, but where a number falls within rounding of a border."""
+    kernels = native.load()
+    assert not isinstance(kernels, str), kernels
+    torch.manual_seed(vocab)
+    logits = torch.randn(64, vocab) * 4
+    if vocab > 40:
+        logits[:, 5:9] = float("-inf")
+    sampling = Sampling(max_tokens=1, **{"temperature": 1.0, **limits})
+    uniform = [(i + 0.37) / 64 for i in range(64)]
+    draws = [
+        native.Draw(i, sampling.top_k, u, sampling.temperature, sampling.top_p, sampling.min_p)
+        for i, u in enumerate(uniform)
+    ]
+    actual = kernels.draw(logits, draws)
+    expected = _draw_by_torch(logits.clone(), [sampling] * 64, uniform)
+    assert sum(a != b for a, b in zip(actual, expected, strict=True)) <= 1
+    assert not set(actual) & ({5, 6, 7, 8} if vocab > 40 else set())
+
+
+def test_ties_at_the_border_keep_the_lowest_tokens() -> None:
+    found = frequencies(400, [1.0, 2.0, 1.0, 1.0], temperature=1.0, top_k=2)
+    assert set(found) == {0, 1}
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 1000, 49152])
+def test_the_most_likely_token_is_the_first_of_the_largest(vocab: int) -> None:
+    torch.manual_seed(vocab)
+    logits = torch.randn(9, vocab + 3)[:, :vocab]
+    expected = logits.argmax(dim=-1).tolist()
+    assert most_likely(logits) == expected
+    tied = torch.zeros(2, vocab)
+    tied[1, vocab // 2 :] = 1.0
+    assert most_likely(tied) == [0, vocab // 2]
+    assert most_likely(torch.full((1, vocab), float("-inf"))) == [0]
 
 
 def test_seeded_row_draws_the_same_in_any_company() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from random import Random
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -233,13 +234,11 @@ class Engine:
             sequence.text = TextStream(self._backend, request.sampling.stop)
             sequence.drafter = Drafter() if self._draft_rows else None
             if not request.sampling.is_greedy:
-                sequence.generator = torch.Generator()
-                if request.sampling.seed is None:
-                    sequence.generator.seed()
-                else:
-                    # Answers of one call differ; the same index of the same seed does not.
-                    seed = request.sampling.seed * 1000003 + request.index
-                    sequence.generator.manual_seed(seed % 2**63)
+                seed = request.sampling.seed
+                # Answers of one call differ; the same index of the same seed does not.
+                sequence.generator = Random(
+                    None if seed is None else seed * 1000003 + request.index
+                )
         return sequence
 
     def _drop(self, cancelled: set[str]) -> None:

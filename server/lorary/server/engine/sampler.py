@@ -1,8 +1,9 @@
 """Logits to tokens, one batched call per step, every row with its own parameters.
 
-A row's draw depends on its own seed and on how many tokens it has drawn, never on its company:
-each sampled row has its own generator, and the token is the argmax of p / q with q ~ Exp(1), which
-draws from p exactly (the exponential-race form of the Gumbel trick).
+A row's draw depends on its own seed and on how many tokens it has drawn, never on its company: each
+sampled row has its own generator, which gives one number per token. The token is where the distribution
+function, tokens in ascending order, passes that number; so a seed means the same on every device, but
+for sums that round differently.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lorary.server.native import library as native
 if TYPE_CHECKING:
     from collections.abc import Sequence as Rows
 
+    from lorary.server.engine.request import Sampling
     from lorary.server.engine.sequence import Sequence
 
 
@@ -43,7 +45,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
             drawn.append(row)
     tokens = most_likely(logits)
     if drawn:
-        chosen = _draw(logits[drawn], [sequences[row] for row in drawn])
+        chosen = _draw(logits, drawn, [sequences[row] for row in drawn])
         for row, token in zip(drawn, chosen, strict=True):
             tokens[row] = token
     return tokens
@@ -72,9 +74,31 @@ def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Draw one token per row after temperature, top-k, top-p and min-p; logits [R, vocab]."""
+def _draw(logits: torch.Tensor, rows: list[int], sequences: Rows[Sequence]) -> list[int]:
+    """Draw one token for each of ``rows`` after temperature, top-k, top-p and min-p."""
     sampling = [s.request.sampling for s in sequences]
+    uniform = [_number(s) for s in sequences]
+    kernels = native.load() if logits.device.type == "cpu" else None
+    if isinstance(kernels, native.NativeKernels):
+        return kernels.draw(
+            logits,
+            [
+                native.Draw(row, p.top_k, u, p.temperature, p.top_p, p.min_p)
+                for row, p, u in zip(rows, sampling, uniform, strict=True)
+            ],
+        )
+    return _draw_by_torch(logits[rows], sampling, uniform)
+
+
+def _number(sequence: Sequence) -> float:
+    assert sequence.generator is not None, "a sampled row without a generator"
+    return sequence.generator.random()
+
+
+def _draw_by_torch(
+    logits: torch.Tensor, sampling: Rows[Sampling], uniform: Rows[float]
+) -> list[int]:
+    """Draw one token per row, on any device; logits [R, vocab], R numbers in [0, 1)."""
     device = logits.device
     temperature = torch.tensor([p.temperature for p in sampling], device=device)
     scaled = logits / temperature[:, None]
@@ -85,12 +109,11 @@ def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
         floor = torch.tensor([p.min_p for p in sampling], device=device)[:, None]
         best = probabilities.max(dim=-1, keepdim=True).values
         probabilities = probabilities.masked_fill(probabilities < floor * best, 0.0)
-    race = torch.empty_like(probabilities)
-    for row, sequence in enumerate(sequences):
-        # On the host, so that a seed means the same on every device.
-        noise = torch.empty(race.shape[1]).exponential_(generator=sequence.generator)
-        race[row] = noise.to(device)
-    chosen: list[int] = probabilities.div_(race.clamp_min_(1e-30)).argmax(dim=-1).tolist()
+    # In float64, so that the many small ones count.
+    reached = probabilities.double().cumsum(dim=-1)
+    share = torch.tensor(uniform, dtype=torch.float64, device=device)
+    places = torch.searchsorted(reached, (share * reached[:, -1])[:, None], right=True)
+    chosen: list[int] = places[:, 0].clamp_(max=logits.shape[1] - 1).tolist()
     return chosen
 
 

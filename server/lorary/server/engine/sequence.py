@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from random import Random
 
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.blocks import Node
@@ -42,7 +42,7 @@ class Sequence:
     path: list[Node] = field(default_factory=list)
     entry: PoolEntry | None = None
     text: TextStream | None = None
-    generator: torch.Generator | None = None
+    generator: Random | None = None
     drafter: Drafter | None = None
     started_ns: int = 0
     first_token_ns: int = 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 8
+_ABI = 9
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -34,6 +34,7 @@ _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _LAYERS = [_POINTER, _INT64, *[_POINTER] * 6, _INT64, _POINTER]
 _ARGMAX = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
+_DRAW = [_POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int]
 _DECODE = [
     *[_POINTER] * 5,
     _INT64,
@@ -44,6 +45,19 @@ _DECODE = [
     _INT64,
     ctypes.c_int,
 ]
+
+
+class Draw(ctypes.Structure):
+    """How one row of logits is drawn from; ``uniform`` lies in [0, 1)."""
+
+    _fields_ = (
+        ("row", _INT64),
+        ("top_k", _INT64),
+        ("uniform", ctypes.c_double),
+        ("temperature", _FLOAT),
+        ("top_p", _FLOAT),
+        ("min_p", _FLOAT),
+    )
 
 
 class NativeKernels:
@@ -83,6 +97,9 @@ class NativeKernels:
             for out, name in ((torch.bfloat16, "bf16"), (torch.float32, "bf16_f32")):
                 key = (torch.bfloat16, out)
                 self._linear[key] = typed(library, f"lorary_linear_{name}", _LINEAR)
+        self._draw = typed(library, "lorary_draw_f32", _DRAW)
+        library.lorary_draw_bytes.restype = _INT64
+        assert library.lorary_draw_bytes() == ctypes.sizeof(Draw)
         self._argmax = typed(library, "lorary_argmax_f32", _ARGMAX)
         self.has_int8 = bool(library.lorary_has_int8())
         """Whether this CPU has the product with 8-bit weights."""
@@ -173,6 +190,20 @@ class NativeKernels:
             logits.data_ptr(), logits.stride(0), rows, width, found, torch.get_num_threads()
         )
         return list(found)
+
+    def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+        """Return one token for each of ``draws``; logits float32 [n, vocab], unit stride in rows."""
+        drawn = (ctypes.c_int64 * len(draws))()
+        self._draw(
+            logits.data_ptr(),
+            logits.stride(0),
+            logits.shape[1],
+            (Draw * len(draws))(*draws),
+            len(draws),
+            drawn,
+            torch.get_num_threads(),
+        )
+        return list(drawn)
 
     def decode_attention(
         self,
