@@ -15,6 +15,7 @@ from lorary.server.adapters.loader import load_adapter
 from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.engine import Engine
+from lorary.server.engine.fair_queue import PATIENCE_S
 from lorary.server.engine.kv_cache import KVCache, KVShape
 from lorary.server.engine.prefix_cache import PrefixCache
 from lorary.server.engine.request import Request, Sampling
@@ -47,6 +48,8 @@ class EngineLimits:
         max_context: most tokens of prompt and answer together.
         prefill_budget: most prompt tokens in one step.
         max_waiting: most requests in the queue.
+        max_adapters: most adapters that running sequences may have between them; 0 sets no cap.
+        patience_s: seconds after which who was passed over is owed a place.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
         prefix_cache: do not read again what an earlier prompt with the same adapter began with; needs
@@ -60,6 +63,8 @@ class EngineLimits:
     max_context: int = 2048
     prefill_budget: int = 512
     max_waiting: int = 1024
+    max_adapters: int = 0
+    patience_s: float = PATIENCE_S
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
     prefix_cache: bool = True
@@ -126,6 +131,8 @@ def assemble(
             max_batch=limits.max_batch,
             prefill_budget=limits.prefill_budget,
             max_waiting=limits.max_waiting,
+            max_adapters=limits.max_adapters,
+            patience_s=limits.patience_s,
         ),
         tokenizer=tokenizer,
         eos_ids=end_tokens(model, tokenizer),
