@@ -99,6 +99,19 @@ async def test_the_other_calls(client: AsyncClient) -> None:
     assert (await client.unload_adapter("alpha")).residency == "registry"
 
 
+async def test_priorities_reach_the_engine(edge: Edge, client: AsyncClient) -> None:
+    await client.generate(prompt="2", max_tokens=1)
+    await client.generate(prompt="2", max_tokens=1, priority=-10)
+    await client.generate_many(2, prompt="2", max_tokens=1, priority=3)
+    await client.classify(prompt="2", adapter="beta", priority=10)
+    assert [r.priority for r in edge.engine.submitted] == [0, -10, 3, 3, 10]
+    with pytest.raises(errors.InvalidRequest, match="in \\[-10, 10\\]") as caught:
+        await client.generate(prompt="2", priority=11)
+    assert caught.value.field == "priority"
+    with pytest.raises(errors.InvalidRequest, match="priority cannot be"):
+        await client.generate(prompt="2", priority=2**31)
+
+
 async def test_leaving_a_stream_early_cancels_the_call(edge: Edge, client: AsyncClient) -> None:
     stream = client.stream(prompt="2 5", max_tokens=62)
     async for _ in stream:

@@ -190,6 +190,20 @@ async def test_request_ids_must_fit_metadata(edge: Edge, request_id: str) -> Non
     assert details(error)["BadRequest"].field_violations[0].field == "request_id"
 
 
+@pytest.mark.parametrize("priority", [-11, 11, -(2**31), 2**31 - 1])
+async def test_priorities_out_of_range_are_refused(edge: Edge, priority: int) -> None:
+    generate = pb.GenerateRequest(input=pb.Input(prompt="2"), priority=priority)
+    classify = pb.ClassifyRequest(input=pb.Input(prompt="2"), labels=["3"], priority=priority)
+    errors = [await generate_error(edge, generate)]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await edge.inference.Classify(classify)
+    for error in (*errors, caught.value):
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert details(error)["BadRequest"].field_violations[0].field == "priority"
+        assert f"priority is {priority}" in str(error.details())
+    assert not edge.engine.submitted
+
+
 LABELS: list[tuple[str, list[str], str]] = [
     ("", [], "labels"),
     ("alpha", [], "labels"),

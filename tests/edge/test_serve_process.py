@@ -149,7 +149,9 @@ def test_the_command_line_calls_it(running: dict[str, Any]) -> None:
     assert "good" in scored.stdout
     assert "bad" in scored.stdout
     streamed = lorary(
-        "call", "", "-", "--prompt", "--stream", "--max-tokens", "3", *target, input="the"
+        *("call", "", "-", "--prompt", "--stream", "--max-tokens", "3", "--priority", "-5"),
+        *target,
+        input="the",
     )
     assert streamed.returncode == 0, streamed.stderr
     shown = lorary("ps", "--all", *target)
@@ -168,6 +170,7 @@ def test_the_command_line_calls_it(running: dict[str, Any]) -> None:
         (["alpha", "x", "--prompt", "--chat"], 2, "one of them"),
         (["alpha", "x", "--temperature", "-1", "--prompt"], 2, "temperature is -1"),
         (["alpha"], 2, "no task template"),
+        (["alpha", "x", "--prompt", "--priority", "11"], 2, "priority is 11"),
     ],
 )
 def test_call_exits_with_the_errors_code(

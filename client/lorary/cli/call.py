@@ -55,6 +55,9 @@ def call(
         list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    priority: Annotated[
+        int, typer.Option(help="-10 to 10; higher is served sooner when there is a queue.")
+    ] = 0,
     target: TargetOption = DEFAULT_TARGET,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
@@ -65,6 +68,7 @@ def call(
         raise InvalidRequest("--classify gives one answer at once; leave out --stream and -n.")
     if stream and num_answers > 1:
         raise InvalidRequest("--stream prints one answer; leave out -n.")
+    asked: dict[str, Any] = {**given, "adapter": adapter, "priority": priority}
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -75,12 +79,12 @@ def call(
     }
     with Client(target, timeout_s=timeout) as client:
         if classify or label:
-            scored = client.classify(**given, adapter=adapter, labels=label or ())
+            scored = client.classify(**asked, labels=label or ())
             _print_labels(scored, as_json=as_json)
         elif stream:
-            _print_stream(client, given, adapter, options, as_json=as_json)
+            _print_stream(client, {**asked, **options}, as_json=as_json)
         else:
-            answers = client.generate_many(num_answers, **given, adapter=adapter, **options)
+            answers = client.generate_many(num_answers, **asked, **options)
             _print_answers(answers, as_json=as_json)
 
 
@@ -107,10 +111,8 @@ def _print_answers(answers: list[GenerateResult], *, as_json: bool) -> None:
     _print_receipt(answers[-1].receipt, answers[-1].usage.completion_tokens)
 
 
-def _print_stream(
-    client: Client, given: dict[str, Any], adapter: str, options: dict[str, Any], *, as_json: bool
-) -> None:
-    for event in client.stream(**given, adapter=adapter, **options):
+def _print_stream(client: Client, asked: dict[str, Any], *, as_json: bool) -> None:
+    for event in client.stream(**asked):
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(event), ensure_ascii=False))
         elif isinstance(event, GenerateResult):

@@ -97,6 +97,7 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
@@ -110,6 +111,7 @@ class AsyncClient:
             messages: chat messages for the base's chat template.
             token_ids: token ids, taken as they are.
             adapter: ``name``, ``name@alias``, ``name@3``, ``name@sha256:…``; empty: the bare base.
+            priority: -10 to 10; higher is served sooner while requests wait for a place.
             request_id: an id for the server's log; the server makes one when empty.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``.
@@ -123,7 +125,7 @@ class AsyncClient:
             await client.generate(prompt="Once upon a time", max_tokens=32, temperature=0.8, seed=1)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, request_id, sampling
+            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
         )
         (answer,) = await self._all(request, timeout_s)
         return answer
@@ -137,13 +139,14 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> list[GenerateResult]:
         """Return ``n`` answers to the same input, by index; see ``generate``."""
         request = m.generate_request(
-            n, text, prompt, messages, token_ids, adapter, request_id, sampling
+            n, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
         )
         return await self._all(request, timeout_s)
 
@@ -155,6 +158,7 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
@@ -173,7 +177,7 @@ class AsyncClient:
                         print(receipt.digest)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, request_id, sampling
+            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
         )
         return self._stream(request, timeout_s)
 
@@ -186,6 +190,7 @@ class AsyncClient:
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
         labels: Sequence[str] = (),
+        priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Classification:
@@ -197,11 +202,8 @@ class AsyncClient:
 
             (await client.classify("the film was a delight", adapter="sentiment@prod")).label
         """
-        request = inference_pb2.ClassifyRequest(
-            adapter=adapter,
-            input=m.make_input(text, prompt, messages, token_ids),
-            labels=labels,
-            request_id=request_id,
+        request = m.classify_request(
+            text, prompt, messages, token_ids, adapter, labels, priority, request_id
         )
         return m.classification(await self._call(self._inference.Classify, request, timeout_s))
 

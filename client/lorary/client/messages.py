@@ -111,16 +111,40 @@ def generate_request(
     messages: Sequence[Message] | None,
     token_ids: Sequence[int] | None,
     adapter: str,
+    priority: int,
     request_id: str,
     sampling: Mapping[str, Any],
 ) -> inference_pb2.GenerateRequest:
     """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
-    return inference_pb2.GenerateRequest(
+    request = inference_pb2.GenerateRequest(
         adapter=adapter,
         input=make_input(text, prompt, messages, token_ids),
         sampling=make_sampling({**sampling, "n": n}),
         request_id=request_id,
     )
+    _set("priority", setattr, request, "priority", priority)
+    return request
+
+
+def classify_request(
+    text: str | None,
+    prompt: str | None,
+    messages: Sequence[Message] | None,
+    token_ids: Sequence[int] | None,
+    adapter: str,
+    labels: Sequence[str],
+    priority: int,
+    request_id: str,
+) -> inference_pb2.ClassifyRequest:
+    """Return the request for labels' probabilities; raises as ``make_input``."""
+    request = inference_pb2.ClassifyRequest(
+        adapter=adapter,
+        input=make_input(text, prompt, messages, token_ids),
+        labels=labels,
+        request_id=request_id,
+    )
+    _set("priority", setattr, request, "priority", priority)
+    return request
 
 
 def _assign(params: inference_pb2.SamplingParams, name: str, value: Any) -> None:

@@ -153,6 +153,8 @@ def build_engine(
             max_context=limits.max_context,
             prefill_budget=config.prefill_budget,
             max_waiting=config.max_waiting,
+            max_adapters=config.max_adapters_per_step,
+            patience_s=config.patience,
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
             kv_memory_bytes=config.kv_memory,

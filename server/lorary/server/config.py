@@ -153,6 +153,18 @@ class ServerConfig:
     max_waiting: int = _option(
         1024, "Answers that may wait for a place; more are refused.", low=1, high=2**20
     )
+    max_adapters_per_step: int = _option(
+        0,
+        "Most adapters that running answers may have between them; 0 sets no cap.",
+        low=0,
+        high=4096,
+    )
+    patience: float = _option(
+        5.0,
+        "Seconds after which requests that were passed over for priority or fairness are owed a place.",
+        low=0.0,
+        high=86_400.0,
+    )
     max_message: int = _option(
         4 * 2**20, "Largest message accepted.", low=2**10, high=2**30, is_size=True
     )

@@ -73,7 +73,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Stream chunks and one complete event per answer."""
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
-            kind = self._check(request.input, request.request_id, context)
+            kind = self._check(request, context)
             sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
             target = await self._target(request.adapter, context)
             prompt_ids = await self._prompt_ids(request.input, kind, target)
@@ -81,6 +81,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 sampling, request.sampling, target.task, len(prompt_ids), self._parts.limits
             )
             prototype = self._request(prompt_ids, sampling, arrived_s, context)
+            prototype.priority = request.priority
             with self._running(target, prototype, num_answers) as outputs:
                 await self._stream(outputs, target, prototype, num_answers, context)
 
@@ -90,7 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Score every label in one prefill."""
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
-            kind = self._check(request.input, request.request_id, context)
+            kind = self._check(request, context)
             target = await self._target(request.adapter, context)
             labels = validate.read_labels(request.labels, target.task)
             label_ids = await self._parts.prompts.label_ids(labels)
@@ -99,6 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             prompt_ids = await self._prompt_ids(request.input, kind, target, room=room)
             prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
             prototype.labels = label_ids
+            prototype.priority = request.priority
             with self._running(target, prototype, 1) as outputs:
                 output = await _next(outputs)
             if output.finish is None:
@@ -144,12 +146,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             num_waiting=self._parts.engine.num_waiting,
         )
 
-    def _check(self, message: pb.Input, given_id: str, context: Context) -> str:
+    def _check(self, request: pb.GenerateRequest | pb.ClassifyRequest, context: Context) -> str:
         """Check what can be checked without a registry; return the input's kind."""
-        validate.check_request_id(given_id)
-        if given_id:
-            set_request_id(context, given_id)
-        return validate.check_input(message, self._parts.limits)
+        validate.check_request_id(request.request_id)
+        if request.request_id:
+            set_request_id(context, request.request_id)
+        validate.check_priority(request.priority)
+        return validate.check_input(request.input, self._parts.limits)
 
     async def _target(self, ref: str, context: Context) -> Target:
         target = await self._parts.targets.resolve(ref)

@@ -28,6 +28,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_TEMPERATURE = 100.0
+MAX_PRIORITY = 10
 # No real text has this many characters per token; longer inputs are refused before the tokenizer
 # spends seconds on them.
 MAX_CHARS_PER_TOKEN = 32
@@ -49,6 +50,16 @@ def check_request_id(value: str) -> None:
             f"{MAX_REQUEST_ID_CHARS} printable ASCII characters are allowed. Shorten it, or leave "
             "it empty.",
             field="request_id",
+        )
+
+
+def check_priority(value: int) -> None:
+    """Refuse a priority out of range; one that is not given is 0."""
+    if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority is {value}; it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], where higher is "
+            "sooner.",
+            field="priority",
         )
 
 

@@ -16,6 +16,7 @@ from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.blocks import blocks_for
 from lorary.server.engine.engine import Engine
+from lorary.server.engine.fair_queue import PATIENCE_S
 from lorary.server.engine.kv_cache import KVCache, KVShape
 from lorary.server.engine.memory import available_bytes, plan_blocks
 from lorary.server.engine.request import Request, Sampling
@@ -48,6 +49,8 @@ class EngineLimits:
         max_context: most tokens of prompt and answer together.
         prefill_budget: most prompt tokens in one step.
         max_waiting: most requests in the queue.
+        max_adapters: most adapters that running sequences may have between them; 0 sets no cap.
+        patience_s: seconds after which who was passed over is owed a place.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
         kv_memory_bytes: bytes for keys and values; 0 takes what ``max_batch`` sequences of
@@ -63,6 +66,8 @@ class EngineLimits:
     max_context: int = 2048
     prefill_budget: int = 512
     max_waiting: int = 1024
+    max_adapters: int = 0
+    patience_s: float = PATIENCE_S
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
     kv_memory_bytes: int = 0
@@ -134,6 +139,8 @@ def assemble(
             max_batch=limits.max_batch,
             prefill_budget=limits.prefill_budget,
             max_waiting=limits.max_waiting,
+            max_adapters=limits.max_adapters,
+            patience_s=limits.patience_s,
         ),
         tokenizer=tokenizer,
         eos_ids=end_tokens(model, tokenizer),

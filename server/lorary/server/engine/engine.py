@@ -22,7 +22,6 @@ import torch
 
 from lorary.errors import (
     Cancelled,
-    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     LoraryError,
@@ -242,19 +241,16 @@ class Engine:
         return sequence
 
     def _drop(self, cancelled: set[str]) -> None:
-        """End what was cancelled, what ran out of time, and what waits for a failed load."""
-        now = time.monotonic()
+        """End what was cancelled, what is or will be too late, and what waits for a failed load."""
+        late = self._scheduler.late()
         outputs: list[Output] = []
         for sequence in self._scheduler.everyone():
             request = sequence.request
             error: LoraryError | None = None
             if request.request_id in cancelled:
                 error = Cancelled(f"request '{request.request_id}' was cancelled")
-            elif request.deadline_s is not None and now >= request.deadline_s:
-                error = DeadlineExceeded(
-                    f"the deadline passed after {sequence.num_generated} tokens; allow more time "
-                    "or ask for fewer"
-                )
+            elif sequence in late:
+                error = late[sequence]
             elif sequence.slot < 0:
                 error = request.lease.error
             if error is not None:
@@ -291,7 +287,9 @@ class Engine:
         kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
         outputs += [output for output, _ in kept] + self._score(batch, logits)
         num_kept = sum(count for _, count in kept)
-        self._record(batch, time.perf_counter() - started, num_kept)
+        seconds = time.perf_counter() - started
+        self._scheduler.note_step(seconds)
+        self._record(batch, seconds, num_kept)
         if outputs:
             self._deliver(outputs)
 

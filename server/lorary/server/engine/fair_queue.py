@@ -1,15 +1,31 @@
-"""Who waits, fair across adapters; pure Python, no torch.
+"""Who waits, in which order; pure Python, no torch.
 
-Virtual token counters (Sheng et al. 2024, "Fairness in Serving Large Language Models",
-arXiv:2401.00588): every adapter's counter grows with the work done for it, and the next place goes to
-the waiting adapter whose counter is the smallest. An adapter that begins to wait is lifted to the
-smallest counter among those that wait already, so that idling earns no credit. Within one adapter:
-first come, first served. With one adapter alone it is a plain queue.
+Sequences wait in *lines*, one for every adapter and priority. The next place goes to
+
+1. the highest priority; among equals to
+2. the adapter that has been served least at this priority: virtual token counters (Sheng et al. 2024,
+   "Fairness in Serving Large Language Models", arXiv:2401.00588). A counter grows with the work done,
+   and a line that begins to wait is lifted to the smallest counter of those that wait at its priority,
+   so that idling earns no credit; among equals to
+3. the head whose deadline is the earliest.
+
+Within a line the earliest deadline goes first. What has none counts as due ``DUE_S`` after it came, and so
+does what has a later one: with equal time-outs, and with none, a line is first come, first served, and
+nothing is ever overtaken by what comes more than ``DUE_S`` after it.
+
+Priorities starve, and so do counters when new adapters never end. ``passed_over`` therefore names the line
+that has waited longest for a place, once that is longer than the queue's patience; the scheduler gives
+it one place in every few (see there for the bound).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+import math
+import time
+from bisect import insort
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,25 +33,65 @@ if TYPE_CHECKING:
 
     from lorary.server.engine.sequence import Sequence
 
+    # The priority, and the digest of the adapter.
+    Key = tuple[int, str]
+
 PROMPT_COST = 1
 """Of one prompt token that is read."""
 ANSWER_COST = 2
 """Of one generated token: it takes a row of its own (the paper's weights)."""
+DUE_S = 30.0
+"""How long after its arrival a request without a nearer deadline counts as due."""
+PATIENCE_S = 5.0
+"""How long a line may be passed over, unless the server is told otherwise."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """Who waits for one adapter with one priority.
+
+    Attributes:
+        since: when it began to wait, or got its last place, or was last seen waiting for its adapter.
+        ranked: by when each is due, then by arrival. Never empty outside of a method.
+    """
+
+    since: float
+    ranked: list[tuple[tuple[float, int], Sequence]] = field(default_factory=list)
+
+    @property
+    def head(self) -> Sequence:
+        return self.ranked[0][1]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.head.request.lease.is_ready
 
 
 class FairQueue:
-    """Sequences that wait for a place, by the digest of their adapter.
+    """Sequences that wait for a place.
 
-    Invariant: an adapter has a queue while at least one sequence of it waits, and a counter while it
-    waits or has work running.
+    Invariant: an adapter has a line at a priority while at least one sequence of it waits there, and a
+    counter while it waits or has work running there.
+
+    Args:
+        patience_s: seconds after which a line without a place counts as passed over.
+        clock: the seconds of ``Request.deadline_s``.
     """
 
-    def __init__(self) -> None:
-        self._queues: dict[str, deque[Sequence]] = {}
-        self._counters: dict[str, int] = {}
-        self._num_running: dict[str, int] = {}
-        # What an adapter starts from that comes when nobody waits: the last one served then.
-        self._floor = 0
+    def __init__(
+        self, *, patience_s: float = PATIENCE_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._patience_s = patience_s
+        self._clock = clock
+        self._lines: dict[Key, _Line] = {}
+        self._counters: dict[Key, int] = {}
+        self._num_running: dict[Key, int] = {}
+        # By priority: what an adapter starts from that comes when nobody waits there, which is the
+        # counter of the last one served.
+        self._floors: dict[int, int] = {}
+        self._arrivals = itertools.count()
+        # Downwards: who is put back last stands first.
+        self._returns = itertools.count(-1, -1)
         # Counted, not summed: other threads ask.
         self._length = 0
 
@@ -43,79 +99,117 @@ class FairQueue:
         return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
-        """Iterate over a copy, adapter by adapter."""
-        return iter([s for queue in self._queues.values() for s in queue])
+        """Iterate over a copy, line by line."""
+        return iter([s for line in self._lines.values() for _, s in line.ranked])
 
     @property
     def has_ready(self) -> bool:
         """Whether the adapter of any sequence is on the device."""
-        return any(queue[0].request.lease.is_ready for queue in self._queues.values())
+        return any(line.is_ready for line in self._lines.values())
 
     @property
     def num_loading(self) -> int:
         """How many wait for their adapter rather than for a place."""
-        queues = self._queues.values()
-        return sum(len(queue) for queue in queues if not queue[0].request.lease.is_ready)
+        return sum(len(line.ranked) for line in self._lines.values() if not line.is_ready)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence behind the others of its adapter."""
-        key = sequence.request.lease.digest
-        queue = self._queues.get(key)
-        if queue is None:
-            waiting = [self._counters[k] for k in self._queues]
-            least = min(waiting) if waiting else self._floor
+        """Put a sequence into its line, behind whatever is due before it."""
+        now = self._clock()
+        deadline = sequence.request.deadline_s
+        due = now + DUE_S if deadline is None else min(deadline, now + DUE_S)
+        key = _key(sequence)
+        if key not in self._lines:
+            waiting = [self._counters[k] for k in self._lines if k[0] == key[0]]
+            least = min(waiting) if waiting else self._floors.get(key[0], 0)
             self._counters[key] = max(self._counters.get(key, 0), least)
-            queue = self._queues[key] = deque()
-        queue.append(sequence)
-        self._length += 1
+        self._insert(key, (due, next(self._arrivals)), sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Put a sequence that was taken in front of its line, as if it had never been taken.
+
+        It keeps its turn, and its counter is not lifted: what was done for it stays counted.
+        """
+        key = _key(sequence)
+        self._insert(key, (-math.inf, next(self._returns)), sequence)
+        self._leave(key)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that waits."""
-        key = sequence.request.lease.digest
-        self._queues[key].remove(sequence)
+        key = _key(sequence)
+        ranked = self._lines[key].ranked
+        del ranked[next(i for i, (_, other) in enumerate(ranked) if other is sequence)]
         self._length -= 1
         self._drop_if_idle(key)
 
-    def take(self, accept: Callable[[Sequence], bool]) -> Sequence | None:
-        """Take the sequence whose turn it is among those whose adapter's next one is accepted.
+    def heads(self) -> Iterator[Sequence]:
+        """Iterate over the first sequence of every line whose adapter is there, by turn.
 
-        ``accept`` is asked about one sequence of each adapter at most; what it refuses keeps its turn.
+        One of them may be taken, which ends the iteration's use.
         """
-        for key in sorted(self._queues, key=self._counters.__getitem__):
-            sequence = self._queues[key][0]
-            if accept(sequence):
-                self._queues[key].popleft()
-                self._length -= 1
-                self._num_running[key] = self._num_running.get(key, 0) + 1
-                self._floor = max(self._floor, self._counters[key])
-                self._drop_if_idle(key)
-                return sequence
-        return None
+        for key in sorted(self._lines, key=self._turn):
+            if self._lines[key].is_ready:
+                yield self._lines[key].head
+
+    def passed_over(self) -> Sequence | None:
+        """Return the head of the line that has waited longest, if that is longer than the patience.
+
+        A line whose adapter is still being loaded does not wait for a place.
+        """
+        now = self._clock()
+        longest: _Line | None = None
+        for line in self._lines.values():
+            if now - line.since < self._patience_s:
+                continue
+            if not line.is_ready:
+                line.since = now
+            elif longest is None or line.since < longest.since:
+                longest = line
+        return None if longest is None else longest.head
+
+    def take(self, sequence: Sequence) -> None:
+        """Take a sequence out, which is the head of its line: it has a place from now on."""
+        key = _key(sequence)
+        line = self._lines[key]
+        assert line.head is sequence
+        del line.ranked[0]
+        line.since = self._clock()
+        self._length -= 1
+        self._num_running[key] = self._num_running.get(key, 0) + 1
+        self._floors[key[0]] = max(self._floors.get(key[0], 0), self._counters[key])
+        self._drop_if_idle(key)
 
     def charge(self, sequence: Sequence, cost: int) -> None:
         """Count work done for a sequence that was taken."""
-        self._counters[sequence.request.lease.digest] += cost
-
-    def put_back(self, sequence: Sequence) -> None:
-        """Put a sequence that was taken in front of the others of its adapter; it keeps its turn."""
-        key = sequence.request.lease.digest
-        self._queues.setdefault(key, deque()).appendleft(sequence)
-        self._length += 1
-        self._num_running[key] -= 1
-        if not self._num_running[key]:
-            del self._num_running[key]
+        self._counters[_key(sequence)] += cost
 
     def end(self, sequence: Sequence) -> None:
         """A sequence that was taken has left."""
-        key = sequence.request.lease.digest
+        self._leave(_key(sequence))
+
+    def _insert(self, key: Key, rank: tuple[float, int], sequence: Sequence) -> None:
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = _Line(self._clock())
+        insort(line.ranked, (rank, sequence), key=itemgetter(0))
+        self._length += 1
+
+    def _turn(self, key: Key) -> tuple[int, int, tuple[float, int]]:
+        """What a line is sorted by; ranks are unique."""
+        return -key[0], self._counters[key], self._lines[key].ranked[0][0]
+
+    def _leave(self, key: Key) -> None:
         self._num_running[key] -= 1
         if not self._num_running[key]:
             del self._num_running[key]
         self._drop_if_idle(key)
 
-    def _drop_if_idle(self, key: str) -> None:
-        """Forget queue and counter when nothing needs them: memory is by what is active."""
-        if key in self._queues and not self._queues[key]:
-            del self._queues[key]
-        if key not in self._queues and key not in self._num_running:
+    def _drop_if_idle(self, key: Key) -> None:
+        """Forget line and counter when nothing needs them: memory is by what is active."""
+        if key in self._lines and not self._lines[key].ranked:
+            del self._lines[key]
+        if key not in self._lines and key not in self._num_running:
             del self._counters[key]
+
+
+def _key(sequence: Sequence) -> Key:
+    return sequence.request.priority, sequence.request.lease.digest

@@ -79,7 +79,8 @@ class Lease(Protocol):
 class Request:
     """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
 
-    ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``.
+    ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``. A higher ``priority`` gets a
+    place sooner.
     """
 
     request_id: str
@@ -88,6 +89,7 @@ class Request:
     lease: Lease
     index: int = 0
     labels: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
     arrived_s: float = 0.0
     deadline_s: float | None = None
 
