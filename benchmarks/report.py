@@ -84,23 +84,23 @@ def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
         head += [f"{name}: tokens/s", "first token, ms", "next token, ms"]
     head += [f"{name} / {peer}" for name in ours if peer in found]
     head += [f"{name} / no adapter" for name in ours if has_bare]
-    lines = [_row(head), _row(["---:"] * len(head))]
+    lines = [row(head), row(["---:"] * len(head))]
     for cell in sorted({cell for cells in found.values() for cell in cells}):
-        row = [str(cell.adapters), str(cell.concurrency)]
+        line = [str(cell.adapters), str(cell.concurrency)]
         for name in names:
             median = found[name].get(cell)
-            row += _columns(median) if median else ["-", "-", "-"]
+            line += _columns(median) if median else ["-", "-", "-"]
         for name in ours if peer in found else ():
             times = ratio(found, cell, name, peer)
-            row.append("-" if times is None else f"{times:.1f}x")
+            line.append("-" if times is None else f"{times:.1f}x")
         for name in ours if has_bare else ():
             bare = found[name].get(Cell(0, cell.concurrency))
             mine = found[name].get(cell)
             if bare is None or mine is None or cell.adapters == 0:
-                row.append("-")
+                line.append("-")
             else:
-                row.append(f"{mine.tokens_per_s / bare.tokens_per_s:.0%}")
-        lines.append(_row(row))
+                line.append(f"{mine.tokens_per_s / bare.tokens_per_s:.0%}")
+        lines.append(row(line))
     return "\n".join(lines)
 
 
@@ -150,15 +150,15 @@ def write_section(document: Path, name: str, text: str) -> None:
 
 def _agreement(checks: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        _row(["contender", "against", "equal before the first difference", "whole answers",
+        row(["contender", "against", "equal before the first difference", "whole answers",
               "equal telling tokens"]),
-        _row(["---", "---", "---:", "---:", "---:"]),
+        row(["---", "---", "---:", "---:", "---:"]),
     ]  # fmt: skip
     for check in checks:
         has_answers = check["num_answers"] > 0
         share = check["telling_tokens"]
         lines.append(
-            _row(
+            row(
                 [
                     check["contender"],
                     check["against"],
@@ -182,5 +182,17 @@ def _columns(median: Median) -> list[str]:
     return shown
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+def origin(record: dict[str, Any]) -> str:
+    """Say when, where and with what a record was made."""
+    machine = record["machine"]
+    return (
+        f"{record['date']}, {machine['cpu']} ({machine['cores']} cores, "
+        f"{', '.join(machine['vector_units'])}), torch {record['versions']['torch']}, commit "
+        f"`{record['commit'][:12]}`{' with local changes' if record['modified'] else ''}; base "
+        f"{record['setup']['base']}, {record['setup']['threads']} pinned threads"
+    )
