@@ -14,6 +14,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.markdown import origin, row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -181,16 +182,16 @@ def compare(
 def table_of(records: Sequence[dict[str, Any]]) -> str:
     """Return the modes as Markdown."""
     lines = [
-        report.row(["engine in", "positions before the first difference", "whole answers",
+        row(["engine in", "positions before the first difference", "whole answers",
                     "first differences that are ties", "largest gap at a difference"]),
-        report.row(["---", "---:", "---:", "---:", "---:"]),
+        row(["---", "---:", "---:", "---:", "---:"]),
     ]  # fmt: skip
     for r in records:
         if r["kind"] != "exactness":
             continue
         gaps = [d["gap"] for d in r["differences"]]
         lines.append(
-            report.row(
+            row(
                 [
                     r["mode"],
                     f"{r['share']:.1%}",
@@ -209,7 +210,7 @@ def section(path: Path) -> str:
     setup = records[0]["setup"]
     return "\n".join(
         [
-            f"{report.origin(records[0])}; {setup['sequences']} answers of {setup['new_tokens']} tokens "
+            f"{origin(records[0])}; {setup['sequences']} answers of {setup['new_tokens']} tokens "
             f"to prompts of {setup['prompt_tokens']}, {setup['concurrency']} at once, over "
             f"{setup['adapters']} adapters and the bare base. Records: "
             f"`benchmarks/results/{path.name}`.",

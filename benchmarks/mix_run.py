@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.markdown import origin, row
 from benchmarks.mix_cases import (
     KNOWN,
     MIXED_RANKS,
@@ -28,6 +29,7 @@ from benchmarks.mix_cases import (
     members,
 )
 from benchmarks.synthetic import RANK
+from benchmarks.workload import Contender
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,8 +62,10 @@ class Comings:
             self.evictions += 1
 
 
-class PreparedRun:
+class PreparedRun(Contender):
     """A case as a contender: every run, a repeated one, too, begins with the same adapters resident."""
+
+    name = ""
 
     def __init__(
         self, case: Case, engine: LoraryEngine, registry: Registry, folder: Path, comings: Comings
@@ -254,10 +258,8 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
     found = speeds(records)
     compared = dict(COMPARED)
     lines = [
-        report.row(
-            ["case", "tokens/s", "of", "share", "first token, ms", "loads", "asked adapters"]
-        ),
-        report.row(["---", "---:", "---", "---:", "---:", "---:", "---:"]),
+        row(["case", "tokens/s", "of", "share", "first token, ms", "loads", "asked adapters"]),
+        row(["---", "---:", "---", "---:", "---:", "---:", "---:"]),
     ]
     for case, speed in found.items():
         runs = [r for r in records if r["kind"] == "run" and r["accepted"] and r["case"] == case]
@@ -267,7 +269,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
         loads = statistics.median(r["loads"] for r in runs)
         asked = statistics.median(r["asked_adapters"] for r in runs)
         lines.append(
-            report.row(
+            row(
                 [
                     case,
                     f"{speed:.0f}",
@@ -288,7 +290,7 @@ def section(path: Path) -> str:
     setup = records[0]["setup"]
     return "\n".join(
         [
-            f"{report.origin(records[0])}; {setup['requests']} requests a run, {setup['concurrency']} at "
+            f"{origin(records[0])}; {setup['requests']} requests a run, {setup['concurrency']} at "
             f"once, {setup['prompt_tokens']} prompt + {setup['new_tokens']} new tokens; medians of "
             f"{setup['repeats']} runs. {setup['known']} adapters known ({setup['asked_of_known']} of them "
             f"asked for in all runs, of rank {setup['rank']}), memory for {setup['fitting']}; the registry "

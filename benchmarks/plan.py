@@ -41,6 +41,14 @@ class Plan:
     new_tokens: int
     min_requests: int
     agreement_calls: int
+    chosen_cells: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """Adapters and requests at once: the chosen pairs, or all pairs."""
+        if self.chosen_cells:
+            return self.chosen_cells
+        return tuple((k, c) for k in self.adapters for c in self.concurrency)
 
     def num_requests(self, concurrency: int) -> int:
         """Return the requests of one run: two rounds, so that some are sent into a full batch."""

@@ -8,6 +8,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.markdown import row as _row
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -84,23 +86,23 @@ def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
         head += [f"{name}: tokens/s", "first token, ms", "next token, ms"]
     head += [f"{name} / {peer}" for name in ours if peer in found]
     head += [f"{name} / no adapter" for name in ours if has_bare]
-    lines = [row(head), row(["---:"] * len(head))]
+    lines = [_row(head), _row(["---:"] * len(head))]
     for cell in sorted({cell for cells in found.values() for cell in cells}):
-        line = [str(cell.adapters), str(cell.concurrency)]
+        row = [str(cell.adapters), str(cell.concurrency)]
         for name in names:
             median = found[name].get(cell)
-            line += _columns(median) if median else ["-", "-", "-"]
+            row += _columns(median) if median else ["-", "-", "-"]
         for name in ours if peer in found else ():
             times = ratio(found, cell, name, peer)
-            line.append("-" if times is None else f"{times:.1f}x")
+            row.append("-" if times is None else f"{times:.1f}x")
         for name in ours if has_bare else ():
             bare = found[name].get(Cell(0, cell.concurrency))
             mine = found[name].get(cell)
             if bare is None or mine is None or cell.adapters == 0:
-                line.append("-")
+                row.append("-")
             else:
-                line.append(f"{mine.tokens_per_s / bare.tokens_per_s:.0%}")
-        lines.append(row(line))
+                row.append(f"{mine.tokens_per_s / bare.tokens_per_s:.0%}")
+        lines.append(_row(row))
     return "\n".join(lines)
 
 
@@ -150,15 +152,15 @@ def write_section(document: Path, name: str, text: str) -> None:
 
 def _agreement(checks: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        row(["contender", "against", "equal before the first difference", "whole answers",
+        _row(["contender", "against", "equal before the first difference", "whole answers",
               "equal telling tokens"]),
-        row(["---", "---", "---:", "---:", "---:"]),
+        _row(["---", "---", "---:", "---:", "---:"]),
     ]  # fmt: skip
     for check in checks:
         has_answers = check["num_answers"] > 0
         share = check["telling_tokens"]
         lines.append(
-            row(
+            _row(
                 [
                     check["contender"],
                     check["against"],
@@ -180,19 +182,3 @@ def _columns(median: Median) -> list[str]:
     for latency, digits in ((median.ttft, 0), (median.itl, 1)):
         shown.append(" / ".join(f"{latency[p]:.{digits}f}" for p in ("p50", "p95", "p99")))
     return shown
-
-
-def row(cells: Sequence[str]) -> str:
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def origin(record: dict[str, Any]) -> str:
-    """Say when, where and with what a record was made."""
-    machine = record["machine"]
-    return (
-        f"{record['date']}, {machine['cpu']} ({machine['cores']} cores, "
-        f"{', '.join(machine['vector_units'])}), torch {record['versions']['torch']}, commit "
-        f"`{record['commit'][:12]}`{' with local changes' if record['modified'] else ''}; base "
-        f"{record['setup']['base']}, {record['setup']['threads']} pinned threads"
-    )

@@ -16,6 +16,7 @@ from benchmarks import report
 from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.markdown import origin, row
 from benchmarks.step_run import PROMPT_TOKENS, QUIET, WARM_UP
 from benchmarks.synthetic import RANK
 
@@ -295,7 +296,7 @@ def tables_of(records: Sequence[dict[str, Any]]) -> str:
     machines = accepted(records, "machine")
     if not machines:
         return "the machine was never quiet enough to measure its peaks"
-    lines = [report.row(["machine", "best", "by"]), report.row(["---", "---:", "---"])]
+    lines = [row(["machine", "best", "by"]), row(["---", "---:", "---"])]
     for key, what, unit, name in (
         ("bandwidth", "reads", 1e9, "GB/s"),
         ("bf16_peak", "multiplies bfloat16", 1e9, "GFLOP/s"),
@@ -303,13 +304,13 @@ def tables_of(records: Sequence[dict[str, Any]]) -> str:
     ):
         ways = machines[-1][key]
         best = max(ways, key=ways.get)
-        lines.append(report.row([what, f"{ways[best] / unit:.0f} {name}", best]))
+        lines.append(row([what, f"{ways[best] / unit:.0f} {name}", best]))
     head_line = ["step", "weights", "rows", "adapters", "MB read", "G operations", "bound, ms",
                  "measured, ms", "of bandwidth", "of peak", "of the bound"]  # fmt: skip
-    lines += ["", report.row(head_line), report.row(["---"] * 2 + ["---:"] * 9)]
+    lines += ["", row(head_line), row(["---"] * 2 + ["---:"] * 9)]
     for r in [*accepted(records, "decode"), *accepted(records, "prompts")]:
         lines.append(
-            report.row(
+            row(
                 [
                     r["kind"],
                     r["weights"],
@@ -334,7 +335,7 @@ def section(path: Path) -> str:
     setup = records[0]["setup"]
     return "\n".join(
         [
-            f"{report.origin(records[0])}; adapters of rank {setup['rank']}, contexts from "
+            f"{origin(records[0])}; adapters of rank {setup['rank']}, contexts from "
             f"{setup['prompt_tokens']} tokens on; medians of {setup['steps']} whole steps. Records: "
             f"`benchmarks/results/{path.name}`.",
             "",

@@ -14,6 +14,7 @@ from benchmarks import report
 from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.markdown import origin, row
 from benchmarks.synthetic import RANK
 
 if TYPE_CHECKING:
@@ -154,11 +155,11 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
         return "no step was measured on a quiet machine"
     names = next(iter(found.values()))["parts_ms"]
     lines = [
-        report.row(["milliseconds", *(f"{n} row{'s' if n > 1 else ''}" for n in found)]),
-        report.row(["---", *["---:"] * len(found)]),
-        *(report.row([part, *(f"{r['parts_ms'][part]:.2f}" for r in found.values())]) for part in names),
-        report.row(["**overhead**: all but what is native", *(f"**{r['overhead_ms']:.2f}**" for r in found.values())]),
-        report.row(["the whole step, without the stopwatch", *(f"{r['step_ms']:.2f}" for r in found.values())]),
+        row(["milliseconds", *(f"{n} row{'s' if n > 1 else ''}" for n in found)]),
+        row(["---", *["---:"] * len(found)]),
+        *(row([part, *(f"{r['parts_ms'][part]:.2f}" for r in found.values())]) for part in names),
+        row(["**overhead**: all but what is native", *(f"**{r['overhead_ms']:.2f}**" for r in found.values())]),
+        row(["the whole step, without the stopwatch", *(f"{r['step_ms']:.2f}" for r in found.values())]),
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -169,7 +170,7 @@ def section(path: Path) -> str:
     setup = records[0]["setup"]
     return "\n".join(
         [
-            f"{report.origin(records[0])}; a different adapter of rank {setup['rank']} in every row, "
+            f"{origin(records[0])}; a different adapter of rank {setup['rank']} in every row, "
             f"contexts from {setup['prompt_tokens']} tokens on; medians of {setup['steps']} steps. "
             f"Records: `benchmarks/results/{path.name}`.",
             "",
