@@ -57,6 +57,9 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     requests: Annotated[int, typer.Option(min=1, help="Least requests of a run.")] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Requests of a run, as a multiple of those at once.")
+    ] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="8 adapters, 8 requests, once.")] = False,
     tolerate_load: Annotated[
         bool, typer.Option("--tolerate-load", help="Accept runs on a busy machine; recorded.")
@@ -99,6 +102,7 @@ def main(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         min_requests=requests,
+        rounds=rounds,
         agreement_calls=5 if quick else 9,
     )
     now = datetime.datetime.now(datetime.UTC)

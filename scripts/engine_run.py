@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CELLS = "32x32,8x8,0x8,0x32,0x1,1x1"
 CONTENDERS = "lorary,lorary-int8,peft,vllm,vllm-base,llama.cpp,openvino-fp16,openvino-int8"
 REPEATS = 3
+ROUNDS = 1
+"""As many requests as there are at once, and eight at least: the slow peers decide how long it takes."""
 MINUTES = {
     "peers": 1,
     "check": 2,
@@ -36,15 +38,15 @@ MINUTES = {
     "roofline": 4,
     "exactness": 8,
     "mixes": 8,
-    "matrix": 55,
+    "matrix": 35,
     "gpu": 0,
     "shows": 0,
 }
 """What each part takes on two quiet cores, peers installed; installing them takes half an hour once.
 
-The matrix: a run of 64 answers of 64 tokens takes the slowest peer a minute at 32 adapters, and all
-contenders together four; three repeats of six cells, with starting the peers and comparing their
-answers before. Where the machine multiplies at half of that speed it takes twice as long."""
+The matrix: a run of 32 answers of 64 tokens takes all contenders together two minutes at 32 adapters,
+and the slow ones most of it; three repeats of six cells take 20 minutes. The rest is starting the
+peers and comparing their answers. A machine that multiplies at half the speed takes twice as long."""
 
 
 def main(
@@ -71,7 +73,9 @@ def main(
         "shows": lambda: shown_figures(ROOT),
     }
     minutes = sum(m for part, m in MINUTES.items() if not only or part in only)
-    console.print(f"about {minutes} minutes on two quiet cores, twice that on slow ones")
+    console.print(
+        f"about {minutes} minutes on two quiet cores, without installing peers; less than twice that on slow ones"
+    )
     run_parts(parts, only or [], "engine-figures.json")
 
 
@@ -123,7 +127,16 @@ class _Measured:
 
 
 def _matrix_options() -> list[str]:
-    return ["--cells", CELLS, "--contenders", CONTENDERS, "--repeats", str(REPEATS)]
+    return [
+        "--cells",
+        CELLS,
+        "--contenders",
+        CONTENDERS,
+        "--repeats",
+        str(REPEATS),
+        "--rounds",
+        str(ROUNDS),
+    ]
 
 
 def _is_of(stamp: Path, this: dict[str, Any]) -> bool:
