@@ -234,6 +234,11 @@ class _Cells:
         for _ in range(max(3, self._steps // 8)):
             self._start(count, adapters, max_tokens=2)
             seconds.append(self._stepper.step())
+            if not self._stepper.is_decoding:
+                raise RuntimeError(
+                    f"one step did not read {count} prompts of {PROMPT_TOKENS} tokens; its time is "
+                    "not theirs. Raise the engine's prefill budget, or ask for fewer."
+                )
             self._stepper.end_rows()
         todo = work(
             self._shape,

@@ -118,10 +118,14 @@ class Stepper:
 
     def read_prompts(self) -> None:
         """Step until every sequence decodes."""
-        while self.engine.num_waiting or any(
-            s.is_prefilling for s in self.engine._scheduler.running
-        ):
+        while not self.is_decoding:
             self.step()
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every sequence has its place, and its prompt behind it."""
+        running = self.engine._scheduler.running
+        return not (self.engine.num_waiting or any(s.is_prefilling for s in running))
 
     def step(self) -> float:
         """Make one step; return its seconds."""
