@@ -52,6 +52,10 @@ check: $(ENV) $(PROTO_ENV) $(PROMETHEUS) ## Format, lint, types, generated proto
 verify-main: assets ## Every figure the project promises, from a clean clone, one line each
 	$(BIN)/python scripts/verify_main.py $(VERIFY_ARGS)
 
+.PHONY: verify-engine
+verify-engine: assets ## The engine's speed and correctness beside its peers, one line per figure (75-110 min)
+	$(BIN)/python scripts/verify_engine.py $(VERIFY_ARGS)
+
 ##@ Develop
 .PHONY: env
 env: $(ENV) ## Make or update the virtual environment .venv

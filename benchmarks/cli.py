@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import random
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -36,6 +37,10 @@ console = Console(stderr=True)
 def main(
     adapters: Annotated[str, typer.Option(help="Numbers of adapters.")] = "0,1,8,32",
     concurrency: Annotated[str, typer.Option(help="Numbers of requests at once.")] = "1,8,32",
+    cells: Annotated[
+        str,
+        typer.Option(help="Instead of all pairs: adapters x requests at once, as in 32x32,0x8."),
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each cell and contender.")] = 3,
     contenders: Annotated[
         str, typer.Option(help="Of lorary, lorary-int8 (8-bit weights) and peft.")
@@ -52,6 +57,9 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     requests: Annotated[int, typer.Option(min=1, help="Least requests of a run.")] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Requests of a run, as a multiple of those at once.")
+    ] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="8 adapters, 8 requests, once.")] = False,
     tolerate_load: Annotated[
         bool, typer.Option("--tolerate-load", help="Accept runs on a busy machine; recorded.")
@@ -75,6 +83,7 @@ def main(
         console.print(f"{DOCUMENT} shows {path}")
         return
     threads = pin_threads(threads)
+    chosen_cells = _cells(cells)
     # A server process is stopped on the way out, whoever asks for it.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -82,14 +91,18 @@ def main(
         base=base,
         dtype=dtype,
         threads=threads,
-        adapters=(8,) if quick else _numbers("adapters", adapters, least=0),
-        concurrency=(8,) if quick else _numbers("concurrency", concurrency, least=1),
+        adapters=tuple(k for k, _ in chosen_cells)
+        or ((8,) if quick else _numbers("adapters", adapters, least=0)),
+        concurrency=tuple(c for _, c in chosen_cells)
+        or ((8,) if quick else _numbers("concurrency", concurrency, least=1)),
+        chosen_cells=chosen_cells,
         repeats=1 if quick else repeats,
         contenders=_contenders(contenders, through),
         popularity=popularity,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         min_requests=requests,
+        rounds=rounds,
         agreement_calls=5 if quick else 9,
     )
     now = datetime.datetime.now(datetime.UTC)
@@ -124,8 +137,7 @@ def _run(
     is_complete = True
     with build(plan, scratch, console) as stage, _progress() as progress:
         check(plan, stage, lambda record: report.append(path, {**head, **record}), console)
-        cells = [(k, c) for k in plan.adapters for c in plan.concurrency]
-        runs = [(k, c, r) for k, c in cells for r in range(plan.repeats)]
+        runs = [(k, c, r) for k, c in plan.cells for r in range(plan.repeats)]
         bar = progress.add_task("", total=len(runs) * len(stage.contenders))
         for num_adapters, at_once, repeat in runs:
             # The same calls for every contender; others in every repeat.
@@ -198,6 +210,15 @@ def _contenders(names: str, through: Through) -> tuple[str, ...]:
                 f"contender '{name}' is unknown; there are lorary, {INT8} and {PEER}"
             )
     return tuple(chosen)
+
+
+def _cells(text: str) -> tuple[tuple[int, int], ...]:
+    if not text:
+        return ()
+    pairs = [re.fullmatch(r"(\d+)x([1-9]\d*)", part.strip()) for part in text.split(",")]
+    if not all(pairs):
+        raise typer.BadParameter(f"--cells is '{text}'; write pairs like 32x32,0x8")
+    return tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
 
 
 def _numbers(name: str, text: str, *, least: int) -> tuple[int, ...]:

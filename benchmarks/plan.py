@@ -41,10 +41,19 @@ class Plan:
     new_tokens: int
     min_requests: int
     agreement_calls: int
+    chosen_cells: tuple[tuple[int, int], ...] = ()
+    rounds: int = 2
+
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """Adapters and requests at once: the chosen pairs, or all pairs."""
+        if self.chosen_cells:
+            return self.chosen_cells
+        return tuple((k, c) for k in self.adapters for c in self.concurrency)
 
     def num_requests(self, concurrency: int) -> int:
-        """Return the requests of one run: two rounds, so that some are sent into a full batch."""
-        return max(self.min_requests, 2 * concurrency)
+        """Return the requests of one run: with two rounds some are sent into a full batch."""
+        return max(self.min_requests, self.rounds * concurrency)
 
     def record(self) -> dict[str, Any]:
         """Return the part of every record that says how it was made."""
@@ -60,5 +69,6 @@ class Plan:
             "new_tokens": self.new_tokens,
             "repeats": self.repeats,
             "min_requests": self.min_requests,
+            "rounds": self.rounds,
             "seed": SEED,
         }

@@ -10,8 +10,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-# Okabe & Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+# Okabe & Ito's colours, which colour-blind readers tell apart; the same contender always has the same.
+COLOURS = {
+    "lorary": "#0072B2",
+    "lorary-int8": "#56B4E9",
+    "lorary (grpc)": "#0072B2",
+    "peft": "#D55E00",
+    "vllm": "#009E73",
+    "vllm-base": "#009E73",
+    "llama.cpp": "#CC79A7",
+    "openvino-fp16": "#999999",
+    "openvino-int8": "#E69F00",
+}
+OTHERS = "#000000"
+_MANY = 4
+"""From so many contenders on the legend stands below, where it hides no line."""
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -31,11 +44,11 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         1, len(columns), figsize=(3.2 * len(columns), 3.0), squeeze=False, layout="constrained"
     )
     for axis, at_once in zip(axes[0], columns, strict=True):
-        for (name, values), colour in zip(found.items(), COLOURS, strict=False):
+        for name, values in found.items():
             there = [k for k in counts if Cell(k, at_once) in values]
             speed = [values[Cell(k, at_once)].tokens_per_s for k in there]
             # Numbers of adapters side by side: from 0 to 32 no scale shows all of them.
-            axis.plot([counts.index(k) for k in there], speed, "o-", color=colour, label=name)
+            axis.plot([counts.index(k) for k in there], speed, label=name, **_style(name))
         axis.set_title(f"{at_once} request{'s' if at_once > 1 else ''} at once", fontsize=10)
         axis.set_xticks(range(len(counts)), [str(k) for k in counts])
         axis.set_xlabel("adapters")
@@ -43,6 +56,26 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(visible=True, axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("output tokens/s")
-    axes[0][0].legend(frameon=False, fontsize=9)
+    if len(found) < _MANY:
+        axes[0][0].legend(frameon=False, fontsize=9)
+    else:
+        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+        figure.legend(
+            lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        )
     figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
+
+
+def _style(name: str) -> dict[str, Any]:
+    """Ours are solid and wide, peers dashed; who serves one thing only has a hollow mark."""
+    is_ours = name.startswith("lorary")
+    colour = COLOURS.get(name, OTHERS)
+    return {
+        "color": colour,
+        "linestyle": "-" if is_ours else "--",
+        "linewidth": 2.2 if is_ours else 1.2,
+        "marker": "o" if is_ours else "s",
+        "markersize": 5,
+        "markerfacecolor": "white" if name.endswith("-base") else colour,
+    }

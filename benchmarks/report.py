@@ -8,6 +8,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.markdown import row as _row
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -180,7 +182,3 @@ def _columns(median: Median) -> list[str]:
     for latency, digits in ((median.ttft, 0), (median.itl, 1)):
         shown.append(" / ".join(f"{latency[p]:.{digits}f}" for p in ("p50", "p95", "p99")))
     return shown
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

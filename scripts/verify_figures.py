@@ -32,17 +32,21 @@ SKIP_REASONS = re.compile(r"\bGPU\b|CUDA|NVIDIA|nvidia|this CPU has no")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One promise: what was found, what was promised, and whether that is enough."""
+    """One promise: what was found, what was promised, and whether that is enough.
+
+    ``is_ok`` is None for what has no bar, and for what this machine cannot measure: neither counts as
+    ok, nor as short.
+    """
 
     name: str
     figure: str
     bar: str
-    is_ok: bool
+    is_ok: bool | None
     note: str = ""
 
     def line(self) -> str:
         """Return the figure's one line."""
-        verdict = "[green]ok[/]" if self.is_ok else "[red]short[/]"
+        verdict = {True: "[green]ok[/]", False: "[red]short[/]", None: "none"}[self.is_ok]
         return (
             f"{self.name}: {self.figure} (bar: {self.bar}) {verdict}{self.note and '; '}{self.note}"
         )
@@ -59,7 +63,7 @@ def readme_figures(root: Path) -> list[Figure]:
     commands = [c for c in ("make demo", "make test") if re.search(rf"^{c}\b", text, re.MULTILINE)]
     has_map = all(f"{name}/" in text for name in ("registry", "trainer", "server", "client"))
     return [
-        _at_most("README: lines that say what it is", len(what_lines), 5),
+        at_most("README: lines that say what it is", len(what_lines), 5),
         Figure("README: set-up commands", " and ".join(commands) or "none", "make demo and make test",
                is_ok=len(commands) == 2),
         Figure("README: lines of the client example", str(longest), f"1 to {EXAMPLE_LINES}",
@@ -78,7 +82,7 @@ def document_figures(root: Path) -> list[Figure]:
     rows = re.findall(r"^\| (\d+) \| (\d+) \| \d", section, re.MULTILINE)
     found = {report.Cell(int(k), int(c)) for k, c in rows}
     name = "docs/benchmarks.md: cells measured"
-    return [_at_least(name, len(found & MATRIX), len(MATRIX))]
+    return [at_least(name, len(found & MATRIX), len(MATRIX))]
 
 
 def suite_figures(log: str, seconds: float) -> list[Figure]:
@@ -88,8 +92,8 @@ def suite_figures(log: str, seconds: float) -> list[Figure]:
     needless = [why for _, why in skips if not SKIP_REASONS.search(why)]
     skipped, unexplained = counts.get("skipped", 0), len(needless)
     return [
-        _at_least("make test: tests passed", counts.get("passed", 0), 1),
-        _at_most("make test: minutes", round(seconds / 60, 1), MINUTES),
+        at_least("make test: tests passed", counts.get("passed", 0), 1),
+        at_most("make test: minutes", round(seconds / 60, 1), MINUTES),
         Figure("make test: skipped", f"{skipped}, {unexplained} of them without a missing device",
                "0 without", is_ok=unexplained == 0 and sum(int(n) for n, _ in skips) == skipped,
                note="; ".join(needless[:3])),
@@ -100,12 +104,12 @@ def demo_figures(summary: dict[str, Any]) -> list[Figure]:
     """Read the demo's summary."""
     tasks = summary["tasks"]
     figures = [
-        _at_most("demo: minutes after installs", round(summary["seconds_of_all_steps"] / 60, 1),
+        at_most("demo: minutes after installs", round(summary["seconds_of_all_steps"] / 60, 1),
                  MINUTES),
         _below("demo: peak memory, GB", round(summary["peak_memory_bytes"] / 1e9, 2), MEMORY_GB),
-        _at_least("demo: requests in flight", summary["concurrency"], NUM_REQUESTS),
-        _at_least("demo: requests to adapters and base", summary["num_requests"], NUM_REQUESTS),
-        _at_most("demo: answers from the wrong adapter", summary["num_wrong_receipts"], 0),
+        at_least("demo: requests in flight", summary["concurrency"], NUM_REQUESTS),
+        at_least("demo: requests to adapters and base", summary["num_requests"], NUM_REQUESTS),
+        at_most("demo: answers from the wrong adapter", summary["num_wrong_receipts"], 0),
         *_mixing(summary["steps_by_distinct_adapters"], len(tasks)),
     ]  # fmt: skip
     for name in ("sentiment", "summarization", "translation"):
@@ -140,18 +144,18 @@ def _task_bars(name: str, task: dict[str, Any]) -> list[Figure]:
     if name == "sentiment":
         gain = round(task["all_adapter"]["exact"] - task["all_base"]["exact"], 3)
         return [
-            _at_least("sentiment: accuracy, trainer", adapter, ACCURACY),
-            _at_least("sentiment: accuracy, served", served, ACCURACY),
-            _at_least("sentiment: free generation, adapter over base", gain, EXACT_GAIN),
+            at_least("sentiment: accuracy, trainer", adapter, ACCURACY),
+            at_least("sentiment: accuracy, served", served, ACCURACY),
+            at_least("sentiment: free generation, adapter over base", gain, EXACT_GAIN),
         ]
     if name == "translation":
         return [
-            _at_least("translation: BLEU, trainer", adapter, BLEU),
-            _at_least("translation: BLEU, served", served, BLEU),
-            _at_most("translation: BLEU of the base", base, BASE_BLEU),
+            at_least("translation: BLEU, trainer", adapter, BLEU),
+            at_least("translation: BLEU, served", served, BLEU),
+            at_most("translation: BLEU of the base", base, BASE_BLEU),
         ]
     gain, noise = round(served - base, 2), round(task["noise"], 2)
-    return [_at_least("summarization: ROUGE-L, served over base", gain, noise)]
+    return [at_least("summarization: ROUGE-L, served over base", gain, noise)]
 
 
 def _within_noise(name: str, task: dict[str, Any]) -> Figure:
@@ -168,8 +172,8 @@ def _mixing(steps: Sequence[int], num_adapters: int) -> list[Figure]:
     mixed = sum(steps[2:])
     most = max((k for k, count in enumerate(steps) if count), default=0)
     return [
-        _at_least("demo: steps shared by two adapters or more", mixed, 1),
-        _at_least("demo: most adapters in one step", most, num_adapters),
+        at_least("demo: steps shared by two adapters or more", mixed, 1),
+        at_least("demo: most adapters in one step", most, num_adapters),
     ]
 
 
@@ -179,11 +183,13 @@ def _summary(log: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _at_least(name: str, value: float, bar: float) -> Figure:
+def at_least(name: str, value: float, bar: float) -> Figure:
+    """Return a figure that has to reach its bar."""
     return Figure(name, f"{value:g}", f"at least {bar:g}", is_ok=value >= bar)
 
 
-def _at_most(name: str, value: float, bar: float) -> Figure:
+def at_most(name: str, value: float, bar: float) -> Figure:
+    """Return a figure that may not be above its bar."""
     return Figure(name, f"{value:g}", f"at most {bar:g}", is_ok=value <= bar)
 
 

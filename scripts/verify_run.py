@@ -1,4 +1,4 @@
-"""Runs the parts of ``verify_main`` one after another and prints their figures."""
+"""Runs the parts of a verification one after another and prints their figures; those of ``verify_main``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ from scripts.verify_figures import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 FOLDER = ROOT / ".lorary" / "verify"
 console = Console(highlight=False, soft_wrap=True)
@@ -53,7 +53,24 @@ def main(
         "demo": lambda: demo(reuse=reuse_demo),
         "bench": bench,
     }
-    unknown = [name for name in only or [] if name not in parts]
+    run_parts(parts, only or [], "figures.json")
+
+
+def run_parts(
+    parts: Mapping[str, Callable[[], Sequence[Figure]]], only: Sequence[str], record: str
+) -> NoReturn:
+    """Run the parts, print a line per figure, keep them in ``FOLDER / record``, and exit.
+
+    Args:
+        parts: what measures the figures of each.
+        only: the parts to run; all when empty.
+        record: name of the JSON file.
+
+    Raises:
+        typer.Exit: with 1 when a figure is short, else 0.
+        typer.BadParameter: ``only`` names a part that is none.
+    """
+    unknown = [name for name in only if name not in parts]
     if unknown:
         raise typer.BadParameter(f"part '{unknown[0]}' is unknown; there are {', '.join(parts)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -66,23 +83,24 @@ def main(
         for figure in part():
             figures.append(figure)
             console.print(figure.line())
-    short = [figure for figure in figures if not figure.is_ok]
-    record = {**commit(), "only": only or [], "figures": [asdict(figure) for figure in figures]}
-    (FOLDER / "figures.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    console.print(f"{len(figures) - len(short)} figures are ok, {len(short)} short")
-    raise typer.Exit(1 if short else 0)
+    counts = {state: sum(f.is_ok is state for f in figures) for state in (True, False, None)}
+    kept = {**commit(), "only": list(only), "figures": [asdict(figure) for figure in figures]}
+    (FOLDER / record).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    without = f", {counts[None]} without a bar or a device" if counts[None] else ""
+    console.print(f"{counts[True]} figures are ok, {counts[False]} short{without}")
+    raise typer.Exit(1 if counts[False] else 0)
 
 
 def check() -> list[Figure]:
     """Run ``make check``."""
     done = run("check", ["make", "check"])
-    return [_exit_code("make check", done)]
+    return [exit_code("make check", done)]
 
 
 def test() -> list[Figure]:
     """Run ``make test`` and look at its last lines."""
     done = run("test", ["make", "test"])
-    figures = [_exit_code("make test", done)]
+    figures = [exit_code("make test", done)]
     return figures + suite_figures(done.log.read_text(errors="replace"), done.seconds)
 
 
@@ -92,7 +110,7 @@ def demo(*, reuse: bool) -> list[Figure]:
     summary.unlink(missing_ok=True)
     arguments = [] if reuse else ["DEMO_ARGS=--fresh"]
     done = run("demo", ["make", "demo", *arguments])
-    figures = [_exit_code("make demo", done)]
+    figures = [exit_code("make demo", done)]
     if not summary.exists():
         return [*figures, Figure("demo's summary", "missing", "written", is_ok=False)]
     return figures + demo_figures(json.loads(summary.read_text()))
@@ -104,7 +122,7 @@ def bench() -> list[Figure]:
     out.unlink(missing_ok=True)
     arguments = f"--adapters 8 --concurrency 8 --repeats 3 --out {out}"
     done = run("bench", ["make", "bench", f"BENCH_ARGS={arguments}"])
-    return [_exit_code("make bench", done), *bench_figures(out)]
+    return [exit_code("make bench", done), *bench_figures(out)]
 
 
 def run(name: str, command: Sequence[str]) -> Finished:
@@ -127,7 +145,8 @@ def run(name: str, command: Sequence[str]) -> Finished:
     return Finished(code=process.returncode, seconds=time.monotonic() - started, log=log)
 
 
-def _exit_code(name: str, done: Finished) -> Figure:
+def exit_code(name: str, done: Finished) -> Figure:
+    """Return whether a command ended well; where its output is, if not."""
     note = "" if done.code == 0 else f"see {done.log.relative_to(ROOT)}"
     return Figure(f"{name}: exit code", str(done.code), "0", is_ok=done.code == 0, note=note)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lorary.bases import Base
     from lorary.registry import Registry
+    from lorary.server.adapters.residency import ResidencyObserver
 
 _TIMEOUT_S = 600.0
 
@@ -34,6 +35,7 @@ class LoraryEngine:
         dtype: torch.dtype,
         limits: EngineLimits,
         int8: bool = False,
+        residency_observer: ResidencyObserver | None = None,
     ) -> None:
         self.name = "lorary-int8" if int8 else "lorary"
         self._registry = registry
@@ -47,6 +49,7 @@ class LoraryEngine:
             dtype=dtype,
             int8=int8,
             deliver=lambda outputs: self._arrived.put((time.perf_counter(), outputs)),
+            residency_observer=residency_observer,
         )
         self._assembled.engine.start()
         self._num_sent = 0
@@ -55,6 +58,21 @@ class LoraryEngine:
         """Load adapters and wait for them."""
         for name in adapters:
             self._assembled.residency.load(self._registry.resolve(name))
+
+    def touch(self, adapter: str) -> None:
+        """Load an adapter and make it the most recently used."""
+        resolved = self._registry.resolve(adapter)
+        self._assembled.residency.load(resolved)
+        self._assembled.residency.acquire(resolved).release()
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Names of the adapters that are on the device."""
+        return frozenset(
+            adapter.name
+            for adapter in self._assembled.residency.snapshot()
+            if adapter.state == "resident"
+        )
 
     def run(self, calls: Sequence[Call], *, concurrency: int, new_tokens: int) -> list[Trace]:
         """Keep ``concurrency`` requests in flight: the next is sent when one has ended."""

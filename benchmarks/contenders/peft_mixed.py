@@ -67,12 +67,15 @@ class PeftMixed:
 
     def next_tokens(self, call: Call, answer: Sequence[int]) -> list[int]:
         """Return the most likely token at each position of a given answer (teacher forcing)."""
+        return [int(token) for token in self.logits(call, answer).argmax(-1)]
+
+    def logits(self, call: Call, answer: Sequence[int]) -> torch.Tensor:
+        """Return logits [len(answer), vocab] of each position of a given answer (teacher forcing)."""
         ids = torch.tensor([[*call.prompt_ids, *answer]])
         model, options = self._model([call])
         with torch.inference_mode():
-            logits = model(input_ids=ids, **options).logits[0]
-        chosen = logits[len(call.prompt_ids) - 1 : -1].argmax(-1)
-        return [int(token) for token in chosen]
+            logits: torch.Tensor = model(input_ids=ids, **options).logits[0]
+        return logits[len(call.prompt_ids) - 1 : -1]
 
     def _load(self, name: str) -> None:
         folder = str(self._folders[name])

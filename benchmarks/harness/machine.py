@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
 _PACKAGES = ("lorary", "torch", "transformers", "peft", "grpcio", "numpy")
 # What decides which matrix kernels run.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16")
@@ -42,6 +45,36 @@ def commit() -> dict[str, Any]:
     head = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": head or "unknown", "modified": bool(changed)}
+
+
+def head(benchmark: str, setup: dict[str, Any]) -> dict[str, Any]:
+    """Return what every record of a benchmark begins with."""
+    return {
+        "benchmark": benchmark,
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        **commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "setup": setup,
+    }
+
+
+def result_path(benchmark: str) -> Path:
+    """Return a new file for a benchmark's records, named after it, the processor and the time."""
+    now = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+    return RESULTS / f"{benchmark}-{cpu_slug()}-{now}.jsonl"
+
+
+def newest_results(benchmark: str) -> Path:
+    """Return the newest file of a benchmark's records.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(RESULTS.glob(f"{benchmark}-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"there are no results in {RESULTS}; run the benchmark first")
+    return found[-1]
 
 
 def cpu_slug() -> str:

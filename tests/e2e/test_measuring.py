@@ -82,6 +82,22 @@ def test_picture_has_a_line_for_everybody(tmp_path: Path) -> None:
     assert "peft" in text
 
 
+def test_picture_with_many_peers_names_each_of_them_once(tmp_path: Path) -> None:
+    """Who was measured without adapters only has one mark, and its name all the same."""
+    names = ["lorary", "peft", "vllm", "llama.cpp", "openvino-int8", "somebody new"]
+    records = [
+        {**run_record(name, 10.0 * i + 5), "adapters": k, "concurrency": c}
+        for i, name in enumerate(names)
+        for k in (0, 8, 32)
+        for c in (8, 32)
+    ]
+    records.append({**run_record("vllm-base", 90.0), "adapters": 0, "concurrency": 32})
+    draw(records, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for name in (*names, "vllm-base"):
+        assert text.count(f"<!-- {name} -->") == 1
+
+
 @pytest.mark.parametrize(("ours", "is_ok"), [(81.0, True), (79.0, False)])
 def test_the_benchmarks_bar(tmp_path: Path, ours: float, is_ok: bool) -> None:
     path = tmp_path / "runs.jsonl"

@@ -17,6 +17,9 @@ from lorary.errors import (
     Overloaded,
     Unavailable,
 )
+from lorary.server.engine import engine as engine_module
+from lorary.server.engine.detokenizer import TextStream
+from lorary.server.engine.runner import Runner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,25 +138,54 @@ def test_adapter_that_cannot_be_loaded_fails_its_own_request_only(
     assert_idle(world)
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (engine_module, "build_batch"),
+        (Runner, "forward"),
+        (engine_module, "sample"),
+        (TextStream, "push"),
+    ],
+)
 def test_step_that_raises_fails_everyone_and_says_so(
-    make_world: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+    make_world: Callable[..., EngineWorld],
+    monkeypatch: pytest.MonkeyPatch,
+    place: object,
+    name: str,
 ) -> None:
-    world = make_world(max_context=CONTEXT)
-    running = world.submit(PROMPT, max_tokens=LONG, ignore_eos=True)
+    """Wherever it raises: who runs, who waits for a place and who waits for a load all hear of it."""
+    world = make_world(max_context=CONTEXT, max_batch=1)
+    running = world.submit(PROMPT, "bravo", max_tokens=LONG, ignore_eos=True)
     world.collector.wait_started(running)
+    others = [world.submit(PROMPT), world.submit(PROMPT, "alpha")]
 
-    def explode(batch: object) -> torch.Tensor:
+    def explode(*_arguments: object, **_options: object) -> torch.Tensor:
         raise RuntimeError("device on fire")
 
-    monkeypatch.setattr(world.engine._runner, "forward", explode)
-    error = world.collector.wait(running)[2]
-    assert isinstance(error, EngineFailed)
-    assert "fire" not in str(error)
+    monkeypatch.setattr(place, name, explode)
+    for request_id in (running, *others):
+        error = world.collector.wait(request_id)[2]
+        assert isinstance(error, EngineFailed)
+        assert "fire" not in str(error)
     assert_idle(world)
     assert not world.engine.is_alive
     assert [str(e) for e in world.collector.errors] == ["device on fire"]
     with pytest.raises(Unavailable):
         world.submit(PROMPT)
+
+
+def test_adapter_over_the_memory_fails_its_own_request_only(
+    make_world: Callable[..., EngineWorld],
+) -> None:
+    page = make_world(start=False).lora.pool.page_bytes
+    world = make_world(adapter_memory_bytes=2 * page)
+    bad = world.submit(PROMPT, "echo")  # rank 33: five pages
+    good = world.submit(PROMPT, "bravo")
+    error = world.collector.wait(bad)[2]
+    assert isinstance(error, IncompatibleAdapter)
+    assert "--adapter-memory" in str(error)
+    assert world.collector.wait(good)[2] is None
+    assert_idle(world)
 
 
 def test_shutdown_ends_what_is_in_flight(make_world: Callable[..., EngineWorld]) -> None:

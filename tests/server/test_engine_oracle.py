@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lorary.server.native import library as native
 from tests.conftest import RECIPES, build_llama, peft_greedy
 
 if TYPE_CHECKING:
@@ -82,16 +83,21 @@ def test_base_rows_are_bitwise_the_same_with_adapters_beside_them(
     assert run(["", "", "", ""]) == run(["", "", "alpha", "echo"])
 
 
+@pytest.mark.parametrize("int8", [False, True])
 def test_an_answers_bits_do_not_depend_on_its_company(
-    make_world: Callable[..., EngineWorld],
+    make_world: Callable[..., EngineWorld], int8: bool
 ) -> None:
     """Alone, and among others that come and go, with prompts cut elsewhere: equal log probabilities."""
     prompt = prompts(3, longest=60)[0] * 2
     options: dict[str, Any] = {"logprobs": 0, "ignore_eos": True, "max_tokens": 24}
 
-    alone = make_world(draft_rows=0, prefix_cache=False)
+    kernels = native.load()
+    assert not isinstance(kernels, str), kernels
+    if int8 and not kernels.has_int8:
+        pytest.skip("this CPU has no product with 8-bit weights")
+    alone = make_world(draft_rows=0, prefix_cache=False, int8=int8)
     expected = alone.collector.logprobs(alone.submit(prompt, "echo", **options))
-    world = make_world(draft_rows=0, prefix_cache=False, prefill_budget=11)
+    world = make_world(draft_rows=0, prefix_cache=False, prefill_budget=11, int8=int8)
     names = ["alpha", "", "echo", "bravo", "echo", "foxtrot"]
     for i, (name, other) in enumerate(zip(names, prompts(6), strict=True)):
         world.submit(other, name, max_tokens=3 + 4 * i, ignore_eos=True)

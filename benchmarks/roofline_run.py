@@ -1,0 +1,349 @@
+"""The order of events of ``roofline``, and its tables."""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.harness.load import CpuMeter
+from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
+from benchmarks.harness.threads import pin_threads
+from benchmarks.markdown import origin, row
+from benchmarks.step_run import PROMPT_TOKENS, QUIET, WARM_UP
+from benchmarks.synthetic import RANK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.harness.stepper import Stepper
+    from benchmarks.roofline_model import Machine, Shape, Work
+    from lorary.bases import Base
+    from lorary.registry import Registry
+
+NAME = "roofline"
+MOST = 32
+DECODE = ((1, 0), (1, 1), (8, 0), (8, 1), (8, 8), (32, 0), (32, 1), (32, 8), (32, 32))
+"""Rows and adapters of the decode steps."""
+PROMPTS = ((4, 0), (4, 4))
+"""Prompts read in one step, and adapters."""
+REPRESENTATIONS = ("bfloat16", "int8")
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="Steps per figure.")] = 48,
+    most: Annotated[int, typer.Option(min=1, help="Leave out steps of more rows.")] = MOST,
+    representations: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16,int8",
+    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
+    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
+    tolerate_load: Annotated[
+        bool, typer.Option("--tolerate-load", help="Accept figures of a busy machine; recorded.")
+    ] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Repeats when it was disturbed.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
+    ] = False,
+) -> None:
+    """Measure steps against the machine's bandwidth and peaks."""
+    if table:
+        path = out or newest_results(NAME)
+        report.write_section(DOCUMENT, NAME, section(path))
+        console.print(f"{DOCUMENT} shows {path}")
+        return
+    chosen = representations.split(",")
+    unknown = set(chosen) - set(REPRESENTATIONS)
+    if unknown:
+        raise typer.BadParameter(f"'{unknown.pop()}' is unknown; there are {REPRESENTATIONS}")
+    setup = {
+        "base": base,
+        "threads": pin_threads(threads),
+        "rank": RANK,
+        "prompt_tokens": PROMPT_TOKENS,
+        "steps": steps,
+    }
+    path = out or result_path(NAME)
+    first = head(NAME, setup)
+    kept = _Kept(path, first, tolerate_load, retries)
+    with tempfile.TemporaryDirectory(prefix="lorary-roofline-") as scratch:
+        _run(Path(scratch), base, chosen, most, steps, kept)
+    console.print(f"records: {path}")
+    Console().print(tables_of(report.read(path)), highlight=False, soft_wrap=True)
+    if not kept.is_complete:
+        console.print("some figures are of a busy machine; wait, or pass --tolerate-load")
+        raise typer.Exit(1)
+
+
+class _Kept:
+    """Measures until the machine was quiet, and keeps every attempt."""
+
+    def __init__(self, path: Path, first: dict[str, Any], tolerate: bool, retries: int) -> None:
+        self._path = path
+        self._first = first
+        self._tolerate = tolerate
+        self._retries = retries
+        self.is_complete = True
+
+    def measure(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the accepted record, or the last one."""
+        for attempt in range(1 + self._retries):
+            meter = CpuMeter()
+            found = make()
+            load = meter.stop()
+            is_quiet = load.foreign <= QUIET
+            record = {
+                **found,
+                "attempt": attempt,
+                "load": {"own_cores": load.own, "foreign_cores": load.foreign},
+                "quiet": is_quiet,
+                "accepted": is_quiet or self._tolerate,
+            }
+            report.append(self._path, {**self._first, **record})
+            if record["accepted"]:
+                break
+        self.is_complete &= bool(record["accepted"])
+        return record
+
+
+def _run(
+    scratch: Path, name: str, representations: Sequence[str], most: int, steps: int, kept: _Kept
+) -> None:
+    from benchmarks.harness.stepper import make_library
+    from benchmarks.peaks import bandwidths, peaks
+    from benchmarks.setup import TEXT
+    from benchmarks.workload import Prompts
+    from lorary.bases import find_base
+    from lorary.bases.load import load_tokenizer
+    from lorary.registry import Registry
+
+    base = find_base(name)
+    registry = Registry.open(scratch / "registry", create=True)
+    with console.status("making adapters"):
+        adapters = make_library(registry, base, scratch / "folder", min(most, MOST), RANK)
+    prompts = Prompts(load_tokenizer(base), TEXT).take(
+        min(most, MOST), PROMPT_TOKENS, random.Random(0)
+    )
+
+    def measure_machine() -> dict[str, Any]:
+        bf16, int8 = peaks()
+        return {
+            "kind": "machine",
+            "bandwidth": bandwidths(),
+            "bf16_peak": bf16,
+            "int8_peak": int8,
+        }
+
+    console.print("bandwidth and peaks")
+    machine = machine_of(kept.measure(measure_machine))
+    for representation in representations:
+        stepper, shape = _stepper(base, registry, representation, min(most, MOST))
+        stepper.load(adapters)
+        cells = _Cells(
+            stepper, shape, machine, prompts, adapters, steps, int8=representation == "int8"
+        )
+        try:
+            for rows, count in DECODE:
+                if rows <= most:
+                    console.print(f"{representation}: decode, {rows} rows, {count} adapters")
+                    kept.measure(functools.partial(cells.decode, rows, count))
+            for num, count in PROMPTS:
+                if num <= most:
+                    console.print(f"{representation}: {num} prompts, {count} adapters")
+                    kept.measure(functools.partial(cells.prompts, num, count))
+        finally:
+            stepper.close()
+
+
+def _stepper(
+    base: Base, registry: Registry, representation: str, max_rows: int
+) -> tuple[Stepper, Shape]:
+    import torch
+
+    from benchmarks.harness.stepper import Stepper
+    from benchmarks.library import adapter_bytes
+    from benchmarks.roofline_model import shape_of
+
+    stepper = Stepper(
+        base,
+        registry,
+        dtype=torch.bfloat16,
+        int8=representation == "int8",
+        max_rows=max_rows,
+        adapter_memory_bytes=max_rows * adapter_bytes(base, RANK),
+    )
+    return stepper, shape_of(stepper.engine._runner.model.config, base.card.modules)
+
+
+class _Cells:
+    """Times steps of one representation."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        shape: Shape,
+        machine: Machine,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[str],
+        steps: int,
+        *,
+        int8: bool,
+    ) -> None:
+        self._stepper = stepper
+        self._shape = shape
+        self._machine = machine
+        self._prompts = prompts
+        self._adapters = adapters
+        self._steps = steps
+        self._int8 = int8
+
+    def decode(self, rows: int, adapters: int) -> dict[str, Any]:
+        """Time decode steps; contexts grow by one a step, and their mean counts."""
+        from benchmarks.roofline_model import work
+
+        self._start(rows, adapters, max_tokens=self._steps + WARM_UP + 8)
+        self._stepper.read_prompts()
+        for _ in range(WARM_UP):
+            self._stepper.step()
+        seconds = [self._stepper.step() for _ in range(self._steps)]
+        self._stepper.end_rows()
+        context = PROMPT_TOKENS + 1 + WARM_UP + self._steps / 2
+        todo = work(
+            self._shape,
+            rows=rows,
+            logits_rows=rows,
+            context=context,
+            adapters=adapters,
+            rank=RANK,
+            int8=self._int8,
+        )
+        return self._record("decode", rows, adapters, statistics.median(seconds), todo)
+
+    def prompts(self, count: int, adapters: int) -> dict[str, Any]:
+        """Time steps that read ``count`` whole prompts each."""
+        from benchmarks.roofline_model import work
+
+        seconds = []
+        for _ in range(max(3, self._steps // 8)):
+            self._start(count, adapters, max_tokens=2)
+            seconds.append(self._stepper.step())
+            if not self._stepper.is_decoding:
+                raise RuntimeError(
+                    f"one step did not read {count} prompts of {PROMPT_TOKENS} tokens; its time is "
+                    "not theirs. Raise the engine's prefill budget, or ask for fewer."
+                )
+            self._stepper.end_rows()
+        todo = work(
+            self._shape,
+            rows=count * PROMPT_TOKENS,
+            logits_rows=count,
+            context=(PROMPT_TOKENS + 1) / 2,
+            read_context=count * PROMPT_TOKENS,
+            adapters=adapters,
+            rank=RANK,
+            int8=self._int8,
+        )
+        rows = count * PROMPT_TOKENS
+        return self._record("prompts", rows, adapters, statistics.median(seconds), todo)
+
+    def _start(self, rows: int, adapters: int, *, max_tokens: int) -> None:
+        names = [self._adapters[i % adapters] if adapters else None for i in range(rows)]
+        self._stepper.start_rows(self._prompts[:rows], names, max_tokens=max_tokens)
+
+    def _record(
+        self, kind: str, rows: int, adapters: int, seconds: float, todo: Work
+    ) -> dict[str, Any]:
+        from benchmarks.roofline_model import bound_s, compute_s, memory_s
+
+        memory, compute = memory_s(todo, self._machine), compute_s(todo, self._machine)
+        return {
+            "kind": kind,
+            "weights": "int8" if self._int8 else "bfloat16",
+            "rows": rows,
+            "adapters": adapters,
+            "ms": round(1e3 * seconds, 3),
+            "bytes": round(todo.bytes_read),
+            "operations": round(todo.bf16_operations + todo.int8_operations),
+            "memory_ms": round(1e3 * memory, 3),
+            "compute_ms": round(1e3 * compute, 3),
+            "bound_ms": round(1e3 * bound_s(todo, self._machine), 3),
+            "of_bandwidth": round(memory / seconds, 4),
+            "of_peak": round(compute / seconds, 4),
+            "of_bound": round(bound_s(todo, self._machine) / seconds, 4),
+        }
+
+
+def machine_of(record: dict[str, Any]) -> Machine:
+    """Return the best of each kind in a record of the machine."""
+    from benchmarks.roofline_model import Machine
+
+    return Machine(
+        bandwidth=max(record["bandwidth"].values()),
+        bf16_peak=max(record["bf16_peak"].values()),
+        int8_peak=max(record["int8_peak"].values()),
+    )
+
+
+def accepted(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the accepted records of a kind, in order."""
+    return [r for r in records if r["kind"] == kind and r["accepted"]]
+
+
+def tables_of(records: Sequence[dict[str, Any]]) -> str:
+    """Return the machine's and the steps' figures as Markdown."""
+    machines = accepted(records, "machine")
+    if not machines:
+        return "the machine was never quiet enough to measure its peaks"
+    lines = [row(["machine", "best", "by"]), row(["---", "---:", "---"])]
+    for key, what, unit, name in (
+        ("bandwidth", "reads", 1e9, "GB/s"),
+        ("bf16_peak", "multiplies bfloat16", 1e9, "GFLOP/s"),
+        ("int8_peak", "multiplies 8-bit weights", 1e9, "GOP/s"),
+    ):
+        ways = machines[-1][key]
+        best = max(ways, key=ways.get)
+        lines.append(row([what, f"{ways[best] / unit:.0f} {name}", best]))
+    head_line = ["step", "weights", "rows", "adapters", "MB read", "G operations", "bound, ms",
+                 "measured, ms", "of bandwidth", "of peak", "of the bound"]  # fmt: skip
+    lines += ["", row(head_line), row(["---"] * 2 + ["---:"] * 9)]
+    for r in [*accepted(records, "decode"), *accepted(records, "prompts")]:
+        lines.append(
+            row(
+                [
+                    r["kind"],
+                    r["weights"],
+                    str(r["rows"]),
+                    str(r["adapters"]),
+                    f"{r['bytes'] / 1e6:.0f}",
+                    f"{r['operations'] / 1e9:.1f}",
+                    f"{r['bound_ms']:.1f}",
+                    f"{r['ms']:.1f}",
+                    f"{r['of_bandwidth']:.0%}",
+                    f"{r['of_peak']:.0%}",
+                    f"{r['of_bound']:.0%}",
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def section(path: Path) -> str:
+    """Return what stands between the markers."""
+    records = report.read(path)
+    setup = records[0]["setup"]
+    return "\n".join(
+        [
+            f"{origin(records[0])}; adapters of rank {setup['rank']}, contexts from "
+            f"{setup['prompt_tokens']} tokens on; medians of {setup['steps']} whole steps. Records: "
+            f"`benchmarks/results/{path.name}`.",
+            "",
+            tables_of(records),
+        ]
+    )

@@ -1,0 +1,179 @@
+"""The order of events of ``step``, and its table."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.harness.load import CpuMeter
+from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
+from benchmarks.harness.threads import pin_threads
+from benchmarks.markdown import origin, row
+from benchmarks.synthetic import RANK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.harness.stepper import Stepper
+
+NAME = "step"
+ROWS = (1, 8, 32)
+PROMPT_TOKENS = 128
+WARM_UP = 4
+QUIET = 0.1
+"""Most cores that others may use on average."""
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="Steps per figure.")] = 48,
+    rows: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
+    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
+    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
+    tolerate_load: Annotated[
+        bool, typer.Option("--tolerate-load", help="Accept figures of a busy machine; recorded.")
+    ] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Repeats when it was disturbed.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
+    ] = False,
+) -> None:
+    """Take decode steps apart."""
+    if table:
+        path = out or newest_results(NAME)
+        report.write_section(DOCUMENT, NAME, section(path))
+        console.print(f"{DOCUMENT} shows {path}")
+        return
+    counts = [int(part) for part in rows.split(",")]
+    setup = {
+        "base": base,
+        "dtype": "bfloat16",
+        "threads": pin_threads(threads),
+        "rank": RANK,
+        "prompt_tokens": PROMPT_TOKENS,
+        "steps": steps,
+    }
+    path = out or result_path(NAME)
+    first = head(NAME, setup)
+    is_complete = True
+    with tempfile.TemporaryDirectory(prefix="lorary-step-") as scratch:
+        stepper, adapters, prompts = _stage(Path(scratch), base, max(counts))
+        try:
+            for count in counts:
+                for attempt in range(1 + retries):
+                    record = _measure(stepper, prompts[:count], adapters[:count], steps)
+                    is_quiet = record["load"]["foreign_cores"] <= QUIET
+                    accepted = is_quiet or tolerate_load
+                    state = {"attempt": attempt, "quiet": is_quiet, "accepted": accepted}
+                    report.append(path, {**first, **record, **state})
+                    if accepted:
+                        break
+                is_complete &= accepted
+        finally:
+            stepper.close()
+    console.print(f"records: {path}")
+    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
+    if not is_complete:
+        console.print("some steps were not measured on a quiet machine; wait, or --tolerate-load")
+        raise typer.Exit(1)
+
+
+def _stage(
+    scratch: Path, name: str, count: int
+) -> tuple[Stepper, list[str], list[tuple[int, ...]]]:
+    import torch
+
+    from benchmarks.harness.stepper import Stepper, make_library
+    from benchmarks.library import adapter_bytes
+    from benchmarks.setup import TEXT
+    from benchmarks.workload import Prompts
+    from lorary.bases import find_base
+    from lorary.bases.load import load_tokenizer
+    from lorary.registry import Registry
+
+    base = find_base(name)
+    registry = Registry.open(scratch / "registry", create=True)
+    with console.status("making adapters"):
+        adapters = make_library(registry, base, scratch / "folder", count, RANK)
+    stepper = Stepper(
+        base,
+        registry,
+        dtype=torch.bfloat16,
+        int8=False,
+        max_rows=count,
+        adapter_memory_bytes=count * adapter_bytes(base, RANK),
+    )
+    stepper.load(adapters)
+    prompts = Prompts(load_tokenizer(base), TEXT).take(count, PROMPT_TOKENS, random.Random(0))
+    return stepper, adapters, prompts
+
+
+def _measure(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], adapters: Sequence[str], steps: int
+) -> dict[str, Any]:
+    import statistics
+
+    from benchmarks.harness.stepper import NATIVE
+
+    stepper.start_rows(prompts, adapters, max_tokens=2 * steps + WARM_UP + 8)
+    stepper.read_prompts()
+    for _ in range(WARM_UP):
+        stepper.step()
+    meter = CpuMeter()
+    whole_ms = 1e3 * statistics.median(stepper.step() for _ in range(steps))
+    parts = stepper.profile(steps)
+    load = meter.stop()
+    stepper.end_rows()
+    overhead = sum(ms for part, ms in parts.items() if part not in NATIVE)
+    return {
+        "kind": "step",
+        "rows": len(prompts),
+        "adapters": len(set(adapters)),
+        "step_ms": round(whole_ms, 3),
+        "parts_ms": {part: round(ms, 4) for part, ms in parts.items()},
+        "overhead_ms": round(overhead, 3),
+        "load": {"own_cores": load.own, "foreign_cores": load.foreign},
+    }
+
+
+def accepted_steps(records: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return the accepted record of each number of rows."""
+    return {r["rows"]: r for r in records if r["kind"] == "step" and r["accepted"]}
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> str:
+    """Return the parts of a step as Markdown, a column per number of rows."""
+    found = accepted_steps(records)
+    if not found:
+        return "no step was measured on a quiet machine"
+    names = next(iter(found.values()))["parts_ms"]
+    lines = [
+        row(["milliseconds", *(f"{n} row{'s' if n > 1 else ''}" for n in found)]),
+        row(["---", *["---:"] * len(found)]),
+        *(row([part, *(f"{r['parts_ms'][part]:.2f}" for r in found.values())]) for part in names),
+        row(["**overhead**: all but what is native", *(f"**{r['overhead_ms']:.2f}**" for r in found.values())]),
+        row(["the whole step, without the stopwatch", *(f"{r['step_ms']:.2f}" for r in found.values())]),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def section(path: Path) -> str:
+    """Return what stands between the markers."""
+    records = report.read(path)
+    setup = records[0]["setup"]
+    return "\n".join(
+        [
+            f"{origin(records[0])}; a different adapter of rank {setup['rank']} in every row, "
+            f"contexts from {setup['prompt_tokens']} tokens on; medians of {setup['steps']} steps. "
+            f"Records: `benchmarks/results/{path.name}`.",
+            "",
+            table_of(records),
+        ]
+    )

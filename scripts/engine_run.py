@@ -1,0 +1,153 @@
+"""The parts of ``verify_engine``: what is run, how long it takes, and what is read from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from benchmarks.harness.machine import ROOT, commit
+from scripts.engine_figures import (
+    exactness_figures,
+    matrix_figures,
+    mix_figures,
+    roofline_figures,
+    shown_figures,
+    step_figures,
+)
+from scripts.verify_figures import Figure
+from scripts.verify_run import FOLDER, check, console, exit_code, run, run_parts, test
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+CELLS = "32x32,8x8,0x8,0x32,0x1,1x1"
+CONTENDERS = "lorary,lorary-int8,peft,vllm,vllm-base,llama.cpp,openvino-fp16,openvino-int8"
+REPEATS = 3
+ROUNDS = 1
+"""As many requests as there are at once, and eight at least: the slow peers decide how long it takes."""
+MINUTES = {
+    "peers": 1,
+    "check": 2,
+    "test": 15,
+    "step": 1,
+    "roofline": 4,
+    "exactness": 8,
+    "mixes": 8,
+    "matrix": 35,
+    "gpu": 0,
+    "shows": 0,
+}
+"""What each part takes on two quiet cores, peers installed; installing them takes half an hour once.
+
+The matrix: a run of 32 answers of 64 tokens takes all contenders together two minutes at 32 adapters,
+and the slow ones most of it; three repeats of six cells take 20 minutes. The rest is starting the
+peers and comparing their answers. A machine that multiplies at half the speed takes twice as long."""
+
+
+def main(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Run this part; may be repeated. Of {', '.join(MINUTES)}."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what this very commit has measured whole.")
+    ] = False,
+) -> None:
+    """Measure every figure that the engine promises, and say which is short."""
+    measured = _Measured(resume=resume)
+    parts: dict[str, Callable[[], Sequence[Figure]]] = {
+        "peers": peers,
+        "check": check,
+        "test": test,
+        "step": lambda: measured.part("step", "step.py", [], step_figures),
+        "roofline": lambda: measured.part("roofline", "roofline.py", [], roofline_figures),
+        "exactness": lambda: measured.part("exactness", "exactness.py", [], exactness_figures),
+        "mixes": lambda: measured.part("mixes", "mixes.py", [], mix_figures),
+        "matrix": lambda: measured.part("matrix", "serving.py", _matrix_options(), matrix_figures),
+        "gpu": gpu,
+        "shows": lambda: shown_figures(ROOT),
+    }
+    minutes = sum(m for part, m in MINUTES.items() if not only or part in only)
+    console.print(
+        f"about {minutes} minutes on two quiet cores, without installing peers; less than twice that on slow ones"
+    )
+    run_parts(parts, only or [], "engine-figures.json")
+
+
+def peers() -> list[Figure]:
+    """Install what the matrix is measured against; a peer that is there takes no time."""
+    return [exit_code("make peers", run("peers", ["make", "peers"]))]
+
+
+def gpu() -> list[Figure]:
+    """Measure on a GPU where there is one."""
+    name = "GPU: decode with 32 adapters, tokens/s, times PEFT"
+    if not _has_gpu():
+        return [Figure(name, "not run: no GPU", "see docs/benchmarks.md", is_ok=None)]
+    script = ROOT / "benchmarks" / "gpu.py"
+    if not script.exists():
+        note = "there is a GPU, and benchmarks/gpu.py is missing"
+        return [Figure(name, "not measured", "see docs/benchmarks.md", is_ok=False, note=note)]
+    done = run("gpu", [str(ROOT / ".venv/bin/python"), str(script)])
+    return [exit_code("benchmarks/gpu.py", done)]
+
+
+class _Measured:
+    """Runs benchmarks into files of their own; a whole one of this commit need not be run again."""
+
+    def __init__(self, *, resume: bool) -> None:
+        self._resume = resume
+
+    def part(
+        self,
+        name: str,
+        script: str,
+        options: Sequence[str],
+        read: Callable[[Path], list[Figure]],
+    ) -> list[Figure]:
+        """Run one benchmark and read its figures."""
+        out, stamp = FOLDER / f"engine-{name}.jsonl", FOLDER / f"engine-{name}.done.json"
+        this = {**commit(), "options": list(options)}
+        if self._resume and _is_of(stamp, this) and out.exists():
+            console.print(f"{name}: not run again, by --resume; {out.relative_to(ROOT)}")
+            return read(out)
+        for file in (out, stamp):
+            file.unlink(missing_ok=True)
+        python = str(ROOT / ".venv/bin/python")
+        command = [python, f"benchmarks/{script}", *options, "--out", str(out)]
+        done = run(name, command)
+        if done.code == 0:
+            stamp.write_text(json.dumps(this))
+        return [exit_code(f"benchmarks/{script}", done), *read(out)]
+
+
+def _matrix_options() -> list[str]:
+    return [
+        "--cells",
+        CELLS,
+        "--contenders",
+        CONTENDERS,
+        "--repeats",
+        str(REPEATS),
+        "--rounds",
+        str(ROUNDS),
+    ]
+
+
+def _is_of(stamp: Path, this: dict[str, Any]) -> bool:
+    """Whether a part was run whole, by this commit without local changes, with these options."""
+    if this["modified"] or not stamp.exists():
+        return False
+    return bool(json.loads(stamp.read_text()) == this)
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:
+        return False
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return done.returncode == 0 and "GPU" in done.stdout
