@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import Cell, medians
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Okabe & Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#000000", "#F0E442"),
+)
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -31,7 +35,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         1, len(columns), figsize=(3.2 * len(columns), 3.0), squeeze=False, layout="constrained"
     )
     for axis, at_once in zip(axes[0], columns, strict=True):
-        for (name, values), colour in zip(found.items(), COLOURS, strict=False):
+        for (name, values), colour in zip(found.items(), cycle(COLOURS), strict=False):
             there = [k for k in counts if Cell(k, at_once) in values]
             speed = [values[Cell(k, at_once)].tokens_per_s for k in there]
             # Numbers of adapters side by side: from 0 to 32 no scale shows all of them.
