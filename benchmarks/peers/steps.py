@@ -86,6 +86,12 @@ def pip_install(python: Path, requirements: Sequence[str], *, log: Path) -> None
     run(f"installing {' '.join(requirements)}", command, log=log)
 
 
+def pip_uninstall(python: Path, packages: Sequence[str], *, log: Path) -> None:
+    """Remove packages, those that are there."""
+    command = [python, "-m", "pip", "uninstall", "--yes", *packages]
+    run(f"removing {' '.join(packages)}", command, log=log)
+
+
 def apt_install(package: str, *, log: Path) -> None:
     """Install a Debian package, if this user may.
 

@@ -12,7 +12,7 @@ from benchmarks.peers.catalog import VLLM
 
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 _TCMALLOC_PACKAGE = "libtcmalloc-minimal4"
-# CUDA builds, which vLLM asks for and which break its import on a machine without CUDA.
+# vLLM asks for them and runs without; their CUDA builds break its import on a machine without CUDA.
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -27,11 +27,7 @@ def install() -> None:
             )
     python = steps.make_environment(VLLM.folder / "env", log=log)
     steps.pip_install(python, VLLM.recipe, log=log)
-    steps.run(
-        f"removing {', '.join(_UNWANTED)}",
-        [python, "-m", "pip", "uninstall", "-y", *_UNWANTED],
-        log=log,
-    )
+    steps.pip_uninstall(python, _UNWANTED, log=log)
     steps.run(
         "importing vllm",
         [python, "-c", "from vllm.platforms import current_platform as p; assert p.is_cpu(), p"],
