@@ -82,13 +82,13 @@ def pip_arguments() -> list[str]:
 
 def pip_install(python: Path, requirements: Sequence[str], *, log: Path) -> None:
     """Install into an environment; what is there already is not fetched again."""
-    command = [python, "-m", "pip", "install", "--no-input", *pip_arguments(), *requirements]
+    command = [str(python), "-m", "pip", "install", "--no-input", *pip_arguments(), *requirements]
     run(f"installing {' '.join(requirements)}", command, log=log)
 
 
 def pip_uninstall(python: Path, packages: Sequence[str], *, log: Path) -> None:
     """Remove packages, those that are there."""
-    command = [python, "-m", "pip", "uninstall", "--yes", *packages]
+    command = [str(python), "-m", "pip", "uninstall", "--yes", *packages]
     run(f"removing {' '.join(packages)}", command, log=log)
 
 

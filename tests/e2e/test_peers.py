@@ -196,7 +196,7 @@ def port() -> Iterator[int]:
         thread.join()
 
 
-def ask(port: int, prompts: list[tuple[int, ...]], *, concurrency: int) -> list[Trace]:
+def ask(port: int, prompts: Sequence[tuple[int, ...]], *, concurrency: int) -> list[Trace]:
     return ask_all(
         port,
         "/completion",
