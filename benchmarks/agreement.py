@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.workload import Call
+from benchmarks.workload import Call, awake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,7 +58,8 @@ def check_agreement(
     """Compare every contender with the oracle and the peer, and the bare base with the oracle.
 
     Args:
-        contenders: who is measured, apart from the peer; all calls run at once.
+        contenders: who is measured, apart from the peer; all calls run at once. One that cannot
+            answer for adapters is compared on the other calls.
         oracle: PEFT in float32; calls run one at a time.
         peer: PEFT in the contenders' dtype, all calls in one batch.
         calls: of several adapters and of none.
@@ -84,23 +85,45 @@ def check_agreement(
         _compare("peft", "peft float32", peers, wanted, forced(peer)),
         _compare("base, no adapter", "peft float32", [], [], forced(oracle, with_adapter=False)),
     ]
+    names = list(dict.fromkeys(call.adapter for call in calls if call.adapter is not None))
     for contender in contenders:
+        asked = list(range(len(calls)))
+        if not contender.can_answer(len(names)):
+            asked = [i for i in asked if calls[i].adapter is None]
         said(contender.name)
-        traces = contender.run(calls, concurrency=len(calls), new_tokens=new_tokens)
-        answers = [t.token_ids for t in traces]
-        steps = [
-            Call(prompt_ids=(*call.prompt_ids, *answer[:i]), adapter=call.adapter)
-            for call, answer, at in zip(calls, wanted, places, strict=True)
-            for i in at
-        ]
-        said(f"{contender.name}, telling tokens")
-        ones = contender.run(steps, concurrency=len(calls), new_tokens=1)
-        share = _share([t.token_ids[0] for t in ones], targets)
-        found += [
-            _compare(contender.name, "peft float32", answers, wanted, share),
-            _compare(contender.name, "peft", answers, peers, None),
-        ]
+        with awake(contender, names if len(asked) == len(calls) else []):
+            found += _answers(
+                contender,
+                [(calls[i], wanted[i], peers[i], places[i]) for i in asked],
+                new_tokens,
+                said,
+            )
     return found
+
+
+def _answers(
+    contender: Contender,
+    asked: Sequence[tuple[Call, list[int], list[int], list[int]]],
+    new_tokens: int,
+    said: Callable[[str], None],
+) -> list[Agreement]:
+    """Compare a contender; ``asked``: a call, the oracle's answer, the peer's, telling positions."""
+    calls, wanted, peers, _ = ([*column] for column in zip(*asked, strict=True))
+    traces = contender.run(calls, concurrency=len(calls), new_tokens=new_tokens)
+    answers = [t.token_ids for t in traces]
+    targets = [answer[i] for _, answer, _, at in asked for i in at]
+    steps = [
+        Call(prompt_ids=(*call.prompt_ids, *answer[:i]), adapter=call.adapter)
+        for call, answer, _, at in asked
+        for i in at
+    ]
+    said(f"{contender.name}, telling tokens")
+    ones = contender.run(steps, concurrency=len(calls), new_tokens=1)
+    share = _share([t.token_ids[0] for t in ones], targets)
+    return [
+        _compare(contender.name, "peft float32", answers, wanted, share),
+        _compare(contender.name, "peft", answers, peers, None),
+    ]
 
 
 def _bare(call: Call) -> Call:
@@ -119,17 +142,17 @@ def _share(found: Sequence[int], wanted: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
 
-def disagreements(found: Sequence[Agreement]) -> list[str]:
-    """Return a line for every contender that answers wrongly; empty when all may be measured."""
+def disagreements(found: Sequence[Agreement]) -> dict[str, str]:
+    """Return a line for every contender that answers wrongly; empty when all answer rightly."""
     against = {a.contender: a.telling_tokens for a in found if a.telling_tokens is not None}
     least = max(FLOOR, against["peft"] - ALLOWANCE)
-    return [
-        f"{name} agrees with PEFT float32 on {share:.0%} of the telling tokens; at least {least:.0%} are "
+    return {
+        name: f"{name} agrees with PEFT float32 on {share:.0%} of the telling tokens; at least {least:.0%} are "
         "needed (PEFT in the same dtype: "
         f"{against['peft']:.0%}). Its speed would be that of wrong answers."
         for name, share in against.items()
         if not name.startswith(("peft", "base")) and share < least
-    ]
+    }
 
 
 def _compare(

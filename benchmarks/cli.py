@@ -16,8 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import TimeRemainingColumn as Eta
 
 from benchmarks import report
+from benchmarks.contenders.peers import missing
+from benchmarks.contenders.peers import versions as peer_versions
 from benchmarks.harness.machine import ROOT, commit, cpu_slug, machine, versions
 from benchmarks.harness.threads import pin_threads
+from benchmarks.peers.catalog import CONTENDERS
 from benchmarks.plan import SEED, Plan, Popularity, Through
 from benchmarks.plot import draw
 
@@ -43,7 +46,11 @@ def main(
     ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each cell and contender.")] = 3,
     contenders: Annotated[
-        str, typer.Option(help="Of lorary, lorary-int8 (8-bit weights) and peft.")
+        str,
+        typer.Option(
+            help="Of lorary, lorary-int8 (8-bit weights), peft, and what `make peers` installs: "
+            f"{', '.join(CONTENDERS)}."
+        ),
     ] = "lorary,peft",
     through: Annotated[Through, typer.Option(help="What Lorary is measured through.")] = (
         Through.engine
@@ -73,7 +80,7 @@ def main(
         bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
     ] = False,
 ) -> None:
-    """Measure Lorary and PEFT's mixed batch on the same requests."""
+    """Measure Lorary and its peers on the same requests."""
     if table:
         path = out or _newest(name)
         report.write_section(DOCUMENT, name, report.section(path))
@@ -112,7 +119,7 @@ def main(
         "date": f"{now:%Y-%m-%d}",
         **commit(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": {**versions(), **peer_versions(plan.contenders)},
         "setup": plan.record(),
     }
     with tempfile.TemporaryDirectory(prefix="lorary-bench-") as scratch:
@@ -131,14 +138,15 @@ def _run(
 ) -> bool:
     from benchmarks.measure import Quiet, measure
     from benchmarks.setup import build, check
-    from benchmarks.workload import Call, choose
+    from benchmarks.workload import Call, awake, choose
 
     quiet = Quiet(tolerate=tolerate, retries=retries)
     is_complete = True
     with build(plan, scratch, console) as stage, _progress() as progress:
         check(plan, stage, lambda record: report.append(path, {**head, **record}), console)
         runs = [(k, c, r) for k, c in plan.cells for r in range(plan.repeats)]
-        bar = progress.add_task("", total=len(runs) * len(stage.contenders))
+        total = sum(c.can_answer(k) for k, _, _ in runs for c in stage.contenders)
+        bar = progress.add_task("", total=total)
         for num_adapters, at_once, repeat in runs:
             # The same calls for every contender; others in every repeat.
             rng = random.Random(f"{SEED}/{num_adapters}/{at_once}/{repeat}")
@@ -148,19 +156,25 @@ def _run(
             prompts = stage.prompts.take(count, plan.prompt_tokens, rng)
             calls = [Call(prompt_ids=p, adapter=a) for p, a in zip(prompts, chosen, strict=True)]
             for contender in _in_turn(stage.contenders, repeat):
+                if not contender.can_answer(num_adapters):
+                    continue
                 what = f"{contender.name}: {num_adapters} adapters, {at_once} requests at once"
                 progress.update(bar, description=what)
-                contender.prepare(names)
-                if repeat == 0:
-                    contender.run(calls[:at_once], concurrency=at_once, new_tokens=4)
                 record: dict[str, Any] = {}
-                for record in measure(
-                    contender, calls, concurrency=at_once, new_tokens=plan.new_tokens, quiet=quiet
-                ):
-                    place = {"adapters": num_adapters, "concurrency": at_once, "repeat": repeat}
-                    run = {"kind": "run", "contender": contender.name, **place, **record}
-                    report.append(path, {**head, **run})
-                    progress.console.print(_line(what, run), highlight=False, soft_wrap=True)
+                with awake(contender, names):
+                    if repeat == 0:
+                        contender.run(calls[:at_once], concurrency=at_once, new_tokens=4)
+                    for record in measure(
+                        contender,
+                        calls,
+                        concurrency=at_once,
+                        new_tokens=plan.new_tokens,
+                        quiet=quiet,
+                    ):
+                        place = {"adapters": num_adapters, "concurrency": at_once, "repeat": repeat}
+                        run = {"kind": "run", "contender": contender.name, **place, **record}
+                        report.append(path, {**head, **run})
+                        progress.console.print(_line(what, run), highlight=False, soft_wrap=True)
                 is_complete &= bool(record["accepted"])
                 progress.advance(bar)
     return is_complete
@@ -203,12 +217,16 @@ def _contenders(names: str, through: Through) -> tuple[str, ...]:
         if name == "lorary":
             chosen += ["lorary"] if through is not Through.grpc else []
             chosen += ["lorary (grpc)"] if through is not Through.engine else []
-        elif name in (INT8, PEER):
+        elif name in (INT8, PEER, *CONTENDERS):
             chosen.append(name)
         else:
-            raise typer.BadParameter(
-                f"contender '{name}' is unknown; there are lorary, {INT8} and {PEER}"
-            )
+            known = ", ".join(("lorary", INT8, PEER, *CONTENDERS))
+            raise typer.BadParameter(f"contender '{name}' is unknown; there are {known}")
+    absent = missing(chosen)
+    if absent:
+        raise typer.BadParameter(
+            f'not installed: {", ".join(absent)}. Run: make peers PEERS="{" ".join(absent)}"'
+        )
     return tuple(chosen)
 
 

@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Any
 
 SEED = 7
+AGREEMENT_TOKENS = 32
+"""Tokens of an answer when answers are compared."""
 
 
 class Popularity(StrEnum):
@@ -54,6 +56,11 @@ class Plan:
     def num_requests(self, concurrency: int) -> int:
         """Return the requests of one run: with two rounds some are sent into a full batch."""
         return max(self.min_requests, self.rounds * concurrency)
+
+    @property
+    def longest_answer(self) -> int:
+        """Most tokens that any call asks for."""
+        return max(self.new_tokens, AGREEMENT_TOKENS)
 
     def record(self) -> dict[str, Any]:
         """Return the part of every record that says how it was made."""

@@ -75,9 +75,30 @@ def ratio(found: dict[str, dict[Cell, Median]], cell: Cell, of: str, to: str) ->
     return first.tokens_per_s / second.tokens_per_s
 
 
+def best_peer(found: dict[str, dict[Cell, Median]], cell: Cell) -> str | None:
+    """Return the contender that is not ours and makes most tokens per second; None without any."""
+    speed = {
+        name: cells[cell].tokens_per_s
+        for name, cells in found.items()
+        if not is_ours(name) and cell in cells
+    }
+    return max(speed, key=lambda name: speed[name], default=None)
+
+
+def is_ours(contender: str) -> bool:
+    """Return whether a contender is Lorary, in whatever form."""
+    return contender.startswith("lorary")
+
+
 def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
-    """Return the matrix as Markdown: a row per cell, ours beside the peer's and our own base-only."""
+    """Return the matrix as Markdown: a row per cell, ours beside the peer's and our own base-only.
+
+    With more than one peer a contender has one column, and ours are compared with the best peer of
+    the row.
+    """
     found = medians(records)
+    if any(not is_ours(name) and name != peer for name in found):
+        return _wide_table(found)
     ours = [name for name in found if name != peer]
     has_bare = any(cell.adapters == 0 for cells in found.values() for cell in cells)
     names = [*ours, *([peer] if peer in found else [])]
@@ -106,6 +127,26 @@ def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
     return "\n".join(lines)
 
 
+def _wide_table(found: dict[str, dict[Cell, Median]]) -> str:
+    ours = [name for name in found if is_ours(name)]
+    names = [*ours, *(name for name in found if not is_ours(name))]
+    head = ["adapters", "requests at once", *names, *(f"{name} / best peer" for name in ours)]
+    lines = [_row(head), _row(["---:"] * len(head))]
+    for cell in sorted({cell for cells in found.values() for cell in cells}):
+        row = [str(cell.adapters), str(cell.concurrency)]
+        for name in names:
+            median = found[name].get(cell)
+            row.append(f"{median.tokens_per_s:.0f} ({median.ttft['p50']:.0f})" if median else "-")
+        best = best_peer(found, cell)
+        for name in ours:
+            times = None if best is None else ratio(found, cell, name, best)
+            row.append("-" if times is None else f"{times:.1f}x ({best})")
+        lines.append(_row(row))
+    return "\n".join(
+        ["Output tokens/s, in brackets the median time to the first token in ms:", "", *lines]
+    )
+
+
 def section(path: Path) -> str:
     """Return what stands between the markers: how it was measured, agreement, the table."""
     records = read(path)
@@ -115,7 +156,7 @@ def section(path: Path) -> str:
     lines = [
         f"{head['date']}, {machine['cpu']} ({machine['cores']} cores, "
         f"{', '.join(machine['vector_units'])}), torch {head['versions']['torch']}, "
-        f"peft {head['versions']['peft']}, commit `{head['commit'][:12]}`"
+        f"{_peer_versions(head['versions'])}, commit `{head['commit'][:12]}`"
         f"{' with local changes' if head['modified'] else ''}; base {setup['base']} in "
         f"{setup['dtype']}, {setup['threads']} pinned threads; adapters of rank {setup['rank']} on "
         f"every linear layer, drawn {DRAWN[setup['popularity']]}; {setup['prompt_tokens']} prompt + "
@@ -129,6 +170,12 @@ def section(path: Path) -> str:
     if checks:
         lines += ["", "Agreement, measured before the speed:", "", *_agreement(checks)]
     return "\n".join(lines)
+
+
+def _peer_versions(versions: dict[str, str]) -> str:
+    from benchmarks.peers.catalog import PEERS
+
+    return ", ".join(f"{name} {versions[name]}" for name in ("peft", *PEERS) if name in versions)
 
 
 def markers(name: str) -> tuple[str, str]:

@@ -11,8 +11,11 @@ import torch
 
 from benchmarks.agreement import check_agreement, disagreements
 from benchmarks.contenders.lorary_engine import LoraryEngine
+from benchmarks.contenders.peers import make_peer
 from benchmarks.contenders.peft_mixed import PeftMixed
 from benchmarks.harness.machine import ROOT
+from benchmarks.peers.catalog import CONTENDERS
+from benchmarks.plan import AGREEMENT_TOKENS
 from benchmarks.synthetic import make_adapters, push_adapters
 from benchmarks.workload import Call, Prompts
 from lorary.bases import find_base
@@ -34,7 +37,6 @@ ADAPTER_MEMORY = 1 << 30
 MAX_CONTEXT = 1024
 # English of a fixed wording; 128 tokens from anywhere in it are a prompt.
 TEXT = ROOT / "LICENSE"
-_AGREEMENT_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ def check(
     """Compare the contenders' answers before their speed.
 
     Raises:
-        SystemExit: one answers wrongly.
+        SystemExit: one of ours answers wrongly. Of a peer it is only said.
     """
     rng = random.Random(0)
     count = plan.agreement_calls
@@ -116,14 +118,14 @@ def check(
             stage.base, stage.folders, pad_id=stage.pad_id, dtype=getattr(torch, plan.dtype)
         )
         others = [c for c in stage.contenders if c is not found]
-        for contender in (oracle, peer, *others):
-            contender.prepare(used)
+        for model in (oracle, peer):
+            model.prepare(used)
         results = check_agreement(
             others,
             oracle,
             peer,
             calls,
-            new_tokens=_AGREEMENT_TOKENS,
+            new_tokens=AGREEMENT_TOKENS,
             said=lambda line: status.update(f"agreement: {line}"),
         )
     for result in results:
@@ -139,8 +141,12 @@ def check(
             soft_wrap=True,
         )
     wrong = disagreements(results)
-    if wrong:
-        raise SystemExit("\n".join(wrong))
+    for name, line in wrong.items():
+        if name in CONTENDERS:
+            console.print(f"[yellow]{line}[/]", highlight=False, soft_wrap=True)
+    ours = [line for name, line in wrong.items() if name not in CONTENDERS]
+    if ours:
+        raise SystemExit("\n".join(ours))
 
 
 def _start(
@@ -166,6 +172,8 @@ def _start(
             draft_rows=0,
         )
         return LoraryEngine(base, registry, dtype=dtype, limits=limits, int8=name == "lorary-int8")
+    if name in CONTENDERS:
+        return make_peer(name, plan, base, folders, scratch)
     from benchmarks.contenders.lorary_grpc import LoraryServer
 
     options = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
@@ -34,12 +35,14 @@ class Trace:
 
 
 class Contender(Protocol):
-    """Something that answers calls; the first one to be compared is PEFT."""
+    """Something that answers calls."""
 
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        ...
+    name: str
+    """What the table calls it."""
+
+    def can_answer(self, num_adapters: int) -> bool:
+        """Return whether it takes part where calls are for that many adapters (0: the bare base)."""
+        return True
 
     def prepare(self, adapters: Sequence[str]) -> None:
         """Make adapters resident, so that no run pays for a load."""
@@ -49,9 +52,23 @@ class Contender(Protocol):
         """Answer every call, ``concurrency`` at a time, each with exactly ``new_tokens`` tokens."""
         ...
 
+    def rest(self) -> None:
+        """Take no processor time until it is prepared again: others are measured meanwhile."""
+        return
+
     def close(self) -> None:
         """Give everything back."""
         ...
+
+
+@contextmanager
+def awake(contender: Contender, adapters: Sequence[str]) -> Iterator[None]:
+    """Have a contender ready to answer for these adapters, and at rest afterwards."""
+    contender.prepare(adapters)
+    try:
+        yield
+    finally:
+        contender.rest()
 
 
 class Prompts:

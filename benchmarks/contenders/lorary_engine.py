@@ -6,7 +6,7 @@ import queue
 import time
 from typing import TYPE_CHECKING
 
-from benchmarks.workload import Call, Trace
+from benchmarks.workload import Call, Contender, Trace
 from lorary.bases.load import load_model, load_tokenizer
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.assemble import EngineLimits, assemble
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 600.0
 
 
-class LoraryEngine:
+class LoraryEngine(Contender):
     """``assemble()`` as the server calls it, driven by one thread."""
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.harness.server_process import ServerProcess
 from benchmarks.harness.threads import all_cores, plain_environment
-from benchmarks.workload import Call, Trace
+from benchmarks.workload import Call, Contender, Trace
 from lorary.client import AsyncClient, Chunk
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class LoraryServer:
+class LoraryServer(Contender):
     """``lorary serve``; client and server share the cores, as they do on a laptop."""
 
     name = "lorary (grpc)"

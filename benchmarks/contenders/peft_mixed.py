@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.workload import Call, Trace
+from benchmarks.workload import Call, Contender, Trace
 from lorary.bases.load import load_model
 from lorary.trainer.quiet import quiet_libraries
 
@@ -33,7 +33,7 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-class PeftMixed:
+class PeftMixed(Contender):
     """The first peer. Calls without any adapter run on the bare model, as a user would do it."""
 
     name = "peft"

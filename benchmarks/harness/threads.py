@@ -47,9 +47,14 @@ def pin_threads(num_threads: int = 0) -> int:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     import torch
 
-    count = len(os.environ[_MARK].split(","))
+    count = len(pinned_cores())
     torch.set_num_threads(count)
     return count
+
+
+def pinned_cores() -> list[int]:
+    """Return the cores that threads are pinned to; after ``pin_threads``."""
+    return [int(core) for core in os.environ[_MARK].split(",")]
 
 
 def plain_environment() -> dict[str, str]:
@@ -65,7 +70,7 @@ def all_cores() -> Iterator[None]:
     A child inherits the mask of the thread that starts it, and OpenMP has bound ours to one core.
     """
     bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {int(core) for core in os.environ[_MARK].split(",")})
+    os.sched_setaffinity(0, set(pinned_cores()))
     try:
         yield
     finally:
