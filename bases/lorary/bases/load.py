@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorary.errors import ConfigError, CorruptArtifact, MissingDependency
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,9 +66,14 @@ def load_model(
     quantization: Quantization = "none",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load the causal language model onto ``device``, in eval mode.
+
+    Weights are read, converted and quantized one after the other, so that little more than the result
+    is in memory at any time. On a CPU, unquantized and in the dtype of their file, they stay mapped and
+    are read when they are first used (``lorary.bases.mapped``).
 
     Args:
         base: what ``find_base`` returned.
@@ -72,6 +81,7 @@ def load_model(
             and embeddings stay in ``dtype``.
         dtype: of what is not quantized; default ``default_dtype(device)``.
         device: a torch device.
+        progress: told how many weights of how many are loaded.
         options: passed to ``from_pretrained`` (``attn_implementation``).
 
     Raises:
@@ -82,17 +92,14 @@ def load_model(
     quiet_bitsandbytes()
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device.")
     dtype = default_dtype(device) if dtype is None else dtype
     if quantization != "none":
         options["quantization_config"] = _quantizer(quantization, dtype)
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _loading(base.path, progress):
             warnings.filterwarnings("ignore", module="bitsandbytes")
             model = AutoModelForCausalLM.from_pretrained(
                 base.path,
@@ -108,10 +115,42 @@ def load_model(
             f"base '{base.name}' in '{base.path}' cannot be loaded as a causal language model: "
             f"{error}"
         ) from error
+    return model.eval()
+
+
+@contextmanager
+def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Follow transformers through a folder's weights, in the place of its progress bars.
+
+    After every weight the pages of the mapped files are let go of: what has been read is converted.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from lorary.bases.mapped import release_files
+
+    files = sorted(folder.glob("*.safetensors"))
+
+    def follow(bar: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") != "Loading weights":
+            return bar(*args, **kwargs)
+        return weights(list(args[0]))
+
+    def weights(items: list[Any]) -> Iterator[Any]:
+        for index, item in enumerate(items):
+            yield item
+            release_files(files)
+            if progress is not None:
+                progress(index + 1, len(items))
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.set_tqdm_hook(follow)
+    try:
+        yield
     finally:
+        transformers_logging.set_tqdm_hook(before)
         if had_bars:
             transformers_logging.enable_progress_bar()
-    return model.eval()
 
 
 def _quantizer(quantization: str, dtype: torch.dtype) -> Any:

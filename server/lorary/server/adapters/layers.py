@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorary.bases.mapped import own, release_tensors
 from lorary.errors import ConfigError
 from lorary.server.adapters.ops import torch_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
@@ -71,6 +72,7 @@ class LoraGroup:
     ) -> None:
         self.spec = spec
         self.layers = tuple(layers)
+        loaded = [p.data for layer in self.layers for p in layer.parameters(recurse=False)]
         self.weight, self.bias = _fuse(self.layers)
         self.packed: PackedLinear | None = None
         if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
@@ -79,6 +81,8 @@ class LoraGroup:
             self.weight = self.bias = None
             for layer in self.layers:
                 _give_up(layer)
+        # Packed, laid side by side or of its own already: what was read of the file is not read again.
+        release_tensors(loaded)
         self.pool: GroupPool | None = None
         self.bound: BoundKernel | None = None
         self._input: torch.Tensor | None = None
@@ -147,13 +151,15 @@ class LoraMember(nn.Module):
 class PackedHead(nn.Module):
     """Stands where the output head stood: its product in the native kernel, in float32.
 
-    ``weight`` stays the base's own, which is usually the input embedding, too.
+    ``weight`` stays the base's own where it is the input embedding, too; else it is given up.
     """
 
-    def __init__(self, head: nn.Linear, kernels: native.NativeKernels) -> None:
+    def __init__(self, head: nn.Linear, kernels: native.NativeKernels, *, is_tied: bool) -> None:
         super().__init__()
         self.weight = head.weight
         self.packed = kernels.pack(head.weight.data, head.bias)
+        if not is_tied:
+            _give_up(head)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return float32 logits; x [..., hidden] → [..., vocab]."""
@@ -218,7 +224,8 @@ def install(
     """Replace every linear layer, in place, and return the groups: all of them but the head.
 
     With ``kernels`` the weights that they can pack are packed, the head's, too; with ``int8`` rounded
-    to 8 bits, all but the head's.
+    to 8 bits, all but the head's. Group by group, and each gives up its weights at once: the peak of
+    memory is what remains at the end and one group.
 
     Raises:
         ConfigError: the model has no linear layers that adapters could change.
@@ -246,7 +253,9 @@ def install(
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no linear layers for adapters to change")
     if kernels is not None and type(head) is nn.Linear and kernels.can_pack(head.weight):
-        model.set_output_embeddings(PackedHead(head, kernels))
+        is_tied = head.weight is model.get_input_embeddings().weight
+        model.set_output_embeddings(PackedHead(head, kernels, is_tied=is_tied))
+    own(model)
     return groups
 
 
@@ -285,6 +294,7 @@ def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tenso
     if len({(lin.weight.dtype, lin.bias is None) for lin in linears}) != 1:
         return None, None
     if len(linears) == 1:
+        own(linears[0])
         return linears[0].weight.data, None if linears[0].bias is None else linears[0].bias.data
     weight = torch.cat([lin.weight.data for lin in linears])
     bias = None if linears[0].bias is None else torch.cat([lin.bias.data for lin in linears])
