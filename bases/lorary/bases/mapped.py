@@ -53,8 +53,7 @@ def release_tensors(tensors: Iterable[torch.Tensor]) -> None:
 def own(module: torch.nn.Module) -> None:
     """Copy those parameters and buffers that lie in mapped files into memory of their own.
 
-    One at a time; the file is unmapped with the last. Also hands freed memory back to the system,
-    which many blocks of a few megabytes, taken and freed in turn, leave in pieces.
+    One at a time; the file is unmapped with the last.
     """
     mappings = _mappings()
     for tensor in [*module.parameters(), *module.buffers()]:
@@ -63,6 +62,14 @@ def own(module: torch.nn.Module) -> None:
             tensor.data = mapped.clone()
             release_tensors([mapped])
             del mapped
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Hand freed memory back to the system.
+
+    The allocator keeps blocks of a few megabytes, and taken and freed in turn they lie in pieces.
+    """
     if sys.platform == "linux" and hasattr(_libc(), "malloc_trim"):  # glibc has it, musl does not
         _libc().malloc_trim(0)
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _ABI = 6
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
-# Elements whose float32 form lies in a core's caches while they are rounded.
-_ROUNDED_AT_ONCE = 1 << 18
+# Elements whose float32 form lies in the caches while they are rounded.
+_ROUNDED_AT_ONCE = 1 << 20
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ADD_ROWS = [*[_POINTER] * 5, *[_INT64] * 4, *[_POINTER] * 5, _INT64, ctypes.c_int]
