@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -138,7 +138,7 @@ def _format(value: Any, where: str, key: str) -> Quantization:
             f"{where}: {key} is {value!r}; it is one of {', '.join(FORMATS)}."
             f"{_nearest(str(value), FORMATS)}"
         )
-    return cast("Quantization", value)
+    return value
 
 
 def _patterns(names: Collection[str]) -> list[str]:
