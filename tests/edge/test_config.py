@@ -28,6 +28,7 @@ def config(**options: Any) -> ServerConfig:
         ({"max_batch": 0}, "--max-batch is 0; it must be between 1 and 4096"),
         ({"adapter_memory": 1}, "between 1MiB and"),
         ({"drain_timeout": float("nan")}, "--drain-timeout"),
+        ({"quantize": "nf4", "quantize_plan": Path("p")}, "the plan has a default of its own"),
         ({"quantize": "fp2"}, "one of auto, none, int8, nf4"),
         ({"host": "0.0.0.0"}, "--insecure-bind"),
         ({"host": "example.org"}, "neither TLS nor"),

@@ -84,7 +84,7 @@ class EngineWorld:
         *,
         start: bool = True,
         model: Any = None,
-        int8: bool = False,
+        int8: bool | frozenset[str] = False,
         **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

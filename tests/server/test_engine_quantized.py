@@ -9,7 +9,9 @@ import torch
 
 from lorary.bases import find_base
 from lorary.bases.load import Quantization, load_model
+from lorary.bases.plan import QuantizationPlan, Rule
 from lorary.errors import ConfigError
+from lorary.server.build import choose
 from lorary.server.native import decoder
 from lorary.server.native import library as native
 
@@ -96,6 +98,85 @@ def test_native_int8(
         lambda: AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32),
         TOLERANCE["native int8"],
     )
+
+
+NATIVE_PLANS = {
+    "whole groups": ["*.0.self_attn.*", "*.down_proj"],
+    "one group": ["*.1.mlp.gate_proj", "*.1.mlp.up_proj"],
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("globs", NATIVE_PLANS.values(), ids=list(NATIVE_PLANS))
+def test_layers_in_8_bits_beside_whole_ones(
+    make_world: Callable[..., EngineWorld],
+    tiny_base: Path,
+    tiny_adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    globs: list[str],
+    fused: bool,
+) -> None:
+    """Against PEFT in float32 over the rounded weights, so that only rows are rounded besides."""
+    from transformers import AutoModelForCausalLM
+
+    if not fused:
+        monkeypatch.setattr(decoder, "FAMILIES", frozenset())
+    kernels = native.load()
+    assert not isinstance(kernels, str), kernels
+    if not kernels.has_int8:
+        pytest.skip("this CPU has no product with 8-bit weights")
+    plan = QuantizationPlan("none", tuple(Rule(glob, "int8") for glob in globs))
+    chosen = choose(find_base(tiny_base), "none", plan, native_int8=True)
+    assert chosen.label == "none+int8"
+    assert isinstance(chosen.natively, frozenset)
+
+    def rounded() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        assert isinstance(chosen.natively, frozenset)
+        for name in chosen.natively:
+            weight = model.get_submodule(name).weight
+            parts = weight.data.clone().view(weight.shape[0], -1, 64)
+            scales = parts.abs().amax(dim=2, keepdim=True) / 127
+            weight.data = ((parts / scales).round() * scales).view_as(weight)
+        return model
+
+    world = make_world(int8=chosen.natively)
+    assert (world.fused is not None) == fused
+    for group in world.lora.groups:
+        assert group.packed is not None
+        is_int8 = group.packed.dtype == torch.int8
+        assert is_int8 == (group.spec.modules[0] in chosen.natively)
+    check_logprobs(world, tiny_adapters, rounded, TOLERANCE["native int8"])
+
+
+def test_a_plan_of_all_three_formats(
+    make_world: Callable[..., EngineWorld], tiny_base: Path, tiny_adapters: dict[str, Path]
+) -> None:
+    """nf4 by bitsandbytes, int8 natively, and whole layers, in one model."""
+    kernels = native.load()
+    assert not isinstance(kernels, str), kernels
+    if not kernels.has_int8:
+        pytest.skip("this CPU has no product with 8-bit weights")
+    base = find_base(tiny_base)
+    plan = QuantizationPlan("none", (Rule("*.0.mlp.*", "nf4"), Rule("*.self_attn.*", "int8")))
+    chosen = choose(base, "none", plan, native_int8=True)
+
+    def load() -> Any:
+        return load_model(base, quantization=chosen.by_bases, dtype=torch.float32)
+
+    world = make_world(model=load(), int8=chosen.natively)
+    check_logprobs(world, tiny_adapters, load, TOLERANCE["native int8"])
+
+
+def test_plans_that_this_device_cannot_do_are_refused(tiny_base: Path) -> None:
+    base = find_base(tiny_base)
+    split = QuantizationPlan("int8", (Rule("*.1.*.k_proj", "none"),))
+    text = r"q_proj' is to be in int8, and 'model.layers.1.self_attn.k_proj' not"
+    with pytest.raises(ConfigError, match=text):
+        choose(base, "none", split, native_int8=True)
+    mixed = QuantizationPlan("int8", (Rule("*.k_proj", "nf4"),))
+    with pytest.raises(ConfigError, match="has layers in int8 and in nf4"):
+        choose(base, "none", mixed, native_int8=False)
 
 
 def test_what_cannot_be_rounded_is_refused(make_world: Callable[..., EngineWorld]) -> None:

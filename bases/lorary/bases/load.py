@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorary.errors import ConfigError, CorruptArtifact, MissingDependency
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,40 +64,48 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 def load_model(
     base: Base,
     *,
-    quantization: Quantization = "none",
+    quantization: Quantization | Mapping[str, Quantization] = "none",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Load the causal language model onto ``device``, in eval mode.
 
+    Weights are read, converted and quantized one after the other, so that little more than the result
+    is in memory at any time. On a CPU, unquantized and in the dtype of their file, they stay mapped and
+    are read when they are first used (``lorary.bases.mapped``).
+
     Args:
         base: what ``find_base`` returned.
         quantization: ``nf4`` and ``int8`` quantize the linear layers through bitsandbytes; norms
-            and embeddings stay in ``dtype``.
+            and embeddings stay in ``dtype``. Or the format of each linear layer by its full name, as
+            ``QuantizationPlan.resolve`` returns it; layers that are not named stay whole.
         dtype: of what is not quantized; default ``default_dtype(device)``.
         device: a torch device.
+        progress: told how many weights of how many are loaded.
         options: passed to ``from_pretrained`` (``attn_implementation``).
 
     Raises:
         MissingDependency: quantization without bitsandbytes.
-        ConfigError: an unknown quantization or device, or one that this device cannot do.
+        ConfigError: an unknown quantization or device, one that this device cannot do, a layer that
+            is not there, or layers in both int8 and nf4, which bitsandbytes cannot mix.
         CorruptArtifact: not a causal language model that transformers knows.
     """
     quiet_bitsandbytes()
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device.")
     dtype = default_dtype(device) if dtype is None else dtype
+    skipped: list[str] | None = None
+    if not isinstance(quantization, str):
+        quantization, skipped = _one_format(base, quantization)
     if quantization != "none":
-        options["quantization_config"] = _quantizer(quantization, dtype)
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+        options["quantization_config"] = _quantizer(quantization, dtype, skipped)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _loading(base.path, progress):
             warnings.filterwarnings("ignore", module="bitsandbytes")
             model = AutoModelForCausalLM.from_pretrained(
                 base.path,
@@ -108,14 +121,104 @@ def load_model(
             f"base '{base.name}' in '{base.path}' cannot be loaded as a causal language model: "
             f"{error}"
         ) from error
-    finally:
-        if had_bars:
-            transformers_logging.enable_progress_bar()
     return model.eval()
 
 
-def _quantizer(quantization: str, dtype: torch.dtype) -> Any:
-    """Return the bitsandbytes settings for ``nf4`` (with double quantization) or ``int8``."""
+@contextmanager
+def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Follow transformers through a folder's weights, in the place of its progress bars.
+
+    After every weight the pages of the mapped files are let go of: what has been read is converted.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from lorary.bases.mapped import release_files, trim_heap
+
+    files = sorted(folder.glob("*.safetensors"))
+
+    def follow(bar: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") != "Loading weights":
+            return bar(*args, **kwargs)
+        return weights(list(args[0]))
+
+    def weights(items: list[Any]) -> Iterator[Any]:
+        for index, item in enumerate(items):
+            yield item
+            release_files(files)
+            trim_heap()
+            if progress is not None:
+                progress(index + 1, len(items))
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.set_tqdm_hook(follow)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def linear_names(base: Base) -> list[str]:
+    """Return the full names of all linear layers but the output head, in the model's order.
+
+    Builds the model without its weights.
+
+    Raises:
+        CorruptArtifact: not a causal language model that transformers knows.
+    """
+    linears, head = _linears(base)
+    return [name for name in linears if name != head]
+
+
+def _linears(base: Base) -> tuple[list[str], str | None]:
+    """Return the names of all linear layers, and the output head's."""
+    quiet_bitsandbytes()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = AutoConfig.from_pretrained(
+            base.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, KeyError, ValueError) as error:
+        raise CorruptArtifact(
+            f"base '{base.name}' in '{base.path}' is no causal language model: {error}"
+        ) from error
+    output = model.get_output_embeddings()
+    found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    return list(found), next((name for name, module in found.items() if module is output), None)
+
+
+def _one_format(base: Base, formats: Mapping[str, Quantization]) -> tuple[Quantization, list[str]]:
+    """Return the one format that bitsandbytes shall make, and patterns of the layers to skip."""
+    linears, head = _linears(base)
+    unknown = sorted(set(formats) - (set(linears) - {head}))
+    if unknown:
+        raise ConfigError(
+            f"'{unknown[0]}' is to be kept in {formats[unknown[0]]}, but base '{base.name}' has no "
+            "such linear layer besides its output head."
+        )
+    wanted = sorted(set(formats.values()) - {"none"})
+    if len(wanted) > 1:
+        raise ConfigError(
+            f"layers in {' and '.join(wanted)} were asked for, and bitsandbytes quantizes a model to "
+            "one format; use one of them beside 'none'."
+        )
+    # transformers reads them as regular expressions.
+    skipped = [re.escape(name) for name in linears if formats.get(name, "none") == "none"]
+    return (wanted[0] if wanted else "none"), skipped
+
+
+def _quantizer(quantization: str, dtype: torch.dtype, skipped: list[str] | None) -> Any:
+    """Return the bitsandbytes settings for ``nf4`` (with double quantization) or ``int8``.
+
+    ``skipped`` are patterns of the layers that stay whole; by default transformers skips the head.
+    """
     if quantization not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization '{quantization}' is unknown; it is one of {', '.join(QUANTIZATIONS)}."
@@ -128,12 +231,13 @@ def _quantizer(quantization: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )
 
 

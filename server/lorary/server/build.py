@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import ConfigError
 from lorary.server.answers import ServerFacts
+from lorary.server.startup import Startup
 from lorary.server.validate import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import torch
 
     from lorary.bases import Base
     from lorary.bases.load import Quantization
+    from lorary.bases.plan import QuantizationPlan
     from lorary.registry import Registry
     from lorary.server.config import ServerConfig
     from lorary.server.engine.assemble import Assembled
@@ -52,8 +55,12 @@ class Backend:
     close: Callable[[], None]
 
 
-def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer) -> Backend:
+def build_backend(
+    config: ServerConfig, *, deliver: Deliver, observer: Observer, startup: Startup | None = None
+) -> Backend:
     """Open the registry, load the base, and put an engine around it; takes as long as the load.
+
+    ``startup`` shows the phases.
 
     Raises:
         ConfigError: the base cannot be served as configured.
@@ -65,24 +72,36 @@ def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer)
 
     registry = Registry.open(config.registry)
 
-    # Later than what fails quickly: torch takes seconds to import.
-    import torch
+    startup = startup or Startup()
 
-    from lorary.bases import PromptBuilder, find_base
-    from lorary.bases.load import default_dtype, load_model, load_tokenizer
+    from lorary.bases.plan import read_plan
+
+    plan = None if config.quantize_plan is None else read_plan(config.quantize_plan)
+
+    # Later than what fails quickly: torch takes seconds to import.
+    with startup.phase("importing torch"):
+        import torch
+
+        from lorary.bases import PromptBuilder, find_base
+        from lorary.bases.load import default_dtype, load_model, load_tokenizer
 
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    quantization = _quantization(config.quantize, device)
     dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    base = find_base(config.base, progress=log.info)
-    log.info("loading '%s' (%s, %s) on %s", base.name, quantization, dtype, device)
-    tokenizer = load_tokenizer(base)
-    int8 = quantization == "int8" and _has_native_int8(device)
-    model = load_model(
-        base, quantization="none" if int8 else quantization, dtype=dtype, device=device
-    )
+    with startup.phase("finding the base"):
+        base = find_base(config.base, progress=log.info)
+    native_int8 = False
+    if device.startswith("cpu"):
+        with startup.phase("compiling kernels"):
+            native_int8 = _has_native_int8()
+    chosen = choose(base, _quantization(config.quantize, device), plan, native_int8=native_int8)
+    log.info("loading '%s' (%s, %s) on %s", base.name, chosen.label, dtype, device)
+    with startup.phase("loading weights") as progress:
+        tokenizer = load_tokenizer(base)
+        model = load_model(
+            base, quantization=chosen.by_bases, dtype=dtype, device=device, progress=progress
+        )
     limits = Limits(
         max_context=_context(config.max_context, model.config),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
@@ -95,7 +114,8 @@ def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer)
         tokenizer,
         limits,
         dtype,
-        int8=int8,
+        int8=chosen.natively,
+        startup=startup,
         deliver=deliver,
         observer=observer,
     )
@@ -114,7 +134,7 @@ def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer)
             version=importlib.metadata.version("lorary"),
             base=base.name,
             base_fingerprint=base.card.fingerprint,
-            quantization=quantization,
+            quantization=chosen.label,
             device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             dtype=str(dtype).removeprefix("torch."),
             max_context=limits.max_context,
@@ -136,7 +156,8 @@ def build_engine(
     limits: Limits,
     dtype: torch.dtype,
     *,
-    int8: bool,
+    int8: bool | Collection[str],
+    startup: Startup,
     deliver: Deliver,
     observer: Observer,
 ) -> Assembled:
@@ -165,6 +186,7 @@ def build_engine(
         ),
         dtype=dtype,
         int8=int8,
+        startup=startup,
         deliver=deliver,
         engine_observer=observer,
         residency_observer=observer,
@@ -191,12 +213,55 @@ def _quantization(asked: str, device: str) -> Quantization:
     return "nf4" if device.startswith("cuda") else "none"
 
 
-def _has_native_int8(device: str) -> bool:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Who quantizes what.
+
+    Attributes:
+        by_bases: what ``load_model`` is told: for the whole base, or for each layer.
+        natively: the linear layers that our own kernels round to 8 bits; True is all of them.
+        label: for people and receipts; the formats of a plan joined by ``+``, the commonest first.
+    """
+
+    by_bases: Quantization | dict[str, Quantization]
+    natively: bool | frozenset[str]
+    label: str
+
+
+def choose(
+    base: Base, whole: Quantization, plan: QuantizationPlan | None, *, native_int8: bool
+) -> Chosen:
+    """Split the work between our own 8-bit kernels, where there are any, and bitsandbytes.
+
+    Raises:
+        ConfigError: the plan does not fit this base, or not this device.
+    """
+    if plan is None:
+        is_ours = whole == "int8" and native_int8
+        return Chosen("none" if is_ours else whole, is_ours, whole)
+    from lorary.server.adapters.layers import check_int8
+
+    formats = plan.resolve(base)
+    label = "+".join(name for name, _count in Counter(formats.values()).most_common())
+    if not native_int8:
+        if {"int8", "nf4"} <= set(formats.values()):
+            raise ConfigError(
+                "the quantization plan has layers in int8 and in nf4; on this device both are "
+                "bitsandbytes', which quantizes a model to one format. Use one of them beside 'none'."
+            )
+        return Chosen(formats, False, label)
+    int8 = frozenset(name for name, kept in formats.items() if kept == "int8")
+    check_int8(formats, int8)
+    by_bases: dict[str, Quantization] = {
+        name: "none" if name in int8 else kept for name, kept in formats.items()
+    }
+    return Chosen(by_bases, int8, label)
+
+
+def _has_native_int8() -> bool:
     """Whether our own kernels round the base to 8 bits; else bitsandbytes does, many times slower."""
     from lorary.server.native import library as native
 
-    if not device.startswith("cpu"):
-        return False
     kernels = native.load()
     return isinstance(kernels, native.NativeKernels) and kernels.has_int8
 

@@ -94,6 +94,10 @@ class ServerConfig:
         "How the base is quantized; auto is nf4 on CUDA and none on CPU.",
         choices=("auto", "none", "int8", "nf4"),
     )
+    quantize_plan: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
+        None,
+        "YAML or JSON file that says how each linear layer is quantized; instead of --quantize.",
+    )
     device: str = _option("auto", "cpu, cuda or cuda:N; auto takes CUDA where there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto",
@@ -205,6 +209,11 @@ class ServerConfig:
         if self.port and self.port == self.metrics_port:
             raise ConfigError(
                 f"--port and --metrics-port are both {self.port}; choose two different ones."
+            )
+        if self.quantize_plan is not None and self.quantize != "auto":
+            raise ConfigError(
+                f"--quantize {self.quantize} and --quantize-plan '{self.quantize_plan}' were both "
+                "given; the plan has a default of its own. Leave --quantize out."
             )
         if self.ready_file is not None and not self.ready_file.absolute().parent.is_dir():
             raise ConfigError(

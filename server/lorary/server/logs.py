@@ -11,6 +11,14 @@ from typing import Any
 from lorary.server.interceptors import request_id
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to what is stderr at that moment: a progress bar stands below the lines it is given."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 class _Human(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s%(call)s", "%H:%M:%S")
@@ -39,7 +47,7 @@ class _Json(logging.Formatter):
 
 def configure(log_format: str, level: str) -> None:
     """Send the log of this process to stderr; replaces what was set up before."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(_Json() if log_format == "json" else _Human())
     root = logging.getLogger()
     root.handlers[:] = [handler]

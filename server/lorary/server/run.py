@@ -16,6 +16,7 @@ from lorary.server.app import Server, check_ports_free, handle_signals
 from lorary.server.build import build_backend
 from lorary.server.calls import Calls
 from lorary.server.metrics import ServerMetrics
+from lorary.server.startup import Startup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,8 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
     metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     # Every call in flight is an answer that runs or waits, or is about to.
     calls = Calls(config.max_batch + config.max_waiting)
-    backend = build_backend(config, deliver=calls.deliver, observer=metrics)
+    with Startup(bars=config.log_format == "human" and sys.stderr.isatty()) as startup:
+        backend = build_backend(config, deliver=calls.deliver, observer=metrics, startup=startup)
     log.info("built in %.1f s", time.monotonic() - started)
     return asyncio.run(_serve(config, backend, calls, metrics, as_json=as_json))
 

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorary.bases.mapped import own, release_tensors
 from lorary.errors import ConfigError
 from lorary.server.adapters.ops import torch_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from lorary.server.adapters.segments import Segments
     from lorary.server.native.products import BoundKernel, PackedLinear
@@ -71,6 +72,7 @@ class LoraGroup:
     ) -> None:
         self.spec = spec
         self.layers = tuple(layers)
+        loaded = [p.data for layer in self.layers for p in layer.parameters(recurse=False)]
         self.weight, self.bias = _fuse(self.layers)
         self.packed: PackedLinear | None = None
         if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
@@ -79,6 +81,8 @@ class LoraGroup:
             self.weight = self.bias = None
             for layer in self.layers:
                 _give_up(layer)
+        # Packed, laid side by side or of its own already: what was read of the file is not read again.
+        release_tensors(loaded)
         self.pool: GroupPool | None = None
         self.bound: BoundKernel | None = None
         self._input: torch.Tensor | None = None
@@ -147,13 +151,15 @@ class LoraMember(nn.Module):
 class PackedHead(nn.Module):
     """Stands where the output head stood: its product in the native kernel, in float32.
 
-    ``weight`` stays the base's own, which is usually the input embedding, too.
+    ``weight`` stays the base's own where it is the input embedding, too; else it is given up.
     """
 
-    def __init__(self, head: nn.Linear, kernels: native.NativeKernels) -> None:
+    def __init__(self, head: nn.Linear, kernels: native.NativeKernels, *, is_tied: bool) -> None:
         super().__init__()
         self.weight = head.weight
         self.packed = kernels.pack(head.weight.data, head.bias)
+        if not is_tied:
+            _give_up(head)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return float32 logits; x [..., hidden] → [..., vocab]."""
@@ -167,10 +173,12 @@ class LoraModel:
         model: a transformers model.
         memory_bytes: for adapters.
         dtype: of adapters and of what layers hand on.
-        int8: round the linear layers' weights to 8 bits, natively.
+        int8: round the linear layers' weights to 8 bits, natively: all, or those of these names.
+        progress: told how many groups of how many are packed.
 
     Raises:
-        ConfigError: ``int8`` without the kernels for it.
+        ConfigError: ``int8`` without the kernels for it, for a layer that they cannot round, or for a
+            part of the layers that read one input.
 
     Attributes:
         model: the transformers model, changed in place.
@@ -182,7 +190,13 @@ class LoraModel:
     """
 
     def __init__(
-        self, model: Any, *, memory_bytes: int, dtype: torch.dtype, int8: bool = False
+        self,
+        model: Any,
+        *,
+        memory_bytes: int,
+        dtype: torch.dtype,
+        int8: bool | Collection[str] = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model = model
         device = next(model.parameters()).device
@@ -193,9 +207,13 @@ class LoraModel:
         self.kernels = kernel
         if int8 and (kernel is None or not kernel.has_int8):
             raise ConfigError("8-bit weights need the native kernels and a CPU with AVX512-VNNI")
-        self.groups = install(model, kernel, int8=int8)
+        self.groups = install(model, kernel, int8=int8, progress=progress)
         if int8:
-            left = [g.spec.modules[0] for g in self.groups if g.packed is None]
+            left = [
+                g.spec.modules[0]
+                for g in self.groups
+                if g.packed is None and _is_int8(g.spec.modules, int8)
+            ]
             if left:
                 raise ConfigError(
                     f"'{left[0]}' cannot be rounded to 8 bits: it is no plain linear layer in float32 "
@@ -213,18 +231,24 @@ class LoraModel:
 
 
 def install(
-    model: Any, kernels: native.NativeKernels | None = None, *, int8: bool = False
+    model: Any,
+    kernels: native.NativeKernels | None = None,
+    *,
+    int8: bool | Collection[str] = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[LoraGroup]:
     """Replace every linear layer, in place, and return the groups: all of them but the head.
 
     With ``kernels`` the weights that they can pack are packed, the head's, too; with ``int8`` rounded
-    to 8 bits, all but the head's.
+    to 8 bits, all but the head's. Group by group, and each gives up its weights at once: the peak of
+    memory is what remains at the end and one group.
 
     Raises:
-        ConfigError: the model has no linear layers that adapters could change.
+        ConfigError: the model has no linear layers that adapters could change, or ``int8`` names a
+            part of the layers that read one input.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    groups: list[LoraGroup] = []
+    found: list[tuple[nn.Module, tuple[str, ...], list[nn.Module], GroupSpec]] = []
     for parent_name, parent in list(model.named_modules()):
         linears = {
             name: child
@@ -239,15 +263,49 @@ def install(
                 in_features=next(s[1] for s in shapes if s),
                 out_features=tuple(s[0] for s in shapes if s),
             )
-            group = LoraGroup(spec, layers, kernels, int8=int8)
-            for member, name in enumerate(names):
-                setattr(parent, name, LoraMember(group, member))
-            groups.append(group)
+            found.append((parent, names, layers, spec))
+    groups: list[LoraGroup] = []
+    for parent, names, layers, spec in found:
+        group = LoraGroup(spec, layers, kernels, int8=_is_int8(spec.modules, int8))
+        for member, name in enumerate(names):
+            setattr(parent, name, LoraMember(group, member))
+        groups.append(group)
+        if progress is not None:
+            progress(len(groups), len(found))
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no linear layers for adapters to change")
     if kernels is not None and type(head) is nn.Linear and kernels.can_pack(head.weight):
-        model.set_output_embeddings(PackedHead(head, kernels))
+        is_tied = head.weight is model.get_input_embeddings().weight
+        model.set_output_embeddings(PackedHead(head, kernels, is_tied=is_tied))
+    own(model)
     return groups
+
+
+def check_int8(names: Collection[str], int8: Collection[str]) -> None:
+    """Check that layers which read one input, of a model with these linear layers, agree on 8 bits.
+
+    Raises:
+        ConfigError: some are in ``int8``, and their neighbours are not.
+    """
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        for fused in _FUSED:
+            group = tuple(f"{parent}.{name}" if parent else name for name in fused)
+            if all(name in names for name in group):
+                _is_int8(group, int8)
+
+
+def _is_int8(group: Sequence[str], int8: bool | Collection[str]) -> bool:
+    """Whether the layers of this group are to be rounded."""
+    if isinstance(int8, bool):
+        return int8
+    chosen = [name for name in group if name in int8]
+    if chosen and len(chosen) < len(group):
+        others = ", ".join(f"'{name}'" for name in group if name not in int8)
+        raise ConfigError(
+            f"'{chosen[0]}' is to be in int8, and {others} not; they read the same input and are one "
+            "product, so they must be kept alike. Give them one format in the quantization plan."
+        )
+    return bool(chosen)
 
 
 def _grouped(linears: dict[str, nn.Module]) -> list[tuple[str, ...]]:
@@ -285,6 +343,7 @@ def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tenso
     if len({(lin.weight.dtype, lin.bias is None) for lin in linears}) != 1:
         return None, None
     if len(linears) == 1:
+        own(linears[0])
         return linears[0].weight.data, None if linears[0].bias is None else linears[0].bias.data
     weight = torch.cat([lin.weight.data for lin in linears])
     bias = None if linears[0].bias is None else torch.cat([lin.bias.data for lin in linears])

@@ -25,9 +25,10 @@ from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
 from lorary.server.native import library as native
 from lorary.server.native.decoder import fuse
+from lorary.server.startup import Startup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from transformers import PreTrainedTokenizerBase
 
@@ -99,13 +100,15 @@ def assemble(
     limits: EngineLimits,
     dtype: torch.dtype,
     deliver: Callable[[list[Output]], None],
-    int8: bool = False,
+    int8: bool | Collection[str] = False,
+    startup: Startup | None = None,
     engine_observer: EngineObserver | None = None,
     residency_observer: ResidencyObserver | None = None,
 ) -> Assembled:
     """Build an engine around a loaded model; the model is changed in place.
 
-    With ``int8`` the weights of an unquantized model are rounded to 8 bits for the native kernels.
+    With ``int8`` the weights of an unquantized model, or of its layers of these names, are rounded to 8
+    bits for the native kernels. ``startup`` shows the phases.
 
     Raises:
         ConfigError: the model cannot be served: no fast tokenizer, a cache that is not keys and
@@ -118,7 +121,15 @@ def assemble(
         )
     device = next(model.parameters()).device
     model.eval()
-    lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype, int8=int8)
+    startup = startup or Startup()
+    with startup.phase("packing weights") as progress:
+        lora = LoraModel(
+            model,
+            memory_bytes=limits.adapter_memory_bytes,
+            dtype=dtype,
+            int8=int8,
+            progress=progress,
+        )
     shape = KVShape.from_config(model.config, limits.max_context)
     num_blocks = _plan_blocks(model, lora, shape, limits, dtype, device)
     cache = KVCache(
@@ -131,7 +142,8 @@ def assemble(
             type(model).__name__,
         )
     runner = Runner(model, fused)
-    _warm_up(runner, cache, lora.long_from)
+    with startup.phase("warming up"):
+        _warm_up(runner, cache, lora.long_from)
     engine = Engine(
         runner=runner,
         cache=cache,

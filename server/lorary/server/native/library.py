@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _ABI = 9
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
+# Elements whose float32 form lies in the caches while they are rounded.
+_ROUNDED_AT_ONCE = 1 << 20
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _ADD_ROWS = [*[_POINTER] * 5, *[_INT64] * 4, *[_POINTER] * 5, _INT64, ctypes.c_int]
@@ -166,12 +168,19 @@ class NativeKernels:
         """
         out, width = weight.shape
         panels, groups = -(-out // _PANEL), -(-width // _GROUP)
-        padding = (0, groups * _GROUP - width, 0, panels * _PANEL - out)
-        values = nn.functional.pad(weight.float(), padding).view(-1, groups, _GROUP)
-        scales = values.abs().amax(dim=2).div_(127.0)
-        rounded = torch.round(values / scales.clamp_min(1e-30)[:, :, None]).to(torch.int8)
-        offsets = rounded.sum(dim=2, dtype=torch.int32) * 128
-        matrix = rounded.view(-1, groups * _GROUP)[:out, :width].contiguous()
+        matrix = torch.empty(out, width, dtype=torch.int8)
+        scales = torch.zeros(panels * _PANEL, groups)
+        offsets = torch.zeros(panels * _PANEL, groups, dtype=torch.int32)
+        # Some rows at a time: in float32 a whole layer would be a peak of memory, and out of the caches.
+        step = max(1, _ROUNDED_AT_ONCE // width)
+        for start in range(0, out, step):
+            rows = slice(start, min(start + step, out))
+            values = nn.functional.pad(weight[rows].float(), (0, groups * _GROUP - width))
+            values = values.view(-1, groups, _GROUP)
+            torch.div(values.abs().amax(dim=2), 127.0, out=scales[rows])
+            values = values.div_(scales[rows].clamp_min(1e-30)[:, :, None]).round_().to(torch.int8)
+            offsets[rows] = values.sum(dim=2, dtype=torch.int32) * 128
+            matrix[rows] = values.view(-1, groups * _GROUP)[:, :width]
         packed = torch.empty(panels * _PANEL * -(-width // 4) * 4, dtype=torch.int8)
         self._pack_int8(matrix.data_ptr(), out, width, packed.data_ptr(), torch.get_num_threads())
 
