@@ -28,7 +28,7 @@ class Call:
 
     Attributes:
         at_step: the step before which it comes.
-        load_s: how long its adapter's load takes, negative when that fails in the end.
+        load_s: how long its adapter's load takes where it is the first, negative when that fails.
         cancel_s: when the caller goes away.
     """
 
@@ -72,6 +72,7 @@ class Simulator:
     ends: dict[str, str] = field(default_factory=dict)
     live: dict[Sequence, Live] = field(default_factory=dict)
     work: Counter[Line] = field(default_factory=Counter)
+    loads: dict[str, tuple[float, bool]] = field(default_factory=lambda: {"": (0.0, False)})
     num_put_back: int = 0
     num_refused: int = 0
 
@@ -158,22 +159,23 @@ class Simulator:
             )
             due = now + min(DUE_S, math.inf if call.deadline_s is None else call.deadline_s)
             self.live[sequence] = Live(call, now, (due, i))
+            self.loads.setdefault(call.digest, (now + abs(call.load_s), call.load_s < 0))
             self.scheduler.add(sequence)
 
     def _load(self) -> None:
-        """End loads: they are of an adapter, so all its sequences wait for the last one's."""
-        loading = {
-            live.call.digest
-            for live in self.live.values()
-            if live.call.digest and self.clock.now < live.came_s + abs(live.call.load_s)
-        }
-        for sequence, live in list(self.live.items()):
-            lease = sequence.request.lease
-            assert isinstance(lease, FakeLease)
-            has_run = sequence in self.scheduler.running
-            lease.is_ready = lease.is_ready or has_run or live.call.digest not in loading
-            if live.call.digest and live.call.load_s < 0 and lease.is_ready and not has_run:
-                self._end(sequence, "failed")
+        """End loads, which are of an adapter: the call that it came with first says how long, and how."""
+        now = self.clock.now
+        for digest, (ready_s, is_bad) in list(self.loads.items()):
+            if now < ready_s:
+                continue
+            for sequence in [s for s in self.live if s.request.lease.digest == digest]:
+                lease = sequence.request.lease
+                assert isinstance(lease, FakeLease)
+                lease.is_ready = not is_bad
+                if is_bad:
+                    self._end(sequence, "failed")
+            if is_bad:
+                del self.loads[digest]
 
     def _drop(self) -> None:
         now = self.clock.now

@@ -25,6 +25,7 @@ import math
 import time
 from bisect import insort
 from dataclasses import dataclass, field
+from heapq import heapify, heappop
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -146,9 +147,16 @@ class FairQueue:
 
         One of them may be taken, which ends the iteration's use.
         """
-        for key in sorted(self._lines, key=self._turn):
-            if self._lines[key].is_ready:
-                yield self._lines[key].head
+        # A heap: most often the first is taken. Ranks are unique, so lines are never compared.
+        turns = [
+            (-key[0], self._counters[key], line.ranked[0][0], line)
+            for key, line in self._lines.items()
+        ]
+        heapify(turns)
+        while turns:
+            line = heappop(turns)[-1]
+            if line.is_ready:
+                yield line.head
 
     def passed_over(self) -> Sequence | None:
         """Return the head of the line that has waited longest, if that is longer than the patience.
@@ -192,10 +200,6 @@ class FairQueue:
             line = self._lines[key] = _Line(self._clock())
         insort(line.ranked, (rank, sequence), key=itemgetter(0))
         self._length += 1
-
-    def _turn(self, key: Key) -> tuple[int, int, tuple[float, int]]:
-        """What a line is sorted by; ranks are unique."""
-        return -key[0], self._counters[key], self._lines[key].ranked[0][0]
 
     def _leave(self, key: Key) -> None:
         self._num_running[key] -= 1

@@ -163,14 +163,18 @@ class Scheduler:
         now = self._clock()
         late: dict[Sequence, DeadlineExceeded] = {}
         for sequence in self.running:
-            if _left_s(sequence, now) <= 0:
+            deadline = sequence.request.deadline_s
+            if deadline is not None and deadline <= now:
                 late[sequence] = _past(sequence)
         needed_s = self._pace.step_s / HOPELESS if self.running else 0.0
         for sequence in self.waiting:
-            left_s = _left_s(sequence, now)
+            deadline = sequence.request.deadline_s
+            if deadline is None or deadline - now > needed_s:
+                continue
+            left_s = deadline - now
             if left_s <= 0:
                 late[sequence] = _past(sequence)
-            elif left_s < needed_s and not sequence.num_generated:
+            elif not sequence.num_generated:
                 late[sequence] = DeadlineExceeded(
                     f"the deadline is {left_s * 1000:.3g} ms away and a step takes "
                     f"{self._pace.step_s * 1000:.3g} ms here, so the first token would be late; the "
@@ -257,12 +261,6 @@ class Scheduler:
         prefill.append((sequence, count))
         self.waiting.charge(sequence, PROMPT_COST * count)
         return budget - count
-
-
-def _left_s(sequence: Sequence, now: float) -> float:
-    """Seconds until a sequence's deadline; infinite where it has none."""
-    deadline = sequence.request.deadline_s
-    return float("inf") if deadline is None else deadline - now
 
 
 def _past(sequence: Sequence) -> DeadlineExceeded:
