@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from http.client import HTTPException
@@ -141,6 +142,11 @@ def _convert(script: str, runs: Sequence[Sequence[str | Path]]) -> None:
         RuntimeError: it failed; with what it said.
     """
     path = llama_cpp.source() / script
+    environment = plain_environment()
+    inherited = environment.get("PYTHONPATH", "").split(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [*filter(None, inherited), str(llama_cpp.converter_packages())]
+    )
     lines = "\n".join("\t".join(map(str, arguments)) for arguments in runs)
     program = (
         "import runpy, sys\n"
@@ -156,7 +162,7 @@ def _convert(script: str, runs: Sequence[Sequence[str | Path]]) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env=plain_environment(),
+        env=environment,
     )
     if done.returncode:
         raise RuntimeError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.contenders.peer import Peer
 from benchmarks.harness.process_group import ProcessGroup
 from benchmarks.harness.threads import all_cores, pinned_cores, plain_environment
-from benchmarks.peers import openvino, openvino_worker
+from benchmarks.peers import openvino_install, openvino_worker
 from benchmarks.peers.catalog import OPENVINO
 from benchmarks.workload import Call, Trace
 from lorary.bases.home import build_once
@@ -137,7 +137,7 @@ def _export(base: Path, weights: str, folder: Path) -> None:
     Raises:
         RuntimeError: it failed; with what it said.
     """
-    command = [str(openvino.exporter()), "export", "openvino", "--model", str(base)]
+    command = [str(openvino_install.exporter()), "export", "openvino", "--model", str(base)]
     command += ["--task", "text-generation-with-past", "--weight-format", weights, str(folder)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=plain_environment()

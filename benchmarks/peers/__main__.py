@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks.peers import llama_cpp, openvino, vllm
+from benchmarks.peers import llama_cpp, openvino_install, vllm
 from benchmarks.peers.catalog import LLAMA_CPP, OPENVINO, PEERS, VLLM
 from benchmarks.peers.steps import InstallError, say
 
 INSTALLERS = {
     VLLM.name: vllm.install,
-    OPENVINO.name: openvino.install,
+    OPENVINO.name: openvino_install.install,
     # The longest last.
     LLAMA_CPP.name: llama_cpp.install,
 }

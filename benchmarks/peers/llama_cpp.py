@@ -22,6 +22,11 @@ def source() -> Path:
     return LLAMA_CPP.folder / SOURCE / "llama.cpp"
 
 
+def converter_packages() -> Path:
+    """Return the folder of what the converters import and this project does not have."""
+    return LLAMA_CPP.folder / "converter-packages"
+
+
 def server() -> Path:
     """Return the server's program."""
     return LLAMA_CPP.folder / SERVER
@@ -35,10 +40,13 @@ def install() -> None:
             "llama.cpp needs a C++ compiler. Run: sudo apt-get install g++ (or what your system "
             "calls it), then `make peers` again."
         )
-    package, *options = LLAMA_CPP.recipe
+    package, converters_need, *options = LLAMA_CPP.recipe
     cmake, ninja = _tools(log)
     if not source().is_dir():
         _fetch(package, log)
+    # Beside this very interpreter's packages, which have the rest of what they import.
+    target = ["--no-deps", "--upgrade", "--target", str(converter_packages())]
+    steps.pip_install(Path(sys.executable), [*target, converters_need], log=log)
     build = LLAMA_CPP.folder / "build"
     command = [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options]
     steps.run("configuring llama.cpp", [*command, "-S", source(), "-B", build], log=log)
