@@ -16,13 +16,13 @@ import logging
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from lorary.errors import ConfigError
-from lorary.server.adapters.ops import torch_ops
+from lorary.server.adapters.ops import torch_ops, triton_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
 from lorary.server.native import library as native
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lorary.server.adapters.segments import Segments
-    from lorary.server.native.products import BoundKernel, PackedLinear
+    from lorary.server.native.products import PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ NEVER = sys.maxsize
 
 # Names of layers that read the same tensor, in every transformers model that has all of them.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+Ops = Literal["auto", "native", "triton", "torch"]
+"""What adds the adapters: the CPU kernel, the GPU kernels, or torch operators."""
 
 _current: ContextVar[Segments | None] = ContextVar("lorary_segments", default=None)
 
@@ -52,13 +55,21 @@ def step_segments(segments: Segments | None) -> Iterator[None]:
         _current.reset(token)
 
 
+class RowKernel(Protocol):
+    """A kernel over one group's pool, for all of a step's short rows in one call."""
+
+    def add_rows(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
+        """Add the adapters of ``segments.short_rows`` to ``y`` [T, sum of outs], in place."""
+        ...
+
+
 class LoraGroup:
     """Linear layers that read the same input, and their pool.
 
     Attributes:
         spec: names and shapes.
         pool: the group's rows; set by ``attach``.
-        bound: the native kernel over these rows, if there is one for them; set by ``attach``.
+        bound: the row-wise kernel over these rows, if there is one; set by ``attach``.
     """
 
     def __init__(
@@ -80,15 +91,13 @@ class LoraGroup:
             for layer in self.layers:
                 _give_up(layer)
         self.pool: GroupPool | None = None
-        self.bound: BoundKernel | None = None
+        self.bound: RowKernel | None = None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
-    def attach(self, pool: GroupPool, kernel: native.NativeKernels | None) -> None:
-        """Give the group its rows, and the row-wise kernel if there is one for them."""
-        self.pool = pool
-        if kernel is not None and pool.a.device.type == "cpu" and kernel.supports(pool.a.dtype):
-            self.bound = kernel.bind(pool.a, pool.b)
+    def attach(self, pool: GroupPool, bound: RowKernel | None) -> None:
+        """Give the group its rows, and the row-wise kernel over them if there is one."""
+        self.pool, self.bound = pool, bound
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """Return one member's output for ``x`` [..., in], adapters included.
@@ -168,9 +177,11 @@ class LoraModel:
         memory_bytes: for adapters.
         dtype: of adapters and of what layers hand on.
         int8: round the linear layers' weights to 8 bits, natively.
+        ops: what adds the adapters; "auto" takes the device's kernels, and torch operators where it
+            has none.
 
     Raises:
-        ConfigError: ``int8`` without the kernels for it.
+        ConfigError: ``int8`` or ``ops`` without the kernels for it.
 
     Attributes:
         model: the transformers model, changed in place.
@@ -182,7 +193,13 @@ class LoraModel:
     """
 
     def __init__(
-        self, model: Any, *, memory_bytes: int, dtype: torch.dtype, int8: bool = False
+        self,
+        model: Any,
+        *,
+        memory_bytes: int,
+        dtype: torch.dtype,
+        int8: bool = False,
+        ops: Ops = "auto",
     ) -> None:
         self.model = model
         device = next(model.parameters()).device
@@ -204,12 +221,38 @@ class LoraModel:
         self.pool = AdapterPool(
             [g.spec for g in self.groups], memory_bytes=memory_bytes, dtype=dtype, device=device
         )
-        has_kernel = kernel is not None and kernel.supports(dtype)
+        row_kernels = self._row_kernels(ops, dtype, device)
         # torch's bfloat16 products with a rank's few columns cost 0.1 ms whatever their size, and
-        # compile anew for every number of rows: the native kernel takes prompts, too (docs/log.md).
-        self.long_from = NEVER if has_kernel else 1
+        # compile anew for every number of rows: the kernels take prompts, too (docs/log.md).
+        self.long_from = 1 if row_kernels is None else NEVER
         for group, pool in zip(self.groups, self.pool.groups, strict=True):
-            group.attach(pool, kernel if has_kernel else None)
+            bound = None if row_kernels is None else row_kernels.bind(pool.a, pool.b)
+            if isinstance(bound, triton_ops.TritonPool):
+                bound.warm_up()
+            group.attach(pool, bound)
+
+    def _row_kernels(
+        self, ops: Ops, dtype: torch.dtype, device: torch.device
+    ) -> native.NativeKernels | triton_ops.TritonKernels | None:
+        """Return what adds the adapters of rows; None for torch operators."""
+        is_auto = ops == "auto"
+        if ops == "torch" or (is_auto and device.type == "cpu" and self.kernels is None):
+            return None
+        found: native.NativeKernels | triton_ops.TritonKernels | str
+        if ops == "native" or (is_auto and device.type == "cpu"):
+            found = self.kernels or "the native kernels are not there"
+        elif ops == "triton" or device.type == "cuda":
+            found = triton_ops.load()
+        else:
+            found = f"there are none for '{device.type}'"
+        if not isinstance(found, str) and not found.supports(dtype):
+            found = f"there is none for {dtype}"
+        if not isinstance(found, str):
+            return found
+        if not is_auto:
+            raise ConfigError(f"adapters cannot be added by {ops} kernels: {found}")
+        logger.warning("adding adapters with torch operators, several times slower: %s", found)
+        return None
 
 
 def install(

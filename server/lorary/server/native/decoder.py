@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorary.server.native.library import NativeKernels
+from lorary.server.native.products import BoundKernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -268,7 +269,7 @@ def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
     """Return a group's structure, and what it points into."""
     packed, bound = group.packed, group.bound
     assert packed is not None
-    assert bound is not None, "a packed group without the kernel for its adapters"
+    assert isinstance(bound, BoundKernel), "a packed group without the kernel for its adapters"
     structure = _Projection(
         packed.address,
         packed.scales_address,

@@ -7,6 +7,6 @@ Semantics, for every row ``b`` whose adapter ``k = segments.adapter_of_row[b]`` 
 for every member ``m`` of a fused group (q, k, v share ``x``), where ``p(k, j)`` is the pool row that
 holds rank row ``j`` of adapter ``k``. Rows with -1 are untouched.
 
-``reference`` is the oracle of the tests; ``torch_ops`` runs wherever torch runs; the
-CPU's fast path for the short segments of decoding is ``lorary.server.native``.
+``reference`` is the oracle of the tests; ``torch_ops`` runs wherever torch runs, one product per
+segment; ``triton_ops`` is for GPUs and ``lorary.server.native`` for CPUs: all rows in one call.
 """

@@ -1,0 +1,77 @@
+"""Inputs and tolerances that the tests of every mixed-adapter product share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorary.server.adapters.ops import reference
+from lorary.server.adapters.segments import PoolEntry, Segments
+
+# Against float32 sums of the same numbers: one rounding of the result (bf16), or of every
+# intermediate (torch operators keep the rank product in the pool's dtype).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+WIDTH = 40
+
+
+def entries(ranks: list[int], capacity: int) -> list[PoolEntry]:
+    """Adapters over scattered pool rows, one of them a weighted composition."""
+    order = torch.randperm(capacity, generator=torch.Generator().manual_seed(1)).tolist()
+    made, start = [], 0
+    for i, rank in enumerate(ranks):
+        rows = order[start : start + rank]
+        start += rank
+        if i % 2:
+            rows = sorted(rows)
+        scales = (1.0,) * rank if i != 1 else tuple(0.5 + j for j in range(rank))
+        made.append(PoolEntry(tuple(rows), scales))
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A pool and a step: y [T, sum of outs], x [T, in], and every row's adapter."""
+
+    y: torch.Tensor
+    x: torch.Tensor
+    a: torch.Tensor
+    b: list[torch.Tensor]
+    row_entries: list[PoolEntry | None]
+
+    @classmethod
+    def random(
+        cls,
+        row_entries: list[PoolEntry | None],
+        *,
+        capacity: int,
+        dtype: torch.dtype,
+        outs: tuple[int, ...] = (48, 16, 16),
+        width: int = WIDTH,
+        device: str = "cpu",
+    ) -> Case:
+        rows = len(row_entries)
+        generator = torch.Generator().manual_seed(rows)
+
+        def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+        return cls(
+            x=normal(rows, width),
+            y=normal(rows, sum(outs)),
+            a=normal(len(outs), capacity, width, scale=1 / width),
+            b=[normal(capacity, out, scale=1 / 8) for out in outs],
+            row_entries=row_entries,
+        )
+
+    def segments(self, long_from: int) -> Segments | None:
+        return Segments.build(self.row_entries, device=self.x.device, long_from=long_from)
+
+    def check(self, actual: torch.Tensor, segments: Segments) -> None:
+        """Compare with the reference, and see that rows of the bare base kept their bits."""
+        expected = reference.add_lora(self.y, self.x, self.a, self.b, segments)
+        scale = expected.abs().max().clamp_min(1.0)
+        assert (actual.float() - expected).abs().max() <= TOLERANCE[self.x.dtype] * scale
+        for row, entry in enumerate(self.row_entries):
+            if entry is None:
+                assert torch.equal(actual[row], self.y[row]), "a row without an adapter was touched"
