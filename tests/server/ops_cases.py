@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -75,3 +78,32 @@ class Case:
         for row, entry in enumerate(self.row_entries):
             if entry is None:
                 assert torch.equal(actual[row], self.y[row]), "a row without an adapter was touched"
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+
+LANGUAGE = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
+
+def compile(kernel, signature, constants, capability):
+    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert made.asm["cubin"]
+    print(kernel.__name__, capability, *[v for v in signature.values() if v.startswith("*")], "mma" in made.asm["ptx"])
+"""
+
+
+def compile_for_gpus(program: str) -> list[str]:
+    """Run ``program``, which may ``compile(kernel, signature, constants, capability)``; return its lines.
+
+    Triton compiles down to machine code without a GPU, and refuses much that its interpreter lets
+    pass. In a process of its own, for in this one Triton may interpret.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-c", _COMPILE + program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
