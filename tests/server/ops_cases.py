@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lorary.server.adapters.ops import reference
+from lorary.server.adapters.rounding import round_rows
 from lorary.server.adapters.segments import PoolEntry, Segments
 
 # Against float32 sums of the same numbers: one rounding of the result (bf16), or of every
@@ -41,6 +42,7 @@ class Case:
     a: torch.Tensor
     b: list[torch.Tensor]
     row_entries: list[PoolEntry | None]
+    row_scales: torch.Tensor | None = None
 
     @classmethod
     def random(
@@ -52,6 +54,7 @@ class Case:
         outs: tuple[int, ...] = (48, 16, 16),
         width: int = WIDTH,
         device: str = "cpu",
+        storage: torch.dtype | None = None,
     ) -> Case:
         rows = len(row_entries)
         generator = torch.Generator().manual_seed(rows)
@@ -59,20 +62,27 @@ class Case:
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
-        return cls(
-            x=normal(rows, width),
-            y=normal(rows, sum(outs)),
-            a=normal(len(outs), capacity, width, scale=1 / width),
-            b=[normal(capacity, out, scale=1 / 8) for out in outs],
-            row_entries=row_entries,
-        )
+        x, y = normal(rows, width), normal(rows, sum(outs))
+        a = normal(len(outs), capacity, width, scale=1 / width)
+        b = [normal(capacity, out, scale=1 / 8) for out in outs]
+        if storage is None:
+            return cls(y, x, a, b, row_entries)
+        kept_a, scales_a = zip(*(round_rows(rows.float(), storage) for rows in a), strict=True)
+        kept_b, scales_b = zip(*(round_rows(rows.float(), storage) for rows in b), strict=True)
+        scales = None
+        if scales_a[0] is not None:
+            scales = torch.stack(
+                [one * other for one, other in zip(scales_a, scales_b, strict=True)]
+            )
+        kept = torch.stack([rows.float() for rows in kept_a]).to(storage)
+        return cls(y, x, kept, list(kept_b), row_entries, scales)
 
     def segments(self, long_from: int) -> Segments | None:
         return Segments.build(self.row_entries, device=self.x.device, long_from=long_from)
 
     def check(self, actual: torch.Tensor, segments: Segments) -> None:
         """Compare with the reference, and see that rows of the bare base kept their bits."""
-        expected = reference.add_lora(self.y, self.x, self.a, self.b, segments)
+        expected = reference.add_lora(self.y, self.x, self.a, self.b, segments, self.row_scales)
         scale = expected.abs().max().clamp_min(1.0)
         assert (actual.float() - expected).abs().max() <= TOLERANCE[self.x.dtype] * scale
         for row, entry in enumerate(self.row_entries):

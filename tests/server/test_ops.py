@@ -53,6 +53,34 @@ def test_product_equals_the_reference(
     case.check(actual, segments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_product_with_rows_kept_in_fewer_bits(
+    implementation: str, rows: int, storage: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Rounding aside nothing is lost: equal to the reference with the rounded numbers."""
+    pool = entries([5, 16, 33], CAPACITY)
+    pool.append(PoolEntry(tuple(range(200, 212)), (1.0,) * 12))
+    row_entries = [pool[i] if i >= 0 else None for i in popularity("uniform", rows, 4)]
+    case = Case.random(row_entries, capacity=CAPACITY, dtype=dtype, storage=storage)
+    segments = case.segments(long_from=1 if implementation == "torch" else rows + 1)
+    assert segments is not None
+    actual = case.y.clone()
+    if implementation == "native":
+        kernel = native.load()
+        assert not isinstance(kernel, str), kernel
+        assert kernel.supports_storage(storage) == (storage != torch.float8_e4m3fn)
+        if storage == torch.float8_e4m3fn:
+            return
+        kernel.bind(case.a, case.b, case.row_scales, dtype).add_rows(actual, case.x, segments)
+    else:
+        for segment in segments.long:
+            torch_ops.add_segment(actual, case.x, case.a, case.b, segment, case.row_scales)
+    case.check(actual, segments)
+
+
 def test_native_row_does_not_depend_on_its_company() -> None:
     """The same row gives the same bits alone, in a crowd, and at another place."""
     kernel = native.load()

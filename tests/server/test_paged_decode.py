@@ -50,7 +50,8 @@ class Cache:
         shape = (sum(counts) + 3, kv_heads, block, dim)
         self.k, self.v = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
         self.table = torch.full((len(lengths), max(counts)), 10**6, dtype=torch.int32)
-        self.keys, self.values = [], []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             owned = [next(numbers) for _ in range(count)]
             self.table[row, :count] = torch.tensor(owned, dtype=torch.int32)

@@ -89,6 +89,26 @@ def test_wide_inputs_and_outputs_are_cut(
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_product_with_rows_kept_in_fewer_bits(
+    kernels: triton_ops.TritonKernels, storage: torch.dtype, dtype: torch.dtype
+) -> None:
+    if not kernels.supports_storage(storage):
+        pytest.skip("this GPU has no 8-bit floats")
+    pool = entries([5, 24, 3], 40)
+    row_entries = [pool[i % 4] if i % 4 < 3 else None for i in range(9)]
+    case = Case.random(
+        row_entries, capacity=40, dtype=dtype, outs=OUTS, device=DEVICE, storage=storage
+    )
+    segments = case.segments(long_from=99)
+    assert segments is not None
+    actual = case.y.clone()
+    bound = kernels.bind(case.a, case.b, case.row_scales, dtype)
+    bound.add_rows(actual, case.x, segments)
+    case.check(actual, segments)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_row_does_not_depend_on_its_company(
     kernels: triton_ops.TritonKernels, dtype: torch.dtype
 ) -> None:
@@ -200,13 +220,15 @@ from lorary.server.adapters.ops import triton_kernels as kernels
 
 STEP = {"tiles": "*i32", "rows": "*i32", "rank_rows": "*i32"}
 SIZES = {"SPLIT": 4, "BLOCK_ROWS": 16, "BLOCK_RANK": 16}
-for capability, name in ((80, "bf16"), (80, "fp16"), (80, "fp32"), (90, "bf16")):
-    shrink = dict(x=f"*{name}", a=f"*{name}", t="*fp32", **STEP, rank_scales="*fp32",
+KEPT = {"i8": triton.language.int8, "fp8e4nv": triton.language.float8e4nv, **LANGUAGE}
+for capability, name, kept in ((80, "bf16", "bf16"), (80, "fp16", "fp16"), (80, "fp32", "fp32"),
+                               (80, "bf16", "i8"), (90, "bf16", "bf16"), (90, "bf16", "fp8e4nv")):
+    shrink = dict(x=f"*{name}", a=f"*{kept}", t="*fp32", **STEP, rank_scales="*fp32", row_scales="*fp32",
                   **dict.fromkeys("in_features cap members num_sums".split(), "i32"))
-    compile(kernels.shrink, shrink, dict(SIZES, DOT=LANGUAGE[name], BLOCK_IN=128), capability)
+    compile(kernels.shrink, shrink, dict(SIZES, DOT=LANGUAGE[name], BLOCK_IN=128, HAS_SCALES=kept in ("i8", "fp8e4nv")), capability)
     expand = dict(y=f"*{name}", t="*fp32", b_table="*i64", blocks="*i32", **STEP,
                   **dict.fromkeys("y_row members num_sums".split(), "i32"))
-    constants = dict(B=LANGUAGE[name], ALIGN=16, PRECISION="ieee" if name == "fp32" else "tf32x3")
+    constants = dict(B=KEPT[kept], ALIGN=16, PRECISION="ieee" if name == "fp32" else "tf32x3")
     compile(kernels.expand, expand, dict(SIZES, BLOCK_OUT=128, **constants), capability)
 """
 
@@ -214,5 +236,5 @@ for capability, name in ((80, "bf16"), (80, "fp16"), (80, "fp32"), (90, "bf16"))
 def test_kernels_compile_for_gpus() -> None:
     """All but float32 with tensor cores."""
     made = compile_for_gpus(COMPILE)
-    assert len(made) == 8
+    assert len(made) == 12
     assert all(line.endswith("True") for line in made if line.split()[2] != "*fp32"), made

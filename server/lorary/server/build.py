@@ -155,6 +155,7 @@ def build_engine(
             max_waiting=config.max_waiting,
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
+            adapter_dtype=config.adapter_dtype,
             prefix_cache=config.prefix_cache,
             draft_rows=config.draft_rows,
             pin_threads=config.pin_threads,

@@ -24,6 +24,7 @@ from torch import nn
 from lorary.errors import ConfigError
 from lorary.server.adapters.ops import torch_ops, triton_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
+from lorary.server.adapters.rounding import Storage, storage_dtype
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
@@ -130,10 +131,11 @@ class LoraGroup:
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
         assert self.pool is not None, "a step with adapters before attach()"
         x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if x_rows.dtype != self.pool.a.dtype:
-            x_rows = x_rows.to(self.pool.a.dtype)
+        if x_rows.dtype != self.pool.dtype:
+            x_rows = x_rows.to(self.pool.dtype)
+        pool = self.pool
         for segment in segments.long:
-            torch_ops.add_segment(y_rows, x_rows, self.pool.a, self.pool.b, segment)
+            torch_ops.add_segment(y_rows, x_rows, pool.a, pool.b, segment, pool.row_scales)
         if segments.num_short:
             assert self.bound is not None, "short rows without a row-wise kernel"
             self.bound.add_rows(y_rows, x_rows.contiguous(), segments)
@@ -177,11 +179,12 @@ class LoraModel:
         memory_bytes: for adapters.
         dtype: of adapters and of what layers hand on.
         int8: round the linear layers' weights to 8 bits, natively.
+        storage: what adapters are kept in; "auto" is ``dtype``.
         ops: what adds the adapters; "auto" takes the device's kernels, and torch operators where it
             has none.
 
     Raises:
-        ConfigError: ``int8`` or ``ops`` without the kernels for it.
+        ConfigError: ``int8``, ``storage`` or ``ops`` without the kernels for it.
 
     Attributes:
         model: the transformers model, changed in place.
@@ -199,6 +202,7 @@ class LoraModel:
         memory_bytes: int,
         dtype: torch.dtype,
         int8: bool = False,
+        storage: Storage = "auto",
         ops: Ops = "auto",
     ) -> None:
         self.model = model
@@ -219,14 +223,20 @@ class LoraModel:
                     "or bfloat16; use --quantize none"
                 )
         self.pool = AdapterPool(
-            [g.spec for g in self.groups], memory_bytes=memory_bytes, dtype=dtype, device=device
+            [g.spec for g in self.groups],
+            memory_bytes=memory_bytes,
+            dtype=dtype,
+            device=device,
+            storage=storage_dtype(storage, dtype),
         )
         row_kernels = self._row_kernels(ops, dtype, device)
         # torch's bfloat16 products with a rank's few columns cost 0.1 ms whatever their size, and
         # compile anew for every number of rows: the kernels take prompts, too (docs/log.md).
         self.long_from = 1 if row_kernels is None else NEVER
         for group, pool in zip(self.groups, self.pool.groups, strict=True):
-            bound = None if row_kernels is None else row_kernels.bind(pool.a, pool.b)
+            bound = None
+            if row_kernels is not None:
+                bound = row_kernels.bind(pool.a, pool.b, pool.row_scales, dtype)
             if isinstance(bound, triton_ops.TritonPool):
                 bound.warm_up()
             group.attach(pool, bound)
@@ -248,6 +258,13 @@ class LoraModel:
         if not isinstance(found, str) and not found.supports(dtype):
             found = f"there is none for {dtype}"
         if not isinstance(found, str):
+            kept = self.pool.storage
+            if not found.supports_storage(kept):
+                name = str(kept).removeprefix("torch.")
+                raise ConfigError(
+                    f"this {device.type} cannot multiply adapters that are kept in {name}; fp8 needs an "
+                    "NVIDIA GPU of compute capability 8.9 or newer. Use --adapter-dtype int8."
+                )
             return found
         if not is_auto:
             raise ConfigError(f"adapters cannot be added by {ops} kernels: {found}")

@@ -20,11 +20,13 @@ class PoolEntry:
 
     ``rows`` are pool row numbers, one per rank row, and ``scales`` has one factor per rank row, so
     that a weighted sum of adapters is just a longer list. Versions are canonical: their own scale
-    is already folded into B, so a single adapter has scales of 1.
+    is already folded into B, so a single adapter has scales of 1. ``error`` is the largest relative
+    error of a module's B·A that the pool's storage has brought; 0 where it keeps what is multiplied.
     """
 
     rows: tuple[int, ...]
     scales: tuple[float, ...]
+    error: float = 0.0
 
     @property
     def rank(self) -> int:

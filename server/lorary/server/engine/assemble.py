@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from lorary.registry import BaseCard, Registry, Resolved
     from lorary.server.adapters.residency import ResidencyObserver
+    from lorary.server.adapters.rounding import Storage
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
     from lorary.server.native.decoder import FusedModel
@@ -49,6 +50,7 @@ class EngineLimits:
         max_waiting: most requests in the queue.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
+        adapter_dtype: what adapters are kept in there; "auto" is what they are multiplied in.
         prefix_cache: do not read again what an earlier prompt with the same adapter began with; needs
             the native kernels.
         draft_rows: rows of a step up to which tokens are guessed from the text so far (prompt lookup);
@@ -62,6 +64,7 @@ class EngineLimits:
     max_waiting: int = 1024
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
+    adapter_dtype: Storage = "auto"
     prefix_cache: bool = True
     draft_rows: int = 8
     pin_threads: bool = True
@@ -108,7 +111,13 @@ def assemble(
         )
     device = next(model.parameters()).device
     model.eval()
-    lora = LoraModel(model, memory_bytes=limits.adapter_memory_bytes, dtype=dtype, int8=int8)
+    lora = LoraModel(
+        model,
+        memory_bytes=limits.adapter_memory_bytes,
+        dtype=dtype,
+        int8=int8,
+        storage=limits.adapter_dtype,
+    )
     shape = KVShape.from_config(model.config, limits.max_context)
     cache = KVCache(shape, num_slots=limits.max_batch, dtype=dtype, device=device)
     fused = None if lora.kernels is None else fuse(model, lora.groups, cache, lora.kernels)

@@ -43,6 +43,8 @@ class _Projection(ctypes.Structure):
         ("outs", _P),
         ("members", _I),
         ("cap", _I),
+        ("row_scales", _P),
+        ("storage", _I),
     )
 
 
@@ -282,5 +284,7 @@ def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
         bound.outs_address,
         bound.members,
         bound.cap,
+        bound.scales_address,
+        bound.storage,
     )
     return structure, (packed, bound)

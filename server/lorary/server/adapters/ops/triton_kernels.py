@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 # What changes from step to step must not choose among compiled variants: a new one takes seconds.
-_STEP_ARRAYS = ["tiles", "rows", "rank_rows", "rank_scales"]
+_STEP_ARRAYS = ["tiles", "rows", "rank_rows", "rank_scales", "row_scales"]
 
 
 @triton.jit(do_not_specialize=["num_sums"], do_not_specialize_on_alignment=_STEP_ARRAYS)
@@ -29,11 +29,13 @@ def shrink(
     rows,
     rank_rows,
     rank_scales,
+    row_scales,  # float32 [members, cap], of rows kept in 8 bits; else unused
     in_features,
     cap,
     members,
     num_sums,
     SPLIT: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -72,6 +74,9 @@ def shrink(
             some_a = tl.load(a_rows + k[:, None], mask=is_rank & (k < high)[:, None], other=0.0)
             total = tl.dot(some_x.to(DOT), some_a.to(DOT), total, input_precision="ieee")
         scale = tl.load(rank_scales + first_rank + j, mask=j < rank, other=0.0)
+        if HAS_SCALES:
+            at_scales = row_scales + member.to(tl.int64) * cap + pool_row
+            scale *= tl.load(at_scales, mask=j < rank, other=0.0)
         at = t_member + i[:, None] * rank + j[None, :]
         tl.store(at, total * scale[None, :], mask=has_row & is_rank)
 

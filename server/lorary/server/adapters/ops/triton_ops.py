@@ -37,20 +37,43 @@ class TritonKernels:
         """Whether there are kernels for this dtype."""
         return dtype in _DTYPES
 
-    def bind(self, a: torch.Tensor, b: Sequence[torch.Tensor]) -> TritonPool:
-        """Fix the pool of one group of layers, so that a call passes only what changes per step."""
-        return TritonPool(self, a, b)
+    def supports_storage(self, dtype: torch.dtype) -> bool:
+        """Whether this GPU reads rows of this dtype; 8-bit floats since compute capability 8.9."""
+        if dtype == torch.float8_e4m3fn and not self.is_interpreted:
+            return torch.cuda.get_device_capability() >= (8, 9)
+        return dtype in (*_DTYPES, torch.int8, torch.float8_e4m3fn)
+
+    def bind(
+        self,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        row_scales: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TritonPool:
+        """Fix the pool of one group of layers, so that a call passes only what changes per step.
+
+        ``dtype`` is that of the rows to be multiplied (default: the pool's).
+        """
+        return TritonPool(self, a, b, row_scales, dtype or a.dtype)
 
 
 class TritonPool:
     """The kernels over one group's pool; holds the pool's tensors alive.
 
-    Shapes: a [members, cap, in], b members × [cap, out_m], contiguous, one dtype, on the device that the
-    steps run on.
+    Shapes: a [members, cap, in], b members × [cap, out_m], contiguous, one dtype, row_scales float32
+    [members, cap] where that has 8 bits, on the device that the steps run on.
     """
 
-    def __init__(self, ops: TritonKernels, a: torch.Tensor, b: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        ops: TritonKernels,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        row_scales: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
         self._shrink, self._expand = ops.kernels.shrink, ops.kernels.expand
+        self._row_scales, self._dtype = row_scales, dtype
         self._a, self._b = a, tuple(b)
         self._members, self._cap, self._in_features = a.shape
         self._split = min(_MAX_SPLIT, max(1, self._in_features // _STRETCH))
@@ -64,12 +87,12 @@ class TritonPool:
         addresses = [tensor.data_ptr() for tensor in b]
         self._table = torch.tensor(addresses, dtype=torch.int64, device=a.device)
         language = ops.language
-        self._type = getattr(language, str(a.dtype).removeprefix("torch."))
+        self._type = _type_of(language, a.dtype)
         self._align = 16 if all(n % 16 == 0 for n in (*outs, *addresses)) else 1
         # Three products of 11-bit parts are as good as float32 where B has no more than 11 bits.
         self._precision = "ieee" if a.dtype == torch.float32 else "tf32x3"
         # The interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same.
-        self._dot = language.float32 if ops.is_interpreted else self._type
+        self._dot = language.float32 if ops.is_interpreted else _type_of(language, dtype)
 
     def warm_up(self, dtype: torch.dtype | None = None) -> None:
         """Compile for outputs of ``dtype`` (default: the pool's), so that no request waits for it.
@@ -79,7 +102,7 @@ class TritonPool:
         entry = PoolEntry(rows=(0,), scales=(0.0,))
         segments = Segments.build([entry], device=self._a.device, long_from=2)
         assert segments is not None
-        x = self._a.new_zeros(1, self._in_features)
+        x = self._a.new_zeros(1, self._in_features, dtype=self._dtype)
         y = x.new_zeros(1, sum(tensor.shape[1] for tensor in self._b), dtype=dtype)
         self.add_rows(y, x, segments)
 
@@ -87,53 +110,62 @@ class TritonPool:
         """Add the adapters of ``segments.short_rows`` to ``y``, in place.
 
         Shapes: y [T, sum of outs] of any float dtype with unit stride in rows, x [T, in] contiguous, of
-        the pool's dtype.
+        the bound dtype.
         """
         tiles = segments.tiles
         sums = self._split * self._members * tiles.num_sums
         t = torch.empty(sums, dtype=torch.float32, device=x.device)
         rank_programs = min(_RANK_PROGRAMS, -(-tiles.max_rank // BLOCK_RANK))
-        self._shrink[(tiles.num_tiles, self._members * self._split, rank_programs)](
-            x,
-            self._a,
-            t,
-            tiles.tiles,
-            tiles.rows,
-            tiles.rank_rows,
-            tiles.rank_scales,
-            self._in_features,
-            self._cap,
-            self._members,
-            tiles.num_sums,
-            SPLIT=self._split,
-            DOT=self._dot,
-            BLOCK_ROWS=TILE_ROWS,
-            BLOCK_RANK=BLOCK_RANK,
-            BLOCK_IN=BLOCK_IN,
-            num_warps=4,
-            num_stages=3,
-        )
-        self._expand[(tiles.num_tiles, self._blocks.shape[0])](
-            y,
-            t,
-            self._table,
-            self._blocks,
-            tiles.tiles,
-            tiles.rows,
-            tiles.rank_rows,
-            y.stride(0),
-            self._members,
-            tiles.num_sums,
-            SPLIT=self._split,
-            B=self._type,
-            ALIGN=self._align,
-            PRECISION=self._precision,
-            BLOCK_ROWS=TILE_ROWS,
-            BLOCK_RANK=BLOCK_RANK,
-            BLOCK_OUT=BLOCK_OUT,
-            num_warps=4,
-            num_stages=2,
-        )
+        # Triton launches on the current device.
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            self._shrink[(tiles.num_tiles, self._members * self._split, rank_programs)](
+                x,
+                self._a,
+                t,
+                tiles.tiles,
+                tiles.rows,
+                tiles.rank_rows,
+                tiles.rank_scales,
+                tiles.rank_scales if self._row_scales is None else self._row_scales,
+                self._in_features,
+                self._cap,
+                self._members,
+                tiles.num_sums,
+                SPLIT=self._split,
+                HAS_SCALES=self._row_scales is not None,
+                DOT=self._dot,
+                BLOCK_ROWS=TILE_ROWS,
+                BLOCK_RANK=BLOCK_RANK,
+                BLOCK_IN=BLOCK_IN,
+                num_warps=4,
+                num_stages=3,
+            )
+            self._expand[(tiles.num_tiles, self._blocks.shape[0])](
+                y,
+                t,
+                self._table,
+                self._blocks,
+                tiles.tiles,
+                tiles.rows,
+                tiles.rank_rows,
+                y.stride(0),
+                self._members,
+                tiles.num_sums,
+                SPLIT=self._split,
+                B=self._type,
+                ALIGN=self._align,
+                PRECISION=self._precision,
+                BLOCK_ROWS=TILE_ROWS,
+                BLOCK_RANK=BLOCK_RANK,
+                BLOCK_OUT=BLOCK_OUT,
+                num_warps=4,
+                num_stages=2,
+            )
+
+
+def _type_of(language: Any, dtype: torch.dtype) -> Any:
+    name = {torch.float8_e4m3fn: "float8e4nv"}.get(dtype, str(dtype).removeprefix("torch."))
+    return getattr(language, name)
 
 
 @functools.cache
