@@ -100,7 +100,7 @@ $(ENV): pyproject.toml constraints.txt
 		echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu: apt-get install python3-venv." >&2; exit 1; }
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 		echo "NVIDIA GPU found: torch is not pinned, its CUDA build is taken"; \
-		sed '/^torch==/d' constraints.txt > $(VENV)/constraints.txt; \
+		sed '/^torch==/d; /^triton==/d' constraints.txt > $(VENV)/constraints.txt; \
 	else cp constraints.txt $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@

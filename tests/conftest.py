@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+# Decided before anything imports Triton, which reads it once: without a GPU the tests of its kernels
+# run in its interpreter. Nothing else here uses Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path

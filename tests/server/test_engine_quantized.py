@@ -1,24 +1,29 @@
-"""Adapters over a quantized base: the mixed batch equals PEFT on the same quantized base."""
+"""Quantized bases and adapters: the mixed batch equals PEFT with the same rounded numbers."""
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorary.bases import find_base
 from lorary.bases.load import Quantization, load_model
 from lorary.bases.plan import QuantizationPlan, Rule
 from lorary.errors import ConfigError
+from lorary.server.adapters.rounding import round_rows, storage_dtype
 from lorary.server.build import choose
 from lorary.server.native import decoder
 from lorary.server.native import library as native
+from tests.conftest import RECIPES, peft_greedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from lorary.server.adapters.rounding import Storage
     from tests.server.conftest import EngineWorld
 
 PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44], [90], [17, 18, 19, 20]]
@@ -185,3 +190,46 @@ def test_what_cannot_be_rounded_is_refused(make_world: Callable[..., EngineWorld
     model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match="cannot be rounded to 8 bits"):
         make_world(model=model, int8=True)
+
+
+def rounded(folder: Path, to: Path, storage: torch.dtype) -> Path:
+    """Copy a PEFT folder with every rank row rounded as the pool would."""
+    to.mkdir()
+    shutil.copy(folder / "adapter_config.json", to)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        rows = tensor if "lora_A" in name else tensor.t()
+        kept, scales = round_rows(rows, storage)
+        back = kept.float() if scales is None else kept.float() * scales[:, None]
+        tensors[name] = (back if "lora_A" in name else back.t()).contiguous()
+    save_file(tensors, to / "adapter_model.safetensors")
+    return to
+
+
+@pytest.mark.parametrize("storage", ["int8", "bfloat16"])
+def test_adapters_kept_in_fewer_bits_answer_as_their_rounded_selves(
+    make_world: Callable[..., EngineWorld],
+    tiny_base: Path,
+    tiny_adapters: dict[str, Path],
+    tmp_path: Path,
+    storage: Storage,
+) -> None:
+    """Mixed with base rows, exactly what PEFT answers with the same numbers."""
+    world = make_world(adapter_dtype=storage)
+    names = [*RECIPES, ""]
+    prompts = {name: [5 + i, 9, 30 + i, 11] * (1 + i) for i, name in enumerate(names)}
+    ids = {name: world.submit(prompts[name], name) for name in names}
+    kept = storage_dtype(storage, torch.float32)
+    for name, prompt in prompts.items():
+        folder = rounded(tiny_adapters[name], tmp_path / name, kept) if name else None
+        tokens, _, error = world.collector.wait(ids[name])
+        assert error is None
+        assert tokens == peft_greedy(tiny_base, folder, prompt, 12), name or "base"
+    errors = [adapter.storage_error for adapter in world.residency.snapshot()]
+    assert len(errors) == len(RECIPES)
+    assert all(0 < error < 0.02 for error in errors), errors
+
+
+def test_8_bit_floats_are_refused_on_a_cpu(make_world: Callable[..., EngineWorld]) -> None:
+    with pytest.raises(ConfigError, match="--adapter-dtype int8"):
+        make_world(adapter_dtype="fp8")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lorary.server.adapters.ops.triton_ops import TritonPool
 from tests.conftest import RECIPES, peft_greedy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def test_mixed_batch_on_the_gpu_equals_peft_on_the_cpu(
 
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     world = make_world(model=model.to("cuda"), max_batch=5)
+    assert all(isinstance(group.bound, TritonPool) for group in world.lora.groups)
     names = [*RECIPES, ""]
     prompts = [[5 + i, 9, 30 + i, 11] * (1 + i) for i in range(len(names))]
     ids = [world.submit(p, n) for p, n in zip(prompts, names, strict=True)]

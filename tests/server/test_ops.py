@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorary.server.adapters.ops import reference, torch_ops
+from lorary.server.adapters.ops import torch_ops
 from lorary.server.adapters.segments import PoolEntry, Segments
 from lorary.server.native import library as native
+from tests.server.ops_cases import WIDTH, Case, entries
 
 CPU = torch.device("cpu")
-# Against float32 sums of the same numbers: one rounding of the result (bf16), or of every
-# intermediate (torch operators keep the rank product in the pool's dtype).
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-OUTS = (48, 16, 16)
-WIDTH = 40
 CAPACITY = 256
 
 
@@ -30,20 +26,6 @@ def popularity(name: str, rows: int, num_adapters: int) -> list[int]:
     ).tolist()
 
 
-def entries(ranks: list[int]) -> list[PoolEntry]:
-    """Adapters over scattered pool rows, one of them a weighted composition."""
-    order = torch.randperm(CAPACITY, generator=torch.Generator().manual_seed(1)).tolist()
-    made, start = [], 0
-    for i, rank in enumerate(ranks):
-        rows = order[start : start + rank]
-        start += rank
-        if i % 2:
-            rows = sorted(rows)
-        scales = (1.0,) * rank if i != 1 else tuple(0.5 + j for j in range(rank))
-        made.append(PoolEntry(tuple(rows), scales))
-    return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [[1, 3, 8], [16] * 4, [64, 1, 33], [128]])
 @pytest.mark.parametrize("kind", ["distinct", "uniform", "skewed", "identical"])
@@ -52,33 +34,51 @@ def entries(ranks: list[int]) -> list[PoolEntry]:
 def test_product_equals_the_reference(
     implementation: str, rows: int, kind: str, ranks: list[int], dtype: torch.dtype
 ) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, WIDTH, generator=generator).to(dtype)
-    y = torch.randn(rows, sum(OUTS), generator=generator).to(dtype)
-    a = (torch.randn(len(OUTS), CAPACITY, WIDTH, generator=generator) / WIDTH).to(dtype)
-    b = [(torch.randn(CAPACITY, out, generator=generator) / 8).to(dtype) for out in OUTS]
-    pool = entries(ranks)
+    pool = entries(ranks, CAPACITY)
     chosen = popularity(kind, rows, len(pool))
     row_entries = [pool[i] if i >= 0 else None for i in chosen]
-    long_from = 1 if implementation == "torch" else rows + 1
-    segments = Segments.build(row_entries, device=CPU, long_from=long_from)
+    case = Case.random(row_entries, capacity=CAPACITY, dtype=dtype)
+    segments = case.segments(long_from=1 if implementation == "torch" else rows + 1)
     if segments is None:
         assert all(e is None for e in row_entries)
         return
-    expected = reference.add_lora(y, x, a, b, segments)
-    actual = y.clone()
+    actual = case.y.clone()
     if implementation == "native":
         kernel = native.load()
         assert not isinstance(kernel, str), kernel
-        kernel.bind(a, b).add_rows(actual, x, segments)
+        kernel.bind(case.a, case.b).add_rows(actual, case.x, segments)
     else:
         for segment in segments.long:
-            torch_ops.add_segment(actual, x, a, b, segment)
-    scale = expected.abs().max().clamp_min(1.0)
-    assert (actual.float() - expected).abs().max() <= TOLERANCE[dtype] * scale
-    for row, entry in enumerate(row_entries):
-        if entry is None:
-            assert torch.equal(actual[row], y[row]), "a row without an adapter was touched"
+            torch_ops.add_segment(actual, case.x, case.a, case.b, segment)
+    case.check(actual, segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_product_with_rows_kept_in_fewer_bits(
+    implementation: str, rows: int, storage: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Rounding aside nothing is lost: equal to the reference with the rounded numbers."""
+    pool = entries([5, 16, 33], CAPACITY)
+    pool.append(PoolEntry(tuple(range(200, 212)), (1.0,) * 12))
+    row_entries = [pool[i] if i >= 0 else None for i in popularity("uniform", rows, 4)]
+    case = Case.random(row_entries, capacity=CAPACITY, dtype=dtype, storage=storage)
+    segments = case.segments(long_from=1 if implementation == "torch" else rows + 1)
+    assert segments is not None
+    actual = case.y.clone()
+    if implementation == "native":
+        kernel = native.load()
+        assert not isinstance(kernel, str), kernel
+        assert kernel.supports_storage(storage) == (storage != torch.float8_e4m3fn)
+        if storage == torch.float8_e4m3fn:
+            return
+        kernel.bind(case.a, case.b, case.row_scales, dtype).add_rows(actual, case.x, segments)
+    else:
+        for segment in segments.long:
+            torch_ops.add_segment(actual, case.x, case.a, case.b, segment, case.row_scales)
+    case.check(actual, segments)
 
 
 def test_native_row_does_not_depend_on_its_company() -> None:
@@ -103,7 +103,7 @@ def test_native_row_does_not_depend_on_its_company() -> None:
 
 
 def test_segments_cover_every_adapter_row_once() -> None:
-    pool = entries([4, 4, 4])
+    pool = entries([4, 4, 4], CAPACITY)
     rows = [None, pool[0], pool[1], pool[0], pool[0], None, pool[2]]
     segments = Segments.build(rows, device=CPU, long_from=3)
     assert segments is not None

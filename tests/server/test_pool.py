@@ -78,3 +78,71 @@ def test_unknown_module_is_refused() -> None:
 def test_budget_below_one_page_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="--adapter-memory"):
         AdapterPool(GROUPS, memory_bytes=100, dtype=torch.float32, device=torch.device("cpu"))
+
+
+WIDE = [
+    GroupSpec(("l.q_proj", "l.k_proj"), 256, (256, 64)),
+    GroupSpec(("l.o_proj",), 256, (256,)),
+]
+
+
+def wide_pool(memory_bytes: int, storage: torch.dtype | None) -> AdapterPool:
+    return AdapterPool(
+        WIDE,
+        memory_bytes=memory_bytes,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        storage=storage,
+    )
+
+
+@pytest.mark.parametrize("storage", [torch.int8, torch.float8_e4m3fn])
+def test_8_bits_hold_twice_as_many_adapters_in_the_same_bytes(storage: torch.dtype) -> None:
+    """Less the scales, a hundredth here; counted in the memory that the tensors really take."""
+    budget = 1 << 20
+    pools = {kept: wide_pool(budget, kept) for kept in (None, storage)}
+    held = {}
+    for kept, pool in pools.items():
+        tensors = [t for g in pool.groups for t in (g.a, *g.b, g.row_scales) if t is not None]
+        assert sum(t.nbytes for t in tensors) == pool.memory_bytes <= budget
+        held[kept] = 0
+        while pool.try_allocate(8) is not None:
+            held[kept] += 1
+    assert held[storage] >= 1.95 * held[None]
+
+
+@pytest.mark.parametrize(
+    ("storage", "largest_error"), [(torch.int8, 0.012), (torch.float8_e4m3fn, 0.05)]
+)
+def test_rows_are_rounded_each_to_its_own_range(storage: torch.dtype, largest_error: float) -> None:
+    pool = wide_pool(1 << 20, storage)
+    generator = torch.Generator().manual_seed(0)
+    # Rows of very different sizes: one scale for all would lose the small ones.
+    sizes = torch.logspace(-3, 3, 6)
+    a = torch.randn(6, 256, generator=generator) * sizes[:, None]
+    b = torch.randn(256, 6, generator=generator) / sizes
+    a[2] = 0
+    pages = pool.try_allocate(6)
+    assert pages is not None
+    entry = pool.write(pages, 6, {"l.o_proj": (a, b)})
+    group, rows = pool.groups[1], list(entry.rows)
+    assert group.row_scales is not None
+    kept_a, kept_b = group.a[0].float()[rows], group.b[0].float()[rows]
+    product = kept_b.t() @ (kept_a * group.row_scales[0, rows][:, None])
+    error = float((product - b @ a).norm() / (b @ a).norm())
+    assert entry.error == pytest.approx(error, rel=0.02)
+    assert 0 < error < largest_error
+    assert product.isfinite().all()
+    # What the next adapter leaves alone is zeros again, scales included.
+    pool.write(pages, 6, {})
+    assert group.row_scales[0, rows].count_nonzero() == 0
+    assert group.a[0].float()[rows].count_nonzero() == 0
+
+
+def test_rows_kept_as_they_are_multiplied_lose_nothing() -> None:
+    pool = wide_pool(1 << 20, None)
+    pages = pool.try_allocate(4)
+    assert pages is not None
+    entry = pool.write(pages, 4, {"l.o_proj": (torch.randn(4, 256), torch.randn(256, 4))})
+    assert entry.error == 0.0
+    assert pool.groups[0].row_scales is None

@@ -178,6 +178,7 @@ def build_engine(
             patience_s=config.patience,
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
+            adapter_dtype=config.adapter_dtype,
             kv_memory_bytes=config.kv_memory,
             memory_fraction=config.memory_fraction,
             prefix_cache=config.prefix_cache,

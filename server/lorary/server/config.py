@@ -127,6 +127,11 @@ class ServerConfig:
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )
+    adapter_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = _option(
+        "auto",
+        "Type that adapters are kept in; auto is that of dtype. 8 bits hold twice as many (fp8: GPUs only).",
+        choices=("auto", "bfloat16", "int8", "fp8"),
+    )
     kv_memory: int = _option(
         0,
         "Device memory for keys and values, such as 4GiB; 0 takes what --max-batch answers of "

@@ -16,22 +16,23 @@ import logging
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from lorary.bases.mapped import own, release_tensors
 from lorary.errors import ConfigError
-from lorary.server.adapters.ops import torch_ops
+from lorary.server.adapters.ops import torch_ops, triton_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
+from lorary.server.adapters.rounding import Storage, storage_dtype
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from lorary.server.adapters.segments import Segments
-    from lorary.server.native.products import BoundKernel, PackedLinear
+    from lorary.server.native.products import PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ NEVER = sys.maxsize
 
 # Names of layers that read the same tensor, in every transformers model that has all of them.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+Ops = Literal["auto", "native", "triton", "torch"]
+"""What adds the adapters: the CPU kernel, the GPU kernels, or torch operators."""
 
 _current: ContextVar[Segments | None] = ContextVar("lorary_segments", default=None)
 
@@ -53,13 +57,21 @@ def step_segments(segments: Segments | None) -> Iterator[None]:
         _current.reset(token)
 
 
+class RowKernel(Protocol):
+    """A kernel over one group's pool, for all of a step's short rows in one call."""
+
+    def add_rows(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
+        """Add the adapters of ``segments.short_rows`` to ``y`` [T, sum of outs], in place."""
+        ...
+
+
 class LoraGroup:
     """Linear layers that read the same input, and their pool.
 
     Attributes:
         spec: names and shapes.
         pool: the group's rows; set by ``attach``.
-        bound: the native kernel over these rows, if there is one for them; set by ``attach``.
+        bound: the row-wise kernel over these rows, if there is one; set by ``attach``.
     """
 
     def __init__(
@@ -84,15 +96,13 @@ class LoraGroup:
         # Packed, laid side by side or of its own already: what was read of the file is not read again.
         release_tensors(loaded)
         self.pool: GroupPool | None = None
-        self.bound: BoundKernel | None = None
+        self.bound: RowKernel | None = None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
-    def attach(self, pool: GroupPool, kernel: native.NativeKernels | None) -> None:
-        """Give the group its rows, and the row-wise kernel if there is one for them."""
-        self.pool = pool
-        if kernel is not None and pool.a.device.type == "cpu" and kernel.supports(pool.a.dtype):
-            self.bound = kernel.bind(pool.a, pool.b)
+    def attach(self, pool: GroupPool, bound: RowKernel | None) -> None:
+        """Give the group its rows, and the row-wise kernel over them if there is one."""
+        self.pool, self.bound = pool, bound
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """Return one member's output for ``x`` [..., in], adapters included.
@@ -125,10 +135,11 @@ class LoraGroup:
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, segments: Segments) -> None:
         assert self.pool is not None, "a step with adapters before attach()"
         x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if x_rows.dtype != self.pool.a.dtype:
-            x_rows = x_rows.to(self.pool.a.dtype)
+        if x_rows.dtype != self.pool.dtype:
+            x_rows = x_rows.to(self.pool.dtype)
+        pool = self.pool
         for segment in segments.long:
-            torch_ops.add_segment(y_rows, x_rows, self.pool.a, self.pool.b, segment)
+            torch_ops.add_segment(y_rows, x_rows, pool.a, pool.b, segment, pool.row_scales)
         if segments.num_short:
             assert self.bound is not None, "short rows without a row-wise kernel"
             self.bound.add_rows(y_rows, x_rows.contiguous(), segments)
@@ -174,11 +185,14 @@ class LoraModel:
         memory_bytes: for adapters.
         dtype: of adapters and of what layers hand on.
         int8: round the linear layers' weights to 8 bits, natively: all, or those of these names.
+        storage: what adapters are kept in; "auto" is ``dtype``.
+        ops: what adds the adapters; "auto" takes the device's kernels, and torch operators where it
+            has none.
         progress: told how many groups of how many are packed.
 
     Raises:
-        ConfigError: ``int8`` without the kernels for it, for a layer that they cannot round, or for a
-            part of the layers that read one input.
+        ConfigError: ``int8``, ``storage`` or ``ops`` without the kernels for it; ``int8`` for a layer
+            that they cannot round, or for a part of the layers that read one input.
 
     Attributes:
         model: the transformers model, changed in place.
@@ -196,6 +210,8 @@ class LoraModel:
         memory_bytes: int,
         dtype: torch.dtype,
         int8: bool | Collection[str] = False,
+        storage: Storage = "auto",
+        ops: Ops = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model = model
@@ -220,14 +236,53 @@ class LoraModel:
                     "or bfloat16; use --quantize none"
                 )
         self.pool = AdapterPool(
-            [g.spec for g in self.groups], memory_bytes=memory_bytes, dtype=dtype, device=device
+            [g.spec for g in self.groups],
+            memory_bytes=memory_bytes,
+            dtype=dtype,
+            device=device,
+            storage=storage_dtype(storage, dtype),
         )
-        has_kernel = kernel is not None and kernel.supports(dtype)
+        row_kernels = self._row_kernels(ops, dtype, device)
         # torch's bfloat16 products with a rank's few columns cost 0.1 ms whatever their size, and
-        # compile anew for every number of rows: the native kernel takes prompts, too (docs/log.md).
-        self.long_from = NEVER if has_kernel else 1
+        # compile anew for every number of rows: the kernels take prompts, too (docs/log.md).
+        self.long_from = 1 if row_kernels is None else NEVER
         for group, pool in zip(self.groups, self.pool.groups, strict=True):
-            group.attach(pool, kernel if has_kernel else None)
+            bound = None
+            if row_kernels is not None:
+                bound = row_kernels.bind(pool.a, pool.b, pool.row_scales, dtype)
+            if isinstance(bound, triton_ops.TritonPool):
+                bound.warm_up()
+            group.attach(pool, bound)
+
+    def _row_kernels(
+        self, ops: Ops, dtype: torch.dtype, device: torch.device
+    ) -> native.NativeKernels | triton_ops.TritonKernels | None:
+        """Return what adds the adapters of rows; None for torch operators."""
+        is_auto = ops == "auto"
+        if ops == "torch" or (is_auto and device.type == "cpu" and self.kernels is None):
+            return None
+        found: native.NativeKernels | triton_ops.TritonKernels | str
+        if ops == "native" or (is_auto and device.type == "cpu"):
+            found = self.kernels or "the native kernels are not there"
+        elif ops == "triton" or device.type == "cuda":
+            found = triton_ops.load()
+        else:
+            found = f"there are none for '{device.type}'"
+        if not isinstance(found, str) and not found.supports(dtype):
+            found = f"there is none for {dtype}"
+        if not isinstance(found, str):
+            kept = self.pool.storage
+            if not found.supports_storage(kept):
+                name = str(kept).removeprefix("torch.")
+                raise ConfigError(
+                    f"this {device.type} cannot multiply adapters that are kept in {name}; fp8 needs an "
+                    "NVIDIA GPU of compute capability 8.9 or newer. Use --adapter-dtype int8."
+                )
+            return found
+        if not is_auto:
+            raise ConfigError(f"adapters cannot be added by {ops} kernels: {found}")
+        logger.warning("adding adapters with torch operators, several times slower: %s", found)
+        return None
 
 
 def install(

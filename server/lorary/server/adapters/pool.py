@@ -3,7 +3,9 @@
 Every group of layers that share an input (q/k/v; gate/up; o; down) has one pool: A rows
 ``[members, capacity, in]`` and, per member, B rows ``[capacity, out]`` (B transposed, so that a rank
 row is contiguous in both). An adapter is a list of pages, the same pages in every group, so mixed
-ranks cost their true rank rounded up to a page, and the budget is bytes, not a count.
+ranks cost their true rank rounded up to a page, and the budget is bytes, not a count. Rows may be
+kept in fewer bits than they are multiplied in (``rounding``): then A's and B's row are rounded each to
+its own range, and only the product of their two scales is kept, for no kernel needs them apart.
 
 Ownership of a page: free → written by one loader thread → read by steps → free. The pool hands out
 and takes back pages under its lock; that nobody reads a page while it is written is the
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.rounding import has_scales, product_error, round_rows
 from lorary.server.adapters.segments import PoolEntry
 
 if TYPE_CHECKING:
@@ -48,23 +51,87 @@ class GroupSpec:
 
 
 class GroupPool:
-    """The rows of one group: ``a`` [members, capacity, in], ``b`` members × [capacity, out]."""
+    """The rows of one group.
+
+    Attributes:
+        spec: the group.
+        dtype: what the rows are multiplied in.
+        a: [members, capacity, in], in the storage's dtype.
+        b: members × [capacity, out], likewise.
+        row_scales: float32 [members, capacity], what a product with a row of A and that of B is
+            multiplied by; None where the storage needs no scales.
+    """
 
     def __init__(
-        self, spec: GroupSpec, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: GroupSpec,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        storage: torch.dtype | None = None,
     ) -> None:
         self.spec = spec
+        self.dtype = dtype
+        storage = storage or dtype
         # Zeroed, for a module that an adapter leaves alone keeps rows of zeros.
         self.a = torch.zeros(
-            len(spec.modules), capacity, spec.in_features, dtype=dtype, device=device
+            len(spec.modules), capacity, spec.in_features, dtype=storage, device=device
         )
         self.b = tuple(
-            torch.zeros(capacity, out, dtype=dtype, device=device) for out in spec.out_features
+            torch.zeros(capacity, out, dtype=storage, device=device) for out in spec.out_features
         )
+        self.row_scales = (
+            torch.zeros(len(spec.modules), capacity, device=device) if has_scales(storage) else None
+        )
+
+    def clear(self, member: int, index: torch.Tensor) -> None:
+        """Make rows of one member zeros; index int64 [R]."""
+        _raw(self.a[member]).index_fill_(0, index, 0)
+        _raw(self.b[member]).index_fill_(0, index, 0)
+        if self.row_scales is not None:
+            self.row_scales[member].index_fill_(0, index, 0)
+
+    def put(self, member: int, index: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+        """Write rows of one member; return the relative error of B·A through rounding.
+
+        Shapes: index int64 [R], a [R, in], b [R, out], on the pool's device.
+        """
+        storage = self.a.dtype
+        if a.dtype == storage == b.dtype:
+            kept_a, kept_b, error = a, b, 0.0
+        else:
+            a, b = a.float(), b.float()
+            kept_a, scale_a = round_rows(a, storage)
+            kept_b, scale_b = round_rows(b, storage)
+            back_a, back_b = kept_a.float(), kept_b.float()
+            if scale_a is not None and scale_b is not None:
+                assert self.row_scales is not None
+                self.row_scales[member].index_copy_(0, index, scale_a * scale_b)
+                back_a, back_b = back_a * scale_a[:, None], back_b * scale_b[:, None]
+            error = product_error(a, b, back_a, back_b)
+        _raw(self.a[member]).index_copy_(0, index, _raw(kept_a))
+        _raw(self.b[member]).index_copy_(0, index, _raw(kept_b))
+        return error
+
+
+def _raw(rows: torch.Tensor) -> torch.Tensor:
+    """Return 8-bit floats as bytes, for torch copies few kinds of them by index."""
+    return rows.view(torch.uint8) if rows.dtype == torch.float8_e4m3fn else rows
 
 
 class AdapterPool:
-    """Pages of rank rows for every group, within a byte budget."""
+    """Pages of rank rows for every group, within a byte budget.
+
+    Args:
+        groups: what is changed by adapters.
+        memory_bytes: for all pages, scales included.
+        dtype: what rows are multiplied in.
+        device: where they lie.
+        storage: what they are kept in; None for ``dtype``.
+
+    Raises:
+        ConfigError: the budget does not hold one page.
+    """
 
     def __init__(
         self,
@@ -73,10 +140,14 @@ class AdapterPool:
         memory_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        storage: torch.dtype | None = None,
     ) -> None:
+        storage = storage or dtype
         self.page_rows = PAGE_ROWS.get(device.type, 16)
-        element = torch.empty((), dtype=dtype).element_size()
-        self.row_bytes = element * sum(g.row_elements for g in groups)
+        scale_bytes = 4 if has_scales(storage) else 0
+        self.row_bytes = sum(
+            storage.itemsize * g.row_elements + scale_bytes * len(g.modules) for g in groups
+        )
         self.num_pages = memory_bytes // (self.row_bytes * self.page_rows)
         if self.num_pages < 1:
             raise ConfigError(
@@ -85,8 +156,9 @@ class AdapterPool:
                 "Raise --adapter-memory."
             )
         capacity = self.num_pages * self.page_rows
-        self.groups = tuple(GroupPool(g, capacity, dtype, device) for g in groups)
+        self.groups = tuple(GroupPool(g, capacity, dtype, device, storage) for g in groups)
         self.dtype = dtype
+        self.storage = storage
         self.device = device
         self._lock = threading.Lock()
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -146,22 +218,24 @@ class AdapterPool:
         rows = tuple(p * self.page_rows + i for p in pages for i in range(self.page_rows))[:rank]
         index = torch.tensor(rows, device=self.device)
         rest = dict(tensors)
+        worst = 0.0
         for group in self.groups:
             for m, module in enumerate(group.spec.modules):
                 pair = rest.pop(module, None)
                 if pair is None:
-                    group.a[m].index_fill_(0, index, 0)
-                    group.b[m].index_fill_(0, index, 0)
+                    group.clear(m, index)
                     continue
                 a, b = pair
-                group.a[m].index_copy_(0, index, self._padded(a, rank))
-                group.b[m].index_copy_(0, index, self._padded(b.t(), rank))
+                error = group.put(m, index, self._padded(a, rank), self._padded(b.t(), rank))
+                worst = max(worst, error)
         if rest:
             raise KeyError(f"modules {sorted(rest)[:4]} are in no group of this base")
-        return PoolEntry(rows=rows, scales=(1.0,) * rank)
+        return PoolEntry(rows=rows, scales=(1.0,) * rank, error=worst)
 
     def _padded(self, rows: torch.Tensor, rank: int) -> torch.Tensor:
-        rows = rows.to(device=self.device, dtype=self.dtype)
+        rows = rows.to(device=self.device)
+        if self.storage == self.dtype:
+            rows = rows.to(self.dtype)
         if rows.shape[0] == rank:
             return rows
         return torch.nn.functional.pad(rows, (0, 0, 0, rank - rows.shape[0]))

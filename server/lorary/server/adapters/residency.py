@@ -82,6 +82,8 @@ class ResidentAdapter:
     rank: int
     device_bytes: int
     num_holders: int
+    storage_error: float = 0.0
+    """Largest relative error of a module's B·A that keeping it in fewer bits has brought."""
 
 
 class BaseLease:
@@ -287,6 +289,7 @@ class Residency:
             rank=resident.rank,
             device_bytes=len(resident.pages) * self._pool.page_bytes,
             num_holders=resident.num_holders,
+            storage_error=0.0 if resident.entry is None else resident.entry.error,
         )
 
     def _remove(self, resident: _Resident, cause: str) -> None:
@@ -367,6 +370,14 @@ class Residency:
         except BaseException:
             self._pool.free(pages)
             raise
+        if entry.error:
+            logger.info(
+                "'%s@%s' is kept in %s: a module's change is off by %.2g %% at most",
+                resident.resolved.name,
+                resident.resolved.version,
+                str(self._pool.storage).removeprefix("torch."),
+                100 * entry.error,
+            )
         with self._lock:
             resident.pages, resident.rank = pages, rank
             resident.ready_ns = time.monotonic_ns()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+
+from lorary.server.adapters.tiles import RowTiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,11 +20,13 @@ class PoolEntry:
 
     ``rows`` are pool row numbers, one per rank row, and ``scales`` has one factor per rank row, so
     that a weighted sum of adapters is just a longer list. Versions are canonical: their own scale
-    is already folded into B, so a single adapter has scales of 1.
+    is already folded into B, so a single adapter has scales of 1. ``error`` is the largest relative
+    error of a module's B·A that the pool's storage has brought; 0 where it keeps what is multiplied.
     """
 
     rows: tuple[int, ...]
     scales: tuple[float, ...]
+    error: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -52,7 +57,7 @@ class Segment:
     scales: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segments:
     """A step's rows by adapter.
 
@@ -69,6 +74,7 @@ class Segments:
         rank_indptr: int32 [K + 1], where each entry's rank rows begin in ``rank_rows``.
         rank_rows: int32 [sum of ranks], pool rows.
         rank_scales: float32 [sum of ranks].
+        device: where the rows are.
     """
 
     entries: tuple[PoolEntry, ...]
@@ -79,6 +85,14 @@ class Segments:
     rank_indptr: torch.Tensor
     rank_rows: torch.Tensor
     rank_scales: torch.Tensor
+    device: torch.device
+
+    @cached_property
+    def tiles(self) -> RowTiles:
+        """Return the short part as the GPU kernels want it; made when first asked for."""
+        return RowTiles.build(
+            self.short_entry.tolist(), self.entries, self.short_rows.tolist(), device=self.device
+        )
 
     @property
     def num_short(self) -> int:
@@ -109,7 +123,7 @@ class Segments:
 
         Args:
             row_entries: the adapter of every row, or None; equal objects are one adapter.
-            device: where index tensors of long segments live.
+            device: where the rows are, and so the index tensors of long segments.
             long_from: an adapter with at least this many rows becomes a long segment.
 
         Returns:
@@ -156,6 +170,7 @@ class Segments:
             rank_indptr=torch.tensor(indptr, dtype=torch.int32),
             rank_rows=torch.tensor(rank_rows, dtype=torch.int32),
             rank_scales=torch.tensor(rank_scales, dtype=torch.float32),
+            device=device,
         )
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lorary.registry import BaseCard, Registry, Resolved
     from lorary.server.adapters.residency import ResidencyObserver
+    from lorary.server.adapters.rounding import Storage
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
     from lorary.server.native.decoder import FusedModel
@@ -54,6 +55,7 @@ class EngineLimits:
         patience_s: seconds after which who was passed over is owed a place.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
+        adapter_dtype: what adapters are kept in there; "auto" is what they are multiplied in.
         kv_memory_bytes: bytes for keys and values; 0 takes what ``max_batch`` sequences of
             ``max_context`` tokens need, but no more than ``memory_fraction``.
         memory_fraction: share of the memory left by base and adapters that keys and values may take.
@@ -71,6 +73,7 @@ class EngineLimits:
     patience_s: float = PATIENCE_S
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
+    adapter_dtype: Storage = "auto"
     kv_memory_bytes: int = 0
     memory_fraction: float = 0.8
     prefix_cache: bool = True
@@ -128,6 +131,7 @@ def assemble(
             memory_bytes=limits.adapter_memory_bytes,
             dtype=dtype,
             int8=int8,
+            storage=limits.adapter_dtype,
             progress=progress,
         )
     shape = KVShape.from_config(model.config, limits.max_context)

@@ -5,12 +5,18 @@
 namespace {
 
 template <typename T>
-void add_rows(const T* x, T* y, const T* a, const T* const* b, const int64_t* outs, int64_t members,
-              int64_t cap, int64_t in, int64_t y_row, const Mix& mix, int threads) {
-    const GroupPool<T> pool{a, b, outs, members, cap, in};
+void add_rows(const T* x, T* y, const void* a, const void* const* b, const int64_t* outs, int64_t members,
+              int64_t cap, int64_t in, int64_t y_row, const float* row_scales, int64_t storage,
+              const Mix& mix, int threads) {
     const bool is_one = mix.num_rows * members == 1;
+    with_storage<T>(storage, [&](auto* kind) {
+        using Pointer = decltype(kind);
+        using S = std::remove_const_t<std::remove_pointer_t<Pointer>>;
+        const GroupPool<S> pool{static_cast<Pointer>(a), reinterpret_cast<const Pointer*>(b), outs, members,
+                                cap, in, row_scales};
 #pragma omp parallel num_threads(threads) if (threads > 1 && !is_one)
-    add_adapters(pool, mix, x, y, y_row);
+        add_adapters(pool, mix, x, y, y_row);
+    });
 }
 
 }  // namespace
@@ -18,24 +24,24 @@ void add_rows(const T* x, T* y, const T* a, const T* const* b, const int64_t* ou
 extern "C" {
 
 // Bumped whenever a signature in this folder changes; the loader refuses any other.
-int lorary_abi() { return 9; }
+int lorary_abi() { return 10; }
 
-void lorary_add_rows_bf16(const uint16_t* x, uint16_t* y, const uint16_t* a, const uint16_t* const* b,
+void lorary_add_rows_bf16(const uint16_t* x, uint16_t* y, const void* a, const void* const* b,
                           const int64_t* outs, int64_t members, int64_t cap, int64_t in, int64_t y_row,
-                          const int32_t* rows, const int32_t* entry, const int32_t* rank_indptr,
-                          const int32_t* rank_rows, const float* rank_scales, int64_t num_rows,
-                          int threads) {
+                          const float* row_scales, int64_t storage, const int32_t* rows,
+                          const int32_t* entry, const int32_t* rank_indptr, const int32_t* rank_rows,
+                          const float* rank_scales, int64_t num_rows, int threads) {
     const Mix mix{rows, entry, rank_indptr, rank_rows, rank_scales, num_rows};
-    add_rows(x, y, a, b, outs, members, cap, in, y_row, mix, threads);
+    add_rows(x, y, a, b, outs, members, cap, in, y_row, row_scales, storage, mix, threads);
 }
 
-void lorary_add_rows_f32(const float* x, float* y, const float* a, const float* const* b,
+void lorary_add_rows_f32(const float* x, float* y, const void* a, const void* const* b,
                          const int64_t* outs, int64_t members, int64_t cap, int64_t in, int64_t y_row,
-                         const int32_t* rows, const int32_t* entry, const int32_t* rank_indptr,
-                         const int32_t* rank_rows, const float* rank_scales, int64_t num_rows,
-                         int threads) {
+                         const float* row_scales, int64_t storage, const int32_t* rows,
+                         const int32_t* entry, const int32_t* rank_indptr, const int32_t* rank_rows,
+                         const float* rank_scales, int64_t num_rows, int threads) {
     const Mix mix{rows, entry, rank_indptr, rank_rows, rank_scales, num_rows};
-    add_rows(x, y, a, b, outs, members, cap, in, y_row, mix, threads);
+    add_rows(x, y, a, b, outs, members, cap, in, y_row, row_scales, storage, mix, threads);
 }
 
 }  // extern "C"

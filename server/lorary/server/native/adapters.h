@@ -3,7 +3,8 @@
 //
 // Semantics, for the i-th listed row b = rows[i] with adapter k = entry[i], and every member m:
 //   t[m, j]       = x[b] . A[m, rank_rows[j]]                      float32 accumulation
-//   y[b, o_m + :] += sum_j rank_scales[j] * t[m, j] * B_m[rank_rows[j], :]
+//   s[m, j]       = rank_scales[j] * row_scales[m, rank_rows[j]]   the latter 1 without 8-bit rows
+//   y[b, o_m + :] += sum_j s[m, j] * t[m, j] * B_m[rank_rows[j], :]
 // for j in [rank_indptr[k], rank_indptr[k + 1]). Rows are sorted by adapter. Each row's result depends
 // on that row alone: the order of summation is fixed, whatever else is in the batch.
 #pragma once
@@ -16,14 +17,31 @@
 #include <immintrin.h>
 #endif
 
-// One group of layers that read the same input, with its part of the pool.
-template <typename T>
+// What a pool keeps its rows in; products.py has the same numbers.
+enum Storage : int64_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// One group of layers that read the same input, with its part of the pool. S is what the rows are kept
+// in; they are widened to what they are multiplied in, T, in registers.
+template <typename S>
 struct GroupPool {
-    const T* a;           // [members, cap, in]
-    const T* const* b;    // members x [cap, outs[m]]
+    const S* a;           // [members, cap, in]
+    const S* const* b;    // members x [cap, outs[m]]
     const int64_t* outs;  // [members]
     int64_t members, cap, in;
+    const float* row_scales;  // [members, cap], or null
 };
+
+// Call f with a null pointer to what the pool's rows are kept in.
+template <typename T, typename F>
+void with_storage(int64_t storage, F f) {
+    if (storage == kInt8) {
+        f(static_cast<const int8_t*>(nullptr));
+    } else if (storage == kBfloat16) {
+        f(static_cast<const uint16_t*>(nullptr));
+    } else if constexpr (std::is_same_v<T, float>) {
+        f(static_cast<const float*>(nullptr));
+    }
+}
 
 // A step's rows by adapter.
 struct Mix {
@@ -39,7 +57,8 @@ struct Mix {
 // for all of them. Every row's sums run in one order, 16 lanes side by side, whatever the block.
 constexpr int kBlock = 8;
 
-// lane += x . a over 16 floats, or over 32 bfloat16 of which each lane takes two.
+// lane += x . a over 16 floats, or over 32 bfloat16 of which each lane takes two. The first argument
+// of as_lanes says what x is.
 inline int64_t step_of(const float*) { return kLanes; }
 inline void multiply_add(Lanes& lane, const float* x, const Lanes& a) { lane += widen(x) * a; }
 #ifdef __AVX512BF16__
@@ -47,25 +66,34 @@ inline int64_t step_of(const uint16_t*) { return 2 * kLanes; }
 inline void multiply_add(Lanes& lane, const uint16_t* x, const Lanes& a) {
     lane = (Lanes)_mm512_dpbf16_ps((__m512)lane, (__m512bh)_mm512_loadu_si512(x), (__m512bh)a);
 }
-inline Lanes as_lanes(const uint16_t* p) { return (Lanes)_mm512_loadu_ps(p); }
+inline Lanes as_lanes(const uint16_t*, const uint16_t* p) { return (Lanes)_mm512_loadu_ps(p); }
+inline Lanes as_lanes(const uint16_t*, const int8_t* p) {  // 8 bits are exact in bfloat16
+    return (Lanes)_mm512_cvtne2ps_pbh((__m512)widen(p + kLanes), (__m512)widen(p));
+}
 #else
 inline int64_t step_of(const uint16_t*) { return kLanes; }
 inline void multiply_add(Lanes& lane, const uint16_t* x, const Lanes& a) { lane += widen(x) * a; }
-inline Lanes as_lanes(const uint16_t* p) { return widen(p); }
+template <typename S>
+inline Lanes as_lanes(const uint16_t*, const S* p) {
+    return widen(p);
+}
 #endif
-inline Lanes as_lanes(const float* p) { return widen(p); }
+template <typename S>
+inline Lanes as_lanes(const float*, const S* p) {
+    return widen(p);
+}
 
 // sums[r * sums_row + j] = x[r] . a[j] for R rows and J rank rows at once, so that even one row keeps
 // several sums under way.
-template <int R, int J, typename T>
-void dots(const T* const* x, const T* const* a, int64_t n, float* sums, int64_t sums_row) {
+template <int R, int J, typename S, typename T>
+void dots(const T* const* x, const S* const* a, int64_t n, float* sums, int64_t sums_row) {
     Lanes lane[R][J] = {};
     const int64_t step = step_of(x[0]);
     int64_t i = 0;
     for (; i + step <= n; i += step) {
         Lanes some[J];
 #pragma GCC unroll 4
-        for (int j = 0; j < J; ++j) some[j] = as_lanes(a[j] + i);
+        for (int j = 0; j < J; ++j) some[j] = as_lanes(x[0], a[j] + i);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -79,15 +107,15 @@ void dots(const T* const* x, const T* const* a, int64_t n, float* sums, int64_t 
 }
 
 // acc[r, o:o + 16 * W] += sum_j t[r, j] * B[rank_rows[j], o:o + 16 * W], j in ascending order.
-template <int R, int W, typename T>
-void expand(float* const* acc, const float* const* t, const T* b, const int32_t* rank_rows, int32_t rank,
+template <int R, int W, typename S>
+void expand(float* const* acc, const float* const* t, const S* b, const int32_t* rank_rows, int32_t rank,
             int64_t out, int64_t o) {
     Lanes sum[R][W];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
         for (int w = 0; w < W; ++w) sum[r][w] = widen(acc[r] + o + w * kLanes);
     for (int32_t j = 0; j < rank; ++j) {
-        const T* row = b + rank_rows[j] * out + o;
+        const S* row = b + rank_rows[j] * out + o;
 #pragma GCC unroll 8
         for (int w = 0; w < W; ++w) {
             const Lanes wide = widen(row + w * kLanes);
@@ -101,8 +129,8 @@ void expand(float* const* acc, const float* const* t, const T* b, const int32_t*
 }
 
 // One block of R rows with one adapter, one member of the group.
-template <int R, typename T, typename Y>
-void add_block(const GroupPool<T>& pool, int64_t member, int64_t offset, const T* x, Y* y, int64_t y_row,
+template <int R, typename S, typename T, typename Y>
+void add_block(const GroupPool<S>& pool, int64_t member, int64_t offset, const T* x, Y* y, int64_t y_row,
                const int32_t* rows, const int32_t* rank_rows, const float* scales, int32_t rank) {
     const int64_t in = pool.in, out = pool.outs[member];
     constexpr bool kInPlace = std::is_same_v<Y, float>;
@@ -127,19 +155,20 @@ void add_block(const GroupPool<T>& pool, int64_t member, int64_t offset, const T
     const auto row_of = [&](int32_t j) { return pool.a + (member * pool.cap + rank_rows[j]) * in; };
     int32_t j = 0;
     for (; j + kRanks <= rank; j += kRanks) {
-        const T* a[kRanks];
+        const S* a[kRanks];
         for (int i = 0; i < kRanks; ++i) a[i] = row_of(j + i);
         dots<R, kRanks>(rows_of_x, a, in, t[0] + j, stride);
     }
     for (; j < rank; ++j) {
-        const T* a[1] = {row_of(j)};
+        const S* a[1] = {row_of(j)};
         dots<R, 1>(rows_of_x, a, in, t[0] + j, stride);
     }
+    const float* own = pool.row_scales ? pool.row_scales + member * pool.cap : nullptr;
     for (int r = 0; r < R; ++r)
-        for (j = 0; j < rank; ++j) t[r][j] *= scales[j];
+        for (j = 0; j < rank; ++j) t[r][j] *= own ? scales[j] * own[rank_rows[j]] : scales[j];
     // Few rows read B in long stretches, many in short ones, as registers allow.
     constexpr int kWide = R <= 2 ? 8 : R <= 4 ? 4 : 2;
-    const T* b = pool.b[member];
+    const S* b = pool.b[member];
     int64_t o = 0;
     for (; o + kWide * kLanes <= out; o += kWide * kLanes) expand<R, kWide>(acc, t, b, rank_rows, rank, out, o);
     for (; o + kLanes <= out; o += kLanes) expand<R, 1>(acc, t, b, rank_rows, rank, out, o);
@@ -151,8 +180,8 @@ void add_block(const GroupPool<T>& pool, int64_t member, int64_t offset, const T
 }
 
 // Called by every thread of a parallel region; they share blocks and members.
-template <typename T, typename Y>
-void add_adapters(const GroupPool<T>& pool, const Mix& mix, const T* x, Y* y, int64_t y_row) {
+template <typename S, typename T, typename Y>
+void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, int64_t y_row) {
     // Blocks of neighbours with one adapter; the last of a run may be narrower.
     static thread_local std::vector<int64_t> starts;
     starts.clear();

@@ -1,4 +1,5 @@
-// Loads and stores of the two dtypes, and 16 floats side by side; all arithmetic is float32.
+// Loads and stores of the two dtypes, loads of 8-bit numbers, and 16 floats side by side; all
+// arithmetic is float32.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@ inline float load(const uint16_t* p) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline float load(const int8_t* p) { return *p; }
 inline void store(float* p, float value) { *p = value; }
 inline void store(uint16_t* p, float value) {  // round to nearest, ties to even; inputs are finite
     uint32_t bits;
@@ -39,6 +41,12 @@ inline Lanes widen(const uint16_t* p) {
     Lanes lanes;
     std::memcpy(&lanes, &bits, sizeof lanes);
     return lanes;
+}
+inline Lanes widen(const int8_t* p) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Lanes);
 }
 inline void narrow(float* p, Lanes lanes) { std::memcpy(p, &lanes, sizeof lanes); }
 inline void narrow(uint16_t* p, Lanes lanes) {

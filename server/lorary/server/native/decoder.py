@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorary.server.native.library import NativeKernels
+from lorary.server.native.products import BoundKernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,8 @@ class _Projection(ctypes.Structure):
         ("outs", _P),
         ("members", _I),
         ("cap", _I),
+        ("row_scales", _P),
+        ("storage", _I),
     )
 
 
@@ -290,7 +293,7 @@ def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
     """Return a group's structure, and what it points into."""
     packed, bound = group.packed, group.bound
     assert packed is not None
-    assert bound is not None, "a packed group without the kernel for its adapters"
+    assert isinstance(bound, BoundKernel), "a packed group without the kernel for its adapters"
     structure = _Projection(
         packed.address,
         packed.scales_address,
@@ -303,5 +306,7 @@ def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
         bound.outs_address,
         bound.members,
         bound.cap,
+        bound.scales_address,
+        bound.storage,
     )
     return structure, (packed, bound)

@@ -23,6 +23,8 @@ struct Projection {
     const void* const* b;
     const int64_t* outs;
     int64_t members, cap;
+    const float* row_scales;  // or null
+    int64_t storage;
 };
 
 struct Layer {
@@ -94,9 +96,10 @@ void normalize(const Layer& layer, const float* weight, int64_t rows, const floa
         rms_norm(hidden + r * layer.hidden, weight, layer.hidden, layer.eps, normed + r * layer.hidden);
 }
 
-template <typename T>
-GroupPool<T> pool_of(const Projection& p) {
-    return {static_cast<const T*>(p.a), reinterpret_cast<const T* const*>(p.b), p.outs, p.members, p.cap, p.in};
+template <typename S>
+GroupPool<S> pool_of(const Projection& p) {
+    return {static_cast<const S*>(p.a), reinterpret_cast<const S* const*>(p.b), p.outs, p.members, p.cap, p.in,
+            p.row_scales};
 }
 
 // y (+)= x . w + bias + adapters
@@ -111,7 +114,11 @@ void project(const Projection& p, const Step& step, const T* x, float* y) {
     } else {
         multiply<kInto>(x, p.in, step.rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y, p.out);
     }
-    if (step.mix.num_rows) add_adapters(pool_of<T>(p), step.mix, x, y, p.out);
+    if (step.mix.num_rows)
+        with_storage<T>(p.storage, [&](auto* kind) {
+            using S = std::remove_const_t<std::remove_pointer_t<decltype(kind)>>;
+            add_adapters(pool_of<S>(p), step.mix, x, y, p.out);
+        });
 }
 
 // Called by every thread of a parallel region.

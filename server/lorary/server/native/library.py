@@ -14,20 +14,21 @@ import torch
 from torch import nn
 
 from lorary.server.native.build import build
-from lorary.server.native.products import BoundKernel, PackedLinear
+from lorary.server.native.products import STORAGE, BoundKernel, PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 9
+_ABI = 10
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 # Elements whose float32 form lies in the caches while they are rounded.
 _ROUNDED_AT_ONCE = 1 << 20
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_ADD_ROWS = [*[_POINTER] * 5, *[_INT64] * 4, *[_POINTER] * 5, _INT64, ctypes.c_int]
+_POOL = [*[_POINTER] * 3, *[_INT64] * 4, _POINTER, _INT64]
+_ADD_ROWS = [*[_POINTER] * 2, *_POOL, *[_POINTER] * 5, _INT64, ctypes.c_int]
 _ROWS = [_POINTER, _INT64, _INT64]
 _OUTPUT = [_INT64, _INT64, _POINTER, _INT64, ctypes.c_int]
 _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
@@ -130,9 +131,22 @@ class NativeKernels:
         """Whether there are kernels for this dtype."""
         return dtype in _SUFFIX
 
-    def bind(self, a: torch.Tensor, b: Sequence[torch.Tensor]) -> BoundKernel:
-        """Fix the pool of one group of layers, so that a call passes only what changes per step."""
-        return BoundKernel(self._add_rows[a.dtype], a, b)
+    def supports_storage(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels read adapters that are kept in this dtype."""
+        return dtype in STORAGE
+
+    def bind(
+        self,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        row_scales: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> BoundKernel:
+        """Fix the pool of one group of layers, so that a call passes only what changes per step.
+
+        ``dtype`` is that of the rows to be multiplied (default: the pool's).
+        """
+        return BoundKernel(self._add_rows[dtype or a.dtype], a, b, row_scales)
 
     def supports_layers(self, dtype: torch.dtype) -> bool:
         """Whether packed products and whole layers run in this dtype on this CPU."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.segments import Segments
 
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""What a pool may keep its rows in, by the numbers of adapters.h."""
+
 
 class PackedLinear:
     """A weight in the matrix product's own layout, and its bias; holds its tensors alive.
@@ -84,13 +87,21 @@ class BoundKernel:
         a_address: where A lies, [members, cap, in].
         b_address, outs_address: where the members' addresses of B and their widths lie.
         members, cap: layers of the group, rank rows of the pool.
+        scales_address: where the scales of rows kept in 8 bits lie, [members, cap]; else None.
+        storage: what the rows are kept in, as a number of ``STORAGE``.
     """
 
     def __init__(
-        self, function: ctypes._NamedFuncPointer, a: torch.Tensor, b: Sequence[torch.Tensor]
+        self,
+        function: ctypes._NamedFuncPointer,
+        a: torch.Tensor,
+        b: Sequence[torch.Tensor],
+        row_scales: torch.Tensor | None = None,
     ) -> None:
         self._function = function
-        self._tensors = (a, *b)
+        self._tensors = (a, *b, row_scales)
+        self.storage = STORAGE[a.dtype]
+        self.scales_address = None if row_scales is None else row_scales.data_ptr()
         self.members, self.cap, self._width = a.shape
         self._b = (ctypes.c_void_p * self.members)(*[t.data_ptr() for t in b])
         self._outs = (ctypes.c_int64 * self.members)(*[t.shape[1] for t in b])
@@ -113,6 +124,8 @@ class BoundKernel:
             self.cap,
             self._width,
             y.stride(0),
+            self.scales_address,
+            self.storage,
             *segments.addresses,
             torch.get_num_threads(),
         )

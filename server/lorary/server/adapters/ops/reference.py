@@ -18,10 +18,11 @@ def add_lora(
     a: torch.Tensor,
     b: Sequence[torch.Tensor],
     segments: Segments,
+    row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``y`` plus each row's adapter, computed in float32.
 
-    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m].
+    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m], row_scales [M, cap].
     """
     result = y.float().clone()
     for row, index in enumerate(segments.adapter_of_row):
@@ -31,6 +32,8 @@ def add_lora(
         for m, b_m in enumerate(b):
             for pool_row, scale in zip(entry.rows, entry.scales, strict=True):
                 t = x[row].float() @ a[m, pool_row].float()
+                if row_scales is not None:
+                    t = t * row_scales[m, pool_row]
                 result[row, offset : offset + b_m.shape[1]] += scale * t * b_m[pool_row].float()
             offset += b_m.shape[1]
     return result

@@ -18,11 +18,13 @@ def add_segment(
     a: torch.Tensor,
     b: Sequence[torch.Tensor],
     segment: Segment,
+    row_scales: torch.Tensor | None = None,
 ) -> None:
     """Add one segment's adapter to ``y``, in place.
 
-    Semantics: y[rows] += ((x[rows] @ A^T) * scales) @ B, per member of the group.
-    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m]; dtypes all equal.
+    Semantics: y[rows] += ((x[rows] @ A^T) * scales * row_scales) @ B, per member of the group.
+    Shapes: y [T, sum of outs] and x [T, in] of one dtype, a [M, cap, in], b M × [cap, out_m],
+    row_scales float32 [M, cap].
     """
     if segment.start >= 0:
         rows = slice(segment.start, segment.start + segment.length)
@@ -37,12 +39,22 @@ def add_segment(
             # A view: the common case of pages that lie side by side copies nothing.
             a_rows, b_rows = a[m, first : first + rank], b_m[first : first + rank]
         else:
-            a_rows = a[m].index_select(0, segment.pool_rows)
-            b_rows = b_m.index_select(0, segment.pool_rows)
-        t = torch.mm(x_rows, a_rows.t())
-        if segment.scales is not None:
-            t = (t.float() * segment.scales).to(t.dtype)
-        target[:, offset : offset + b_m.shape[1]].addmm_(t, b_rows)
+            a_rows, b_rows = _gather(a[m], segment.pool_rows), _gather(b_m, segment.pool_rows)
+        t = torch.mm(x_rows, a_rows.to(x.dtype).t())
+        scales = segment.scales
+        if row_scales is not None:
+            own = row_scales[m].index_select(0, segment.pool_rows)
+            scales = own if scales is None else own * scales
+        if scales is not None:
+            t = (t.float() * scales).to(t.dtype)
+        target[:, offset : offset + b_m.shape[1]].addmm_(t, b_rows.to(x.dtype))
         offset += b_m.shape[1]
     if segment.start < 0:
         y.index_copy_(0, segment.rows, target)
+
+
+def _gather(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Select rows; 8-bit floats as bytes, for torch selects few kinds of them."""
+    if rows.dtype == torch.float8_e4m3fn:
+        return rows.view(torch.uint8).index_select(0, index).view(rows.dtype)
+    return rows.index_select(0, index)

@@ -1,0 +1,107 @@
+"""A step's rows in tiles of one adapter each, on the device: what the GPU kernels walk over.
+
+Every number that changes from step to step is in device memory and a tile may be empty, so a
+launch depends on how many tiles there are and on nothing else of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorary.server.adapters.segments import PoolEntry
+
+TILE_ROWS = 16
+"""Rows of one tile: the smallest side of a matrix product that tensor cores take."""
+TILE_FIELDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """Rows by adapter, at most ``TILE_ROWS`` to a tile; rows of the bare base are in none.
+
+    The rank rows' sums of a tile lie together, ``rows x rank`` of them: no row is padded to another
+    adapter's rank.
+
+    Attributes:
+        tiles: int32 [num_tiles, 5]: where in ``rows`` a tile begins, how many rows it has (0: the
+            tile is empty), where in ``rank_rows`` its adapter begins, that adapter's rank, and where
+            its sums begin.
+        rows: int32 [S], row numbers, sorted by adapter.
+        rank_rows: int32 [sum of ranks], pool rows.
+        rank_scales: float32 [sum of ranks].
+        num_tiles: how many tiles a launch goes through, the empty ones included.
+        num_sums: how many sums there are room for, per member of a group.
+        max_rank: the largest rank.
+    """
+
+    tiles: torch.Tensor
+    rows: torch.Tensor
+    rank_rows: torch.Tensor
+    rank_scales: torch.Tensor
+    num_tiles: int
+    num_sums: int
+    max_rank: int
+
+    @classmethod
+    def build(
+        cls,
+        row_entries: Sequence[int],
+        entries: Sequence[PoolEntry],
+        rows: Sequence[int],
+        *,
+        device: torch.device,
+        num_tiles: int | None = None,
+    ) -> RowTiles:
+        """Cut rows into tiles.
+
+        Args:
+            row_entries: of every listed row, the index of its adapter in ``entries``; equal ones are
+                neighbours.
+            entries: the adapters.
+            rows: row numbers.
+            device: where the arrays go, in one copy.
+            num_tiles: how many tiles to make, the rest empty; at least as many as are needed. The
+                number of rows always suffices. By default as many as are needed.
+        """
+        first_rank, ranks = [], 0
+        for entry in entries:
+            first_rank.append(ranks)
+            ranks += entry.rank
+        tiles: list[int] = []
+        sums = start = 0
+        for stop in range(1, len(rows) + 1):
+            is_end = stop == len(rows) or row_entries[stop] != row_entries[start]
+            if is_end or stop - start == TILE_ROWS:
+                index = row_entries[start]
+                rank = entries[index].rank
+                tiles += [start, stop - start, first_rank[index], rank, sums]
+                sums += (stop - start) * rank
+                start = stop
+        needed = len(tiles) // TILE_FIELDS
+        num_tiles = needed if num_tiles is None else num_tiles
+        assert num_tiles >= needed, f"{needed} tiles do not fit in {num_tiles}"
+        tiles += [0] * TILE_FIELDS * (num_tiles - needed)
+        scales = torch.tensor([s for e in entries for s in e.scales], dtype=torch.float32)
+        parts = [
+            torch.tensor(tiles, dtype=torch.int32),
+            torch.tensor(rows, dtype=torch.int32),
+            torch.tensor([r for e in entries for r in e.rows], dtype=torch.int32),
+            scales.view(torch.int32),
+        ]
+        lengths = [part.numel() for part in parts]
+        there = torch.split(torch.cat(parts).to(device), lengths)
+        return cls(
+            tiles=there[0].view(num_tiles, TILE_FIELDS),
+            rows=there[1],
+            rank_rows=there[2],
+            rank_scales=there[3].view(torch.float32),
+            num_tiles=num_tiles,
+            num_sums=sums,
+            max_rank=max(entries[index].rank for index in row_entries),
+        )
