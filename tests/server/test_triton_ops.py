@@ -59,7 +59,7 @@ def test_product_equals_the_reference(
     pool = entries([rank if i % 2 == 0 else -(-rank // 2) for i in range(number)], number * rank)
     chosen = [adapter_of(row) for row in range(rows)]
     row_entries = [pool[i % number] if i >= 0 else None for i in chosen]
-    outs = OUTS
+    outs: tuple[int, ...] = OUTS
     if rows == 64:
         # Fewer programs where there are many tiles, for each costs the interpreter milliseconds.
         outs = OUTS[:1]
