@@ -1,4 +1,4 @@
-"""Decode attention: the native kernel and the batched products equal a few lines of float32."""
+"""Decode attention: the native kernel, Triton's and the batched products equal a few lines of float32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from lorary.server.engine.attention import AttentionPlan, _decode
 from lorary.server.engine.blocks import BLOCK, blocks_for
 from lorary.server.engine.kv_cache import KVCache, KVShape
+from lorary.server.engine.paged_decode import paged_decode
 from lorary.server.native import library as native
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def reference(
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 2.0), (3, 1.5)])
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2], [5, 1, 3]])
-@pytest.mark.parametrize("implementation", ["native", "products"])
+@pytest.mark.parametrize("implementation", ["native", "products", "triton"])
 def test_decode_equals_the_reference(
     implementation: str,
     slots: list[int],
@@ -78,5 +79,9 @@ def test_decode_equals_the_reference(
         )
     else:
         plan = AttentionPlan(cache, row_slots, row_lengths - 1, len(slots), [])
-        actual = _decode(plan, q, k, v, 0.3, window, softcap)
+        if implementation == "triton":
+            table, lengths_there = plan.decode_table, plan.decode_lengths
+            actual = paged_decode(q, k, v, table, lengths_there, 0.3, window, softcap)
+        else:
+            actual = _decode(plan, q, k, v, 0.3, window, softcap)
     assert (actual.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()

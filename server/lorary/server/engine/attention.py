@@ -5,8 +5,9 @@ chunks. Decode rows attend all at once; every chunk attends on its own. The step
 context variable that the runner sets for one forward.
 
 This serves the layers that do not run as one native call (``native/decoder.py``): quantized bases,
-other families, other devices. Decode attention has two implementations here: the native kernel on
-the CPU, which reads the blocks where they are, and two batched products over a gathered copy elsewhere.
+other families, other devices. Decode attention has three implementations here: the native kernel on
+CPUs and the Triton kernel on NVIDIA GPUs, which read the blocks where they are, and two batched products
+over a gathered copy elsewhere.
 SDPA is used for prefill only: on the CPU its tiles are made for long queries (half the speed of the
 products for one token).
 """
@@ -24,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from lorary.server.engine.blocks import BLOCK, blocks_for
+from lorary.server.engine.paged_decode import paged_decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,6 +102,16 @@ class AttentionPlan:
         rows = self.slots[: self.num_decode].long()
         blocks = self.cache.tables[rows, : blocks_for(self.longest)]
         return blocks.long().to(self.cache.k.device)
+
+    @cached_property
+    def decode_table(self) -> torch.Tensor:
+        """Return ``decode_blocks`` as int32."""
+        return self.decode_blocks.int()
+
+    @cached_property
+    def decode_lengths(self) -> torch.Tensor:
+        """Return ``lengths`` on the cache's device."""
+        return self.lengths.to(self.cache.k.device)
 
     def chunk_blocks(self, chunk: Chunk) -> torch.Tensor:
         """Return int64 [W]: the blocks that hold what a chunk sees."""
@@ -192,6 +204,17 @@ def attend(
                 scale=scale,
                 softcap=softcap,
                 window=sliding_window,
+            )
+        elif plan.cache.has_triton:
+            out = paged_decode(
+                decode,
+                k_layer,
+                v_layer,
+                plan.decode_table,
+                plan.decode_lengths,
+                scale,
+                sliding_window,
+                softcap,
             )
         else:
             out = _decode(plan, decode, k_layer, v_layer, scale, sliding_window, softcap)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.ops import triton_ops
 from lorary.server.engine.blocks import BLOCK, blocks_for
 from lorary.server.native import library as native
 
@@ -63,6 +64,7 @@ class KVCache:
         tables: int32 [slots, blocks of the longest sequence] on the host; a slot's entries beyond its
             sequence's blocks are stale but name blocks that exist.
         native: the native kernels, where they serve this cache.
+        has_triton: whether the Triton kernel attends over it.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class KVCache:
             if isinstance(kernels, native.NativeKernels) and kernels.supports(dtype)
             else None
         )
+        self.has_triton = device.type == "cuda" and not isinstance(triton_ops.load(), str)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
