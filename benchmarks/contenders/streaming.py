@@ -71,7 +71,6 @@ def ask_all(
     traces = [Trace(0.0) for _ in calls]
 
     def caller() -> None:
-        connection = HTTPConnection(HOST, port, timeout=TIMEOUT_S)
         try:
             while not has_failed.is_set():
                 with lock:
@@ -80,12 +79,15 @@ def ask_all(
                     return
                 content = json.dumps(body(call))
                 traces[index].sent_s = time.perf_counter()
-                _ask(connection, path, content, traces[index], take)
+                # A connection of its own for every call: servers close one after so many.
+                connection = HTTPConnection(HOST, port, timeout=TIMEOUT_S)
+                try:
+                    _ask(connection, path, content, traces[index], take)
+                finally:
+                    connection.close()
         except BaseException:
             has_failed.set()
             raise
-        finally:
-            connection.close()
 
     # OpenMP has bound this thread to one core, and threads inherit that.
     with all_cores(), ThreadPoolExecutor(concurrency) as pool:

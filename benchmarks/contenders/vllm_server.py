@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from lorary.bases import Base
 
-# Without LoRA it compiles first.
-_START_TIMEOUT_S = 600.0
+# Three processes import torch in turn, and without LoRA it compiles; a busy machine takes minutes.
+_START_TIMEOUT_S = 1800.0
 _BASE = "base"
 _CACHE_GIB = 2
 _MAX_CONTEXT = 1024

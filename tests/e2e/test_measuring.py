@@ -130,7 +130,7 @@ def test_wrong_answers_are_not_measured() -> None:
 
     peft, base = said("peft", 0.85), said("base, no adapter", 0.1)
     assert not disagreements([peft, base, said("lorary", 0.8)])
-    (line,) = disagreements([peft, base, said("lorary", 0.4)])
+    (line,) = disagreements([peft, base, said("lorary", 0.4)]).values()
     assert "lorary agrees" in line
 
 
