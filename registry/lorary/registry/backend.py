@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from lorary.registry.address import local_path
+from lorary.registry.address import is_hub, local_path
 from lorary.registry.aliases import AliasMove, Unset
 from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
@@ -83,20 +83,24 @@ class Store(Protocol):
         """Check every byte of a version where it is kept, and return its manifest."""
 
 
-def open_store(address: str | Path, *, create: bool = False, max_age_s: float = 0.0) -> Store:
+def open_store(address: str | Path, *, create: bool = False, watch: bool = False) -> Store:
     """Open the store that an address names.
 
     Args:
         address: ``file:///path``, a path, or ``hf://owner[/prefix]``.
         create: make a folder that does not exist yet.
-        max_age_s: how old an answer of a Hub about names, versions and aliases may be. 0 asks every
-            time; otherwise answers come from memory, which is renewed in the background. A folder
-            always answers for this moment.
+        watch: answer questions about versions and aliases of a Hub from memory, which is renewed in
+            the background every few seconds. A folder always answers for this moment.
 
     Raises:
         ConfigError: an address of an unknown kind, or a folder that is something else.
         StorageError: the folder is missing, or cannot be read or created.
     """
+    # Imported here: the Hub's client takes a third of a second, and folders do not need it.
+    if is_hub(address):
+        from lorary.registry.hub import HubStore
+
+        return HubStore(str(address), watch=watch)
     from lorary.registry.local import LocalStore
 
     return LocalStore(local_path(address), create=create)

@@ -9,7 +9,7 @@ first bytes are those of a pickle, an archive or a program is refused whatever i
 ``manifest.json``                          written by the trainer or the registry
 ``README.md``, ``report/…``                kept with the version
 tokenizer files, ``.gitattributes``,       left out: the base has its own tokenizer,
-``.cache/``                                and the rest is a downloader's
+``.cache/``, ``.lorary/``                  and the rest is a downloader's or a Hub's
 =========================================  ==========================================
 """
 
@@ -44,6 +44,7 @@ _LEFT_OUT: Final = frozenset(
     {
         ".cache",
         ".gitattributes",
+        ".lorary",
         "added_tokens.json",
         "chat_template.jinja",
         "chat_template.json",

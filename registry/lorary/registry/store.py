@@ -46,20 +46,19 @@ class Registry:
         self._store = store
 
     @classmethod
-    def open(cls, address: str | Path, *, create: bool = False, max_age_s: float = 0.0) -> Self:
+    def open(cls, address: str | Path, *, create: bool = False, watch: bool = False) -> Self:
         """Open a registry.
 
         Args:
             address: ``file:///path``, a path, or ``hf://owner[/prefix]``.
             create: make a registry in a folder that does not exist yet.
-            max_age_s: see ``open_store``; servers pass some seconds, so that a ref is resolved in
-                memory.
+            watch: for servers: a ref on a Hub is resolved in memory, seconds old at most.
 
         Raises:
             ConfigError: an address of an unknown kind, or a folder that is something else.
             StorageError: the folder is missing, or cannot be read or created.
         """
-        return cls(open_store(address, create=create, max_age_s=max_age_s))
+        return cls(open_store(address, create=create, watch=watch))
 
     @property
     def url(self) -> str:

@@ -63,7 +63,7 @@ def build_backend(config: ServerConfig, *, deliver: Deliver, observer: Observer)
     """
     from lorary.registry import Registry
 
-    registry = Registry.open(config.registry)
+    registry = Registry.open(config.registry, watch=True)
 
     # Later than what fails quickly: torch takes seconds to import.
     import torch
