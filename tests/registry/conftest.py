@@ -178,11 +178,16 @@ def hub_url(shared_hub: RunningHub, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     return f"hf://o{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture(params=["folder", "hub"])
-def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
-    """An empty registry, once in a folder and once on a hub: one contract for both."""
-    if request.param == "hub":
-        return Registry.open(request.getfixturevalue("hub_url"), create=True)
+@pytest.fixture(params=["folder", "hub", "hub-xet"])
+def anywhere(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Registry:
+    """An empty registry, in a folder and on a hub, by LFS and by Xet: one contract for all."""
+    if request.param != "folder":
+        url = request.getfixturevalue("hub_url")
+        hub: RunningHub = request.getfixturevalue("shared_hub")
+        use_hub(monkeypatch, hub.address, tmp_path / "home", xet=request.param == "hub-xet")
+        return Registry.open(url, create=True)
     return Registry.open(tmp_path / "registry", create=True)
 
 

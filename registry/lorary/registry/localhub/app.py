@@ -36,11 +36,19 @@ from lorary.registry.localhub.commits import read_request
 from lorary.registry.localhub.objects import SHA256, check_path, check_repo_id
 from lorary.registry.localhub.problems import Code, HubProblem, repo_not_found
 from lorary.registry.localhub.repos import Repo, Repos
+from lorary.registry.localhub.requests import (
+    base_url,
+    json_body,
+    number_of,
+    repo_id_of,
+    revision_of,
+    whole_body,
+)
+from lorary.registry.localhub.xet_app import XetEndpoints
 from lorary.registry.strict_json import show
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES: Final = 128 << 20
 SMALL_BYTES: Final = 1 << 20
 PAGE: Final = 1000
 LINK_SECONDS: Final = 24 * 3600
@@ -62,6 +70,7 @@ class Hub:
         self._repos = repos
         self._tokens = tokens
         self._signer = Signer(secrets.token_bytes(32))
+        self._xet = XetEndpoints(repos, self._signer)
 
     def app(self) -> ASGIApp:
         """Return the ASGI application."""
@@ -90,6 +99,9 @@ class Hub:
             ("DELETE", f"{model}/tag/{{rev}}", self.delete_tag),
             ("POST", f"{model}/branch/{{rev}}", self.add_branch),
             ("DELETE", f"{model}/branch/{{rev}}", self.delete_branch),
+            ("GET", f"{model}/xet-write-token/{{rev}}", self.xet_write_token),
+            ("GET", f"{model}/xet-read-token/{{rev}}", self.xet_read_token),
+            *self._xet.routes(),
             ("POST", f"{git}/batch", self.lfs_batch),
             ("PUT", f"{git}/{{oid}}", self.lfs_put),
             ("POST", f"{git}/{{oid}}/join", self.lfs_join),
@@ -115,7 +127,7 @@ class Hub:
 
     async def validate_yaml(self, request: Request) -> Response:
         """Look whether a model card's metadata can be read."""
-        content = str((await _json(request)).get("content", ""))
+        content = str((await json_body(request)).get("content", ""))
         try:
             read_metadata(content)
         except ValueError as error:
@@ -125,14 +137,14 @@ class Hub:
 
     async def create_repo(self, request: Request) -> Response:
         """Create a repository."""
-        caller, body = self._caller(request), await _json(request)
+        caller, body = self._caller(request), await json_body(request)
         check_write(caller)
         if body.get("type") not in (None, "model"):
             raise HubProblem(400, "This hub keeps models only")
         owner, name = str(body.get("organization") or caller.name), str(body.get("name"))
         repo_id = check_repo_id(owner, name)
         private = body.get("visibility") == "private" or body.get("private") is True
-        url = f"{_base_url(request)}/{repo_id}"
+        url = f"{base_url(request)}/{repo_id}"
         answer = {"url": url, "name": repo_id}
         if not await run_in_threadpool(self._repos.create, owner, name, private=private):
             message = "You already created this model repo"
@@ -141,7 +153,7 @@ class Hub:
 
     async def delete_repo(self, request: Request) -> Response:
         """Delete a repository."""
-        caller, body = self._caller(request), await _json(request)
+        caller, body = self._caller(request), await json_body(request)
         check_write(caller)
         repo = self._named(caller, f"{body.get('organization') or caller.name}/{body.get('name')}")
         await run_in_threadpool(self._repos.delete, repo)
@@ -149,7 +161,7 @@ class Hub:
 
     async def move_repo(self, request: Request) -> Response:
         """Rename a repository."""
-        caller, body = self._caller(request), await _json(request)
+        caller, body = self._caller(request), await json_body(request)
         check_write(caller)
         repo = self._named(caller, str(body.get("fromRepo")))
         owner, _, name = str(body.get("toRepo")).partition("/")
@@ -159,7 +171,7 @@ class Hub:
 
     async def settings(self, request: Request) -> Response:
         """Change who may see a repository."""
-        repo, body = self._writable(request), await _json(request)
+        repo, body = self._writable(request), await json_body(request)
         changes: dict[str, Any] = {}
         if body.get("visibility") in ("private", "public"):
             changes["private"] = body["visibility"] == "private"
@@ -175,13 +187,13 @@ class Hub:
     async def list_models(self, request: Request) -> Response:
         """List repositories by author, tags and a part of the name, in pages."""
         rows = await run_in_threadpool(self._found, self._caller(request), request)
-        skip = _number(request, "skip", 0)
-        limit = min(_number(request, "limit", PAGE), PAGE)
+        skip = number_of(request, "skip", 0)
+        limit = min(number_of(request, "limit", PAGE), PAGE)
         headers = {}
         if skip + limit < len(rows):
             query = [(k, v) for k, v in request.query_params.multi_items() if k != "skip"]
             more = urlencode([*query, ("skip", skip + limit)])
-            headers["Link"] = f'<{_base_url(request)}/api/models?{more}>; rel="next"'
+            headers["Link"] = f'<{base_url(request)}/api/models?{more}>; rel="next"'
         return JSONResponse(rows[skip : skip + limit], headers=headers)
 
     async def model_info(self, request: Request) -> Response:
@@ -190,7 +202,7 @@ class Hub:
         wants_blobs = request.query_params.get("blobs", "").lower() in ("1", "true")
 
         def describe() -> dict[str, Any]:
-            return answers.model(repo, repo.find(_revision(request)), blobs=wants_blobs)
+            return answers.model(repo, repo.find(revision_of(request)), blobs=wants_blobs)
 
         return JSONResponse(await run_in_threadpool(describe))
 
@@ -209,12 +221,12 @@ class Hub:
     async def commits(self, request: Request) -> Response:
         """List commits, newest first."""
         repo = self._readable(request)
-        found = await run_in_threadpool(lambda: repo.history(repo.find(_revision(request))))
+        found = await run_in_threadpool(lambda: repo.history(repo.find(revision_of(request))))
         return JSONResponse([answers.commit_row(commit) for commit in found])
 
     async def tree(self, request: Request) -> Response:
         """List files and folders."""
-        commit = self._readable(request).find(_revision(request))
+        commit = self._readable(request).find(revision_of(request))
         recursive = request.query_params.get("recursive", "").lower() in ("1", "true")
         folder = request.path_params.get("path", "").strip("/")
         rows = answers.tree(commit, folder, recursive=recursive)
@@ -224,8 +236,8 @@ class Hub:
 
     async def paths_info(self, request: Request) -> Response:
         """Describe named files."""
-        commit = self._readable(request).find(_revision(request))
-        body = await _body(request)
+        commit = self._readable(request).find(revision_of(request))
+        body = await whole_body(request)
         if request.headers.get("content-type", "").startswith("application/json"):
             paths = json.loads(body).get("paths", [])
         else:
@@ -236,7 +248,7 @@ class Hub:
         """Send a file, or a part of it."""
         repo = self._readable(request)
         check_files(self._caller(request), repo)
-        commit = repo.find(_revision(request))
+        commit = repo.find(revision_of(request))
         path = request.path_params["path"]
         entry = commit.files.get(path)
         if entry is None:
@@ -262,8 +274,8 @@ class Hub:
 
     async def preupload(self, request: Request) -> Response:
         """Say how each file is to travel: inside the commit, or before it."""
-        repo, body = self._writable(request), await _json(request)
-        commit = repo.find(_revision(request))
+        repo, body = self._writable(request), await json_body(request)
+        commit = repo.find(revision_of(request))
         rows = []
         for file in body.get("files", []):
             path = check_path(file.get("path"))
@@ -279,8 +291,8 @@ class Hub:
         repo, caller = self._writable(request), self._caller(request)
         if request.query_params.get("create_pr"):
             raise HubProblem(400, "This hub has no pull requests; commit to a branch")
-        body = await _body(request)
-        branch = _revision(request).removeprefix("refs/heads/")
+        body = await whole_body(request)
+        branch = revision_of(request).removeprefix("refs/heads/")
 
         def change() -> str:
             asked = read_request(repo, body)
@@ -295,38 +307,48 @@ class Hub:
             return made.sha
 
         sha = await run_in_threadpool(change)
-        url = f"{_base_url(request)}/{repo.id}/commit/{sha}"
+        url = f"{base_url(request)}/{repo.id}/commit/{sha}"
         return JSONResponse({"commitOid": sha, "commitUrl": url, "hookOutput": "", "success": True})
 
     async def add_tag(self, request: Request) -> Response:
         """Create a tag."""
-        repo, body = self._writable(request), await _json(request)
+        repo, body = self._writable(request), await json_body(request)
         tag = str(body.get("tag"))
-        await run_in_threadpool(repo.add_ref, "tags", tag, _revision(request))
+        await run_in_threadpool(repo.add_ref, "tags", tag, revision_of(request))
         return JSONResponse({})
 
     async def delete_tag(self, request: Request) -> Response:
         """Delete a tag."""
-        await run_in_threadpool(self._writable(request).delete_ref, "tags", _revision(request))
+        await run_in_threadpool(self._writable(request).delete_ref, "tags", revision_of(request))
         return JSONResponse({})
 
     async def add_branch(self, request: Request) -> Response:
         """Create a branch."""
-        repo, body = self._writable(request), await _json(request, optional=True)
+        repo, body = self._writable(request), await json_body(request, optional=True)
         start = str(body.get("startingPoint") or "main")
-        await run_in_threadpool(repo.add_ref, "heads", _revision(request), start)
+        await run_in_threadpool(repo.add_ref, "heads", revision_of(request), start)
         return JSONResponse({})
 
     async def delete_branch(self, request: Request) -> Response:
         """Delete a branch."""
-        await run_in_threadpool(self._writable(request).delete_ref, "heads", _revision(request))
+        await run_in_threadpool(self._writable(request).delete_ref, "heads", revision_of(request))
         return JSONResponse({})
 
     # -- large files --------------------------------------------------------------------------
 
+    async def xet_write_token(self, request: Request) -> Response:
+        """Say where chunks are to be sent."""
+        return self._xet.token(request, self._writable(request), "write")
+
+    async def xet_read_token(self, request: Request) -> Response:
+        """Say where chunks can be read."""
+        repo = self._readable(request)
+        check_files(self._caller(request), repo)
+        return self._xet.token(request, repo, "read")
+
     async def lfs_batch(self, request: Request) -> Response:
         """Say where to send each large file that is not there yet."""
-        repo, body = self._writable(request), await _json(request)
+        repo, body = self._writable(request), await json_body(request)
         if body.get("operation") != "upload":
             raise HubProblem(422, "Download files from their resolve address")
         multipart = "multipart" in body.get("transfers", ["basic"])
@@ -349,7 +371,7 @@ class Hub:
     async def lfs_join(self, request: Request) -> Response:
         """Make a large file of its parts."""
         repo, oid, size, _ = self._signed(request)
-        parts = (await _json(request)).get("parts", [])
+        parts = (await json_body(request)).get("parts", [])
         etags = [(int(part["partNumber"]), str(part["etag"])) for part in parts]
         await run_in_threadpool(uploads.join_parts, repo, oid, size, etags)
         return JSONResponse({})
@@ -392,13 +414,13 @@ class Hub:
         until = int(time.time()) + LINK_SECONDS
         signature = self._signer.sign(repo.id, oid, size, part, until)
         query = urlencode({"size": size, "part": part, "until": until, "signature": signature})
-        return f"{_base_url(request)}/{repo.id}.git/info/lfs/objects/{oid}{kind}?{query}"
+        return f"{base_url(request)}/{repo.id}.git/info/lfs/objects/{oid}{kind}?{query}"
 
     def _signed(self, request: Request) -> tuple[Repo, str, int, int]:
         """Return repository, sha256, size and part of a signed address."""
-        repo_id, oid = _repo_id(request), request.path_params["oid"]
-        size, part = _number(request, "size", 0), _number(request, "part", 0)
-        until = _number(request, "until", 0)
+        repo_id, oid = repo_id_of(request), request.path_params["oid"]
+        size, part = number_of(request, "size", 0), number_of(request, "part", 0)
+        until = number_of(request, "until", 0)
         signature = request.query_params.get("signature", "")
         self._signer.check(signature, repo_id, oid, size, part, until)
         if until < time.time():
@@ -414,11 +436,11 @@ class Hub:
         return self._tokens.caller(request.headers.get("authorization", ""))
 
     def _readable(self, request: Request) -> Repo:
-        return self._named(self._caller(request), _repo_id(request))
+        return self._named(self._caller(request), repo_id_of(request))
 
     def _writable(self, request: Request) -> Repo:
         caller = self._caller(request)
-        repo = self._named(caller, _repo_id(request))
+        repo = self._named(caller, repo_id_of(request))
         check_write(caller)
         return repo
 
@@ -505,46 +527,3 @@ def _mode(file: dict[str, Any], path: str) -> str:
 def _headers_of(row: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = row.get("actions", {}).get("upload", {}).get("header", {})
     return found
-
-
-def _repo_id(request: Request) -> str:
-    owner, name = request.path_params["owner"], request.path_params["name"]
-    return f"{owner}/{name}"
-
-
-def _revision(request: Request) -> str:
-    return str(request.path_params.get("rev", "main")).replace("%2F", "/")
-
-
-def _base_url(request: Request) -> str:
-    return str(request.base_url).rstrip("/")
-
-
-def _number(request: Request, key: str, default: int) -> int:
-    text = request.query_params.get(key, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise HubProblem(400, f"{key} is no number")
-    return int(text)
-
-
-async def _body(request: Request) -> bytes:
-    chunks, count = [], 0
-    async for chunk in request.stream():
-        count += len(chunk)
-        if count > MAX_BODY_BYTES:
-            raise HubProblem(413, f"A request may have up to {MAX_BODY_BYTES} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-async def _json(request: Request, *, optional: bool = False) -> dict[str, Any]:
-    raw = await _body(request)
-    if optional and not raw:
-        return {}
-    try:
-        parsed = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise HubProblem(400, "The request is no JSON") from None
-    if not isinstance(parsed, dict):
-        raise HubProblem(400, "The request is no JSON object")
-    return parsed

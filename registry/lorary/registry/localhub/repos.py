@@ -85,19 +85,19 @@ class Repo:
         self.id = repo_id
         self.blobs = Blobs(folder / "objects")
         self.tmp = tmp
-        self._folder = folder
+        self.folder = folder
 
     def settings(self) -> Settings:
         """Return who may see it."""
-        return Settings(**_read_json(self._folder / "settings.json"))
+        return Settings(**_read_json(self.folder / "settings.json"))
 
     def change_settings(self, **changes: Any) -> None:
         """Change who may see it."""
-        with locked(self._folder / "lock"), storage_errors(f"write settings of {self.id}"):
-            found = _read_json(self._folder / "settings.json") | changes
+        with locked(self.folder / "lock"), storage_errors(f"write settings of {self.id}"):
+            found = _read_json(self.folder / "settings.json") | changes
             staged = unused_name(self.tmp, "settings")
             write_new(staged, json.dumps(found).encode())
-            replace(staged, self._folder / "settings.json")
+            replace(staged, self.folder / "settings.json")
 
     def head(self, branch: str = MAIN) -> str:
         """Return the newest commit's name.
@@ -109,7 +109,7 @@ class Repo:
 
     def refs(self, kind: str) -> dict[str, str]:
         """Return all ``heads`` or ``tags`` with the commits they point at."""
-        folder = self._folder / "refs" / kind
+        folder = self.folder / "refs" / kind
         found = {unquote(entry.name): _read_ref(Path(entry.path)) for entry in os.scandir(folder)}
         return {name: sha for name, sha in sorted(found.items()) if sha is not None}
 
@@ -137,7 +137,7 @@ class Repo:
         Raises:
             HubProblem: 404: there is none.
         """
-        return _load_commit(self._folder / "commits" / f"{sha}.json", sha)
+        return _load_commit(self.folder / "commits" / f"{sha}.json", sha)
 
     def history(self, commit: Commit) -> list[Commit]:
         """Return a commit and its ancestors, newest first."""
@@ -169,7 +169,7 @@ class Repo:
         Raises:
             HubProblem: 412 when the head is another, 404 when a file to be deleted does not exist.
         """
-        with locked(self._folder / "lock"), storage_errors(f"commit to {self.id}"):
+        with locked(self.folder / "lock"), storage_errors(f"commit to {self.id}"):
             head = self.commit_of(self.head(branch))
             if parent is not None and not head.sha.startswith(parent.lower()):
                 raise HubProblem(412, _STALE)
@@ -193,7 +193,7 @@ class Repo:
         """
         sha = self.find(revision).sha
         target = self._ref(kind, check_ref(name))
-        with locked(self._folder / "lock"), storage_errors(f"create {kind} {name}"):
+        with locked(self.folder / "lock"), storage_errors(f"create {kind} {name}"):
             staged = unused_name(self.tmp, "ref")
             write_new(staged, f"{sha}\n".encode())
             is_new = link_new(staged, target)
@@ -210,7 +210,7 @@ class Repo:
         if (kind, name) == ("heads", MAIN):
             raise HubProblem(403, "The main branch cannot be deleted")
         target = self._ref(kind, name)
-        with locked(self._folder / "lock"), storage_errors(f"delete {kind} {name}"):
+        with locked(self.folder / "lock"), storage_errors(f"delete {kind} {name}"):
             self._required(target, name)
             target.unlink()
             sync_folder(target.parent)
@@ -218,9 +218,9 @@ class Repo:
     def start(self, *, private: bool) -> None:
         """Fill a new repository's folder with its first commit."""
         for folder in ("objects", "commits", "refs/heads", "refs/tags"):
-            make_folder(self._folder / folder)
+            make_folder(self.folder / folder)
         settings = {"private": private, "gated": False, "created_at": utc_now_ms()}
-        write_new(self._folder / "settings.json", json.dumps(settings).encode())
+        write_new(self.folder / "settings.json", json.dumps(settings).encode())
         attributes = self.keep(_ATTRIBUTES)
         first = new_commit(
             parent=None,
@@ -244,7 +244,7 @@ class Repo:
         return entry
 
     def _ref(self, kind: str, name: str) -> Path:
-        return self._folder / "refs" / kind / quote(name, safe="")[:250]
+        return self.folder / "refs" / kind / quote(name, safe="")[:250]
 
     def _required(self, ref: Path, name: str) -> str:
         sha = _read_ref(ref)
@@ -255,7 +255,7 @@ class Repo:
     def _write_commit(self, commit: Commit) -> None:
         staged = unused_name(self.tmp, "commit")
         write_new(staged, commit.to_json())
-        replace(staged, self._folder / "commits" / f"{commit.sha}.json")
+        replace(staged, self.folder / "commits" / f"{commit.sha}.json")
 
     def _point(self, ref: Path, sha: str) -> None:
         staged = unused_name(self.tmp, "ref")
