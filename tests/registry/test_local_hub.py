@@ -498,3 +498,40 @@ def test_what_was_uploaded_survives_a_restart(
                 api.create_repo("acme/a")
                 api.create_commit("acme/a", add(m_bin=raw), commit_message="m")
             assert get(f"{hub.address}/acme/a/resolve/main/m.bin").content == raw
+
+
+ODD: list[Any] = [
+    None, [], 3, "x", {}, {"files": 3}, {"files": [3]}, {"files": [{}]}, {"objects": 3},
+    {"files": [{"path": "a", "size": "x"}]}, {"operation": "upload"},
+    {"operation": "upload", "objects": 3}, {"operation": "upload", "objects": [3]},
+    {"operation": "upload", "objects": [{"oid": 3, "size": []}], "transfers": 3},
+    {"parts": 3}, {"parts": [3]}, {"parts": [{"partNumber": "x"}]}, {"tag": [1]}, {"paths": 3},
+    {"paths": [[1]]}, {"name": {}, "organization": []}, {"content": 3}, {"fromRepo": 1, "toRepo": 2},
+    {"startingPoint": {}}, {"visibility": 3, "gated": []}, {"gated": {}},
+]  # fmt: skip
+
+
+def test_odd_requests_are_answered_and_never_with_500(api: HfApi, repo: str) -> None:
+    import json
+
+    at = f"/api/models/{repo}"
+    batch = {"operation": "upload", "objects": [{"oid": "3" * 64, "size": 9}]}
+    link = f"{api.endpoint}/{repo}.git/info/lfs/objects/batch"
+    (row,) = send("POST", link, json=batch).json()["objects"]
+    upload = row["actions"]["upload"]["href"].removeprefix(api.endpoint)
+    addresses = [
+        ("POST", "/api/repos/create"), ("DELETE", "/api/repos/delete"), ("POST", "/api/repos/move"),
+        ("POST", "/api/validate-yaml"), ("PUT", f"{at}/settings"), ("POST", f"{at}/preupload/main"),
+        ("POST", f"{at}/commit/main"), ("POST", f"{at}/tag/main"), ("POST", f"{at}/branch/x"),
+        ("POST", f"{at}/paths-info/main"), ("POST", f"/{repo}.git/info/lfs/objects/batch"),
+        ("POST", upload.replace("?", "/join?")), ("POST", upload.replace("?", "/verify?")),
+        ("POST", upload.replace("size=9", "size=x")), ("GET", "/api/models?limit=-1"),
+        ("GET", "/api/models?skip=1e9"), ("GET", f"{at}/tree/%ff"), ("PATCH", at),
+    ]  # fmt: skip
+    for method, address in addresses:
+        bodies = [json.dumps(odd).encode() for odd in ODD] + [b"", b"{", b"\xff\xfe", b"[" * 9999]
+        for body in bodies:
+            headers = {"Content-Type": "application/json"}
+            answer = send(method, api.endpoint + address, content=body, headers=headers)
+            assert answer.status_code < 500, (method, address, body[:80], answer.text)
+    assert api.repo_exists(repo)

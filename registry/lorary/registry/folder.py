@@ -153,6 +153,18 @@ def scan_folder(path: Path, *, allow_hardlinks: bool = False) -> AdapterFolder:
     )
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a small file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _walk(path: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:
     for entry in _entries(path):
         if entry.is_symlink() or not entry.is_dir(follow_symlinks=False):

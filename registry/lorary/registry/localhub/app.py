@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -40,6 +39,7 @@ from lorary.registry.localhub.requests import (
     base_url,
     json_body,
     number_of,
+    objects_in,
     repo_id_of,
     revision_of,
     whole_body,
@@ -237,12 +237,13 @@ class Hub:
     async def paths_info(self, request: Request) -> Response:
         """Describe named files."""
         commit = self._readable(request).find(revision_of(request))
-        body = await whole_body(request)
         if request.headers.get("content-type", "").startswith("application/json"):
-            paths = json.loads(body).get("paths", [])
+            asked = (await json_body(request)).get("paths")
+            paths = [str(path) for path in asked] if isinstance(asked, list) else []
         else:
-            paths = [value for key, value in parse_qsl(body.decode()) if key == "paths"]
-        return JSONResponse(answers.paths_info(commit, [str(path) for path in paths]))
+            body = (await whole_body(request)).decode(errors="replace")
+            paths = [value for key, value in parse_qsl(body) if key == "paths"]
+        return JSONResponse(answers.paths_info(commit, paths))
 
     async def resolve(self, request: Request) -> Response:
         """Send a file, or a part of it."""
@@ -277,7 +278,7 @@ class Hub:
         repo, body = self._writable(request), await json_body(request)
         commit = repo.find(revision_of(request))
         rows = []
-        for file in body.get("files", []):
+        for file in objects_in(body, "files"):
             path = check_path(file.get("path"))
             known = commit.files.get(path)
             row = {"path": path, "uploadMode": _mode(file, path), "shouldIgnore": False}
@@ -351,8 +352,12 @@ class Hub:
         repo, body = self._writable(request), await json_body(request)
         if body.get("operation") != "upload":
             raise HubProblem(422, "Download files from their resolve address")
-        multipart = "multipart" in body.get("transfers", ["basic"])
-        rows = [self._lfs_row(request, repo, file, multipart=multipart) for file in body["objects"]]
+        transfers = body.get("transfers")
+        multipart = isinstance(transfers, list) and "multipart" in transfers
+        rows = [
+            self._lfs_row(request, repo, file, multipart=multipart)
+            for file in objects_in(body, "objects")
+        ]
         kinds = {"multipart" for row in rows if "chunk_size" in _headers_of(row)}
         transfer = kinds.pop() if kinds else "basic"
         media = "application/vnd.git-lfs+json"
@@ -371,8 +376,12 @@ class Hub:
     async def lfs_join(self, request: Request) -> Response:
         """Make a large file of its parts."""
         repo, oid, size, _ = self._signed(request)
-        parts = (await json_body(request)).get("parts", [])
-        etags = [(int(part["partNumber"]), str(part["etag"])) for part in parts]
+        etags = []
+        for part in objects_in(await json_body(request), "parts"):
+            number = part.get("partNumber")
+            if type(number) is not int:
+                raise HubProblem(400, "A part has no number")
+            etags.append((number, str(part.get("etag"))))
         await run_in_threadpool(uploads.join_parts, repo, oid, size, etags)
         return JSONResponse({})
 

@@ -70,3 +70,15 @@ async def json_body(request: Request, *, optional: bool = False) -> dict[str, An
     if not isinstance(parsed, dict):
         raise HubProblem(400, "The request is no JSON object")
     return parsed
+
+
+def objects_in(body: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return a list of objects from a body.
+
+    Raises:
+        HubProblem: 400: it is something else.
+    """
+    found = body.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise HubProblem(400, f"{key} is no list of objects")
+    return found
