@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -23,8 +24,24 @@ from tests.registry.conftest import use_hub
 PROMPT = [5, 9, 12, 30]
 
 
+def machine(home: Path, kernels: Path) -> str:
+    """Make a home as another machine has it, but for the compiled kernels, which take minutes."""
+    home.mkdir(parents=True)
+    kernels.mkdir(parents=True, exist_ok=True)
+    (home / "kernels").symlink_to(kernels)
+    return str(home)
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+def kernels() -> Path:
+    """Where this machine keeps its compiled kernels."""
+    return Path(os.environ.get("LORARY_HOME") or Path.home() / ".cache" / "lorary") / "kernels"
+
+
+@pytest.fixture
+def hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: Path
+) -> Iterator[subprocess.Popen[str]]:
     """``registry serve`` in a process of its own; this process and its children talk to it."""
     command = [
         sys.executable,
@@ -39,6 +56,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.
         assert process.stdout is not None
         match = re.fullmatch(r"HF_ENDPOINT=(\S+)\n", process.stdout.readline())
         assert match is not None
+        machine(tmp_path / "home" / "lorary", kernels)
         use_hub(monkeypatch, match[1], tmp_path / "home")
         yield process
         process.kill()
@@ -50,13 +68,14 @@ def test_a_server_answers_from_a_hub_and_without_it(
     tiny_adapters: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    kernels: Path,
 ) -> None:
     registry, card = Registry.open("hf://acme"), BaseCard.from_folder(tiny_base)
     registry.push(tiny_adapters["alpha"], "a", base=card, aliases=["prod"])
     wanted = {
         name: peft_greedy(tiny_base, tiny_adapters[name], PROMPT, 8) for name in ("alpha", "bravo")
     }
-    monkeypatch.setenv("LORARY_HOME", str(tmp_path / "server"))  # it has to fetch
+    monkeypatch.setenv("LORARY_HOME", machine(tmp_path / "server", kernels))  # it has to fetch
     with served(tiny_base, "hf://acme") as (_, ready), Client(ready["address"]) as client:
 
         def ask(ref: str) -> Any:

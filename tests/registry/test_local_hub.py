@@ -535,3 +535,68 @@ def test_odd_requests_are_answered_and_never_with_500(api: HfApi, repo: str) -> 
             answer = send(method, api.endpoint + address, content=body, headers=headers)
             assert answer.status_code < 500, (method, address, body[:80], answer.text)
     assert api.repo_exists(repo)
+
+
+# Dies at the n-th call that changes the disk, for every n, and looks at the hub each time.
+EVERY_STEP = """
+import functools, os, signal, sys
+from pathlib import Path
+from lorary.registry.localhub.repos import Repos
+
+root = Path(sys.argv[1])
+left = 0
+
+def counted(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+def change(repos, number):
+    repos.create("acme", "a", private=True)
+    repo = repos.get("acme", "a")
+    entry = repo.keep(b"content %d" % number)
+    made = repo.commit("main", {"a.txt": entry}, parent=repo.head(), title="t", message="", author="x")
+    repo.add_ref("tags", f"v{number}", made.sha)
+
+names = ("link", "rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "chmod")
+steps = 0
+while True:
+    steps += 1
+    child = os.fork()
+    if child == 0:
+        repos = Repos(root)
+        for name in names:
+            setattr(os, name, counted(getattr(os, name)))
+        left = steps
+        change(repos, steps)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    repo = Repos(root).get("acme", "a")
+    if repo is not None:
+        head = repo.find("main")
+        for commit in repo.history(head):
+            for entry in commit.files.values():
+                repo.blobs.check(entry.sha256, entry.size)
+        assert set(repo.refs("tags").values()) <= {commit.sha for commit in repo.history(head)}
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+assert repo.refs("tags")[f"v{steps}"] == head.sha
+print(steps)
+"""
+
+
+def test_a_hub_killed_at_any_step_of_a_change_stays_sound(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_STEP, str(tmp_path / "hub")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 15
