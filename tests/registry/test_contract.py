@@ -257,3 +257,15 @@ def test_a_refused_push_changes_nothing(
     assert anywhere.list() == []
     with pytest.raises(AdapterNotFound):
         anywhere.resolve("a")
+
+
+def test_a_pull_tells_of_every_byte_twice(
+    forge: Forge, anywhere: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = anywhere.push(forge.folder(), "a", base=forge.card).size_bytes
+    monkeypatch.setenv("LORARY_HOME", str(tmp_path / "other-machine"))
+    elsewhere = Registry.open(anywhere.url)
+    for attempt in range(2):  # the second time, a hub's files are here already
+        told: list[int] = []
+        elsewhere.pull("a", tmp_path / f"out-{attempt}", told.append)
+        assert sum(told) == pytest.approx(2 * size, rel=0.2)

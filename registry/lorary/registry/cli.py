@@ -101,7 +101,7 @@ def pull(
     resolved = opened.resolve(ref)
     info = opened.info(resolved)
     exact = parse_ref(f"{info.name}@{info.version}")
-    with progress_bar("copying", info.size_bytes) as progress:
+    with progress_bar("pulling", 2 * info.size_bytes) as progress:
         path = opened.pull(exact, dest, progress)
     if as_json:
         print_json({"path": str(path), "version": info})

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from lorary.errors import CorruptArtifact
@@ -50,7 +50,7 @@ class HubState:
     head: str = ""
     versions: tuple[Pointer | CorruptArtifact, ...] = ()
     moves: tuple[AliasMove, ...] | CorruptArtifact = ()
-    aliases: Mapping[str, int] = ()  # type: ignore[assignment]
+    aliases: Mapping[str, int] = field(default_factory=dict)
     raw_versions: bytes = b""
     raw_aliases: bytes = b""
 
@@ -100,7 +100,7 @@ class HubState:
         return self.aliases
 
 
-NOTHING: Final = HubState(aliases={})
+NOTHING: Final = HubState()
 """Of an adapter that has no repository."""
 
 
@@ -108,7 +108,7 @@ def read_state(client: HubClient, repo_id: str, head: str) -> HubState:
     """Read a repository's logs at a commit; a repository without them has no versions."""
     raw_versions = client.read(repo_id, VERSIONS_FILE, head, _MAX_LOG_BYTES)
     if raw_versions is None:
-        return HubState(head=head, aliases={})
+        return HubState(head=head)
     raw_aliases = client.read(repo_id, ALIASES_FILE, head, _MAX_LOG_BYTES) or b""
     moves: tuple[AliasMove, ...] | CorruptArtifact
     try:

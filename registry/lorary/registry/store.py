@@ -167,6 +167,8 @@ class Registry:
     def pull(self, ref: str | AdapterRef, dest: Path, progress: Progress | None = None) -> Path:
         """Copy a version to ``dest``, a standard PEFT folder; it appears whole or not at all.
 
+        ``progress`` is told of every byte twice: when it is fetched or checked, and when it is copied.
+
         Raises:
             InvalidRef: the text is not a ref.
             AdapterNotFound: no such version.
@@ -177,7 +179,8 @@ class Registry:
         resolved = self.resolve(ref)
         dest = Path(dest).absolute()
         check_free(dest)
-        return copy_version(self.fetch(resolved), self.manifest(resolved), dest, progress)
+        folder = self.fetch(resolved, progress)
+        return copy_version(folder, self.manifest(resolved), dest, progress)
 
     def list(self) -> builtins.list[VersionInfo]:
         """Return every version of every adapter, by name and number.
