@@ -272,6 +272,7 @@ def test_a_watching_registry_answers_from_memory(
             server.resolve("unknown@prod")
     assert time.perf_counter() - started < 1.0  # nothing of it asked the network, which is gone
     assert server.fetch(server.resolve("b")).exists()
+    assert [(info.name, info.version) for info in server.list()] == [("a", 1), ("a", 2), ("b", 1)]
     server._store.close()  # type: ignore[attr-defined]
 
 

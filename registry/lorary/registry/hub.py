@@ -107,6 +107,8 @@ class HubStore:
 
     def names(self) -> list[str]:
         """Return all adapters that have a version."""
+        if self._watches and self._known is not None:
+            return sorted(name for name in self._known if self._state(name).newest)
         heads = self._heads()
         with ThreadPoolExecutor(_READERS) as pool:
             states = list(pool.map(lambda item: self._at(*item), heads.items()))

@@ -25,6 +25,8 @@ from lorary.errors import CorruptArtifact
 from lorary.registry.hub_errors import StaleHead, hub_errors, status_of
 
 TIMEOUT_S: Final = 30.0
+SLOW_S: Final = 300.0
+"""For answers to large uploads: a hub hashes gigabytes before it gives one."""
 _NOT_FOUND: Final = 404
 _STALE: Final = 412
 # Public names, which the package does not declare to type checkers.
@@ -201,7 +203,7 @@ def _prepare() -> None:
 
             def with_timeout() -> Any:
                 client: Any = default()
-                client.timeout = TIMEOUT_S
+                client.timeout = type(client.timeout)(TIMEOUT_S, read=SLOW_S)
                 return client
 
             huggingface_hub.set_client_factory(with_timeout)
