@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from lorary.registry.localhub.problems import HubProblem
@@ -20,7 +19,6 @@ SHA1: Final = re.compile(r"[0-9a-f]{40}")
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f\\]")
 _MAX_PATH_BYTES: Final = 1024
-_CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,15 +100,6 @@ def pointer_text(sha256: str, size: int) -> bytes:
     return (
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
     )
-
-
-def hash_oid(path: Path) -> str:
-    """Return git's name of a file's bytes."""
-    sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            sha1.update(chunk)
-    return sha1.hexdigest()
 
 
 def _git_oid(content: bytes) -> str:
