@@ -51,7 +51,7 @@ def registry(
 
 
 @contextmanager
-def served(base: Path, registry: Path, *args: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def served(base: Path, registry: Path | str, *args: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Start ``lorary serve --json``; yield the process and its ready line."""
     command = [
         *LORARY, "serve", "--base", str(base), "--registry", str(registry), "--port", "0",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +104,90 @@ def forge(card: BaseCard, tmp_path: Path) -> Forge:
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     """An empty registry."""
+    return Registry.open(tmp_path / "registry", create=True)
+
+
+@dataclass(frozen=True)
+class RunningHub:
+    """A hub of one's own in this process: its address and its folder."""
+
+    address: str
+    root: Path
+
+
+@contextlib.contextmanager
+def running_hub(root: Path, **options: Any) -> Iterator[RunningHub]:
+    """Serve a hub from a thread; ``options`` are those of ``make_server``."""
+    from lorary.registry.localhub.auth import Tokens
+    from lorary.registry.localhub.serve import make_server
+
+    said: list[str] = []
+    settings: Any = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "tokens": Tokens(),
+        "ready": said.append,
+    } | options
+    server, listener = make_server(root, **settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        yield RunningHub(said[0], root)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def shared_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHub]:
+    """An open hub for all tests; everyone takes an owner of their own."""
+    with running_hub(tmp_path_factory.mktemp("hub") / "hub") as hub:
+        yield hub
+
+
+def use_hub(
+    monkeypatch: pytest.MonkeyPatch, address: str, home: Path, *, xet: bool = False
+) -> None:
+    """Point the Hub's client at ``address``, here and in processes started from here."""
+    from huggingface_hub import constants
+
+    files = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
+    for key, value in {
+        "HF_ENDPOINT": address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "0" if xet else "1",
+        "HF_HOME": str(home / "hf"),
+        "LORARY_HOME": str(home / "lorary"),
+    }.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+@pytest.fixture
+def hub_url(shared_hub: RunningHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Address of an empty registry on a hub."""
+    use_hub(monkeypatch, shared_hub.address, tmp_path / "home")
+    return f"hf://o{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(params=["folder", "hub", "hub-xet"])
+def anywhere(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Registry:
+    """An empty registry, in a folder and on a hub, by LFS and by Xet: one contract for all."""
+    if request.param != "folder":
+        url = request.getfixturevalue("hub_url")
+        hub: RunningHub = request.getfixturevalue("shared_hub")
+        use_hub(monkeypatch, hub.address, tmp_path / "home", xet=request.param == "hub-xet")
+        return Registry.open(url, create=True)
     return Registry.open(tmp_path / "registry", create=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact, InvalidRef
+from lorary.errors import CorruptArtifact
 from lorary.registry import Registry
 from lorary.registry.aliases import UNSET, AliasLog, AliasMove
 
@@ -38,64 +38,6 @@ def filled(forge: Forge, registry: Registry) -> Registry:
     for seed in (1, 2, 3):
         registry.push(forge.folder(str(seed), seed=seed), "a", base=forge.card)
     return registry
-
-
-def test_moves_are_logged_in_order(filled: Registry) -> None:
-    filled.set_alias("a", "prod", 1, reason="first", actor="ada")
-    filled.set_alias("a", "canary", 3)
-    filled.set_alias("a", "prod", 2, expect=1)
-    filled.set_alias("a", "canary", None)
-    assert filled.aliases("a") == {"latest": 3, "prod": 2}
-    seen = [(m.alias, m.from_version, m.to_version) for m in filled.log("a")]
-    assert seen == [
-        ("prod", None, 1), ("canary", None, 3), ("prod", 1, 2), ("canary", 3, None)
-    ]  # fmt: skip
-    assert (filled.log("a")[0].actor, filled.log("a")[0].reason) == ("ada", "first")
-    assert [m.to_version for m in filled.log("a", "prod")] == [1, 2]
-
-
-def test_a_move_that_expects_something_else_is_refused(filled: Registry) -> None:
-    filled.set_alias("a", "prod", 1, expect=None)
-    for expect in (None, 2):
-        with pytest.raises(Conflict, match="points at version 1"):
-            filled.set_alias("a", "prod", 3, expect=expect)
-    assert filled.aliases("a")["prod"] == 1
-    assert len(filled.log("a")) == 1
-
-
-def test_a_move_to_the_same_place_is_not_logged(filled: Registry) -> None:
-    filled.set_alias("a", "prod", 1)
-    assert filled.set_alias("a", "prod", 1).from_version == 1
-    assert len(filled.log("a")) == 1
-
-
-def test_rollback_goes_back_one_move_at_a_time(filled: Registry) -> None:
-    for version in (1, 2, 3):
-        filled.set_alias("a", "prod", version)
-    assert filled.rollback("a", "prod", reason="errors").to_version == 2
-    assert filled.rollback("a", "prod").to_version == 1
-    with pytest.raises(AdapterNotFound, match="from the beginning"):
-        filled.rollback("a", "prod")
-    filled.set_alias("a", "prod", 3)
-    last = filled.rollback("a", "prod")
-    assert (last.from_version, last.to_version, last.kind) == (3, 1, "rollback")
-
-
-def test_what_cannot_be_moved(filled: Registry) -> None:
-    with pytest.raises(InvalidRef, match="always the newest"):
-        filled.set_alias("a", "latest", 1)
-    with pytest.raises(InvalidRef, match="always the newest"):
-        filled.rollback("a", "latest")
-    with pytest.raises(InvalidRef):
-        filled.set_alias("a", "../x", 1)
-    with pytest.raises(AdapterNotFound, match="1 to 3"):
-        filled.set_alias("a", "prod", 4)
-    with pytest.raises(AdapterNotFound, match="not in the registry"):
-        filled.set_alias("b", "prod", 1)
-    with pytest.raises(AdapterNotFound, match="no alias 'prod' to roll back"):
-        filled.rollback("a", "prod")
-    with pytest.raises(AdapterNotFound, match="not in the registry"):
-        filled.log("b")
 
 
 def test_a_torn_last_line_is_skipped_and_repaired(log: AliasLog, tmp_path: Path) -> None:

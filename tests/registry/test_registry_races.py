@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from lorary.registry import Registry
 from lorary.registry.validate import validate_adapter
@@ -17,7 +20,25 @@ from lorary.registry.validate import validate_adapter
 if TYPE_CHECKING:
     from tests.registry.conftest import Forge
 
-PROCESSES = 8
+PROCESSES = {"folder": 8, "hub": 4}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A registry for many processes: its address, and how many of them."""
+
+    url: str
+    processes: int
+
+
+@pytest.fixture(params=PROCESSES)
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Shared:
+    """Once in a folder, once on a hub."""
+    url = tmp_path.joinpath("shared").as_uri()
+    if request.param == "hub":
+        url = request.getfixturevalue("hub_url")
+    return Shared(url, PROCESSES[request.param])
+
 
 # Argument: a JSON job. Waits for the start file, so that all begin together.
 WORKER = """
@@ -63,12 +84,12 @@ def run_together(jobs: list[dict[str, Any]], start: Path) -> list[str]:
     return said
 
 
-def push_jobs(forge: Forge, base: Path, root: Path, seeds: list[int]) -> list[dict[str, Any]]:
+def push_jobs(forge: Forge, base: Path, url: str, seeds: list[int]) -> list[dict[str, Any]]:
     return [
         {
             "do": "push",
             "base": str(base),
-            "registry": str(root),
+            "registry": url,
             "folder": str(forge.folder(f"push-{i}", seed=seed)),
             "aliases": [f"by-{i}"],
         }
@@ -77,48 +98,49 @@ def push_jobs(forge: Forge, base: Path, root: Path, seeds: list[int]) -> list[di
 
 
 def test_concurrent_pushes_get_consecutive_versions(
-    forge: Forge, tiny_base: Path, tmp_path: Path
+    forge: Forge, tiny_base: Path, tmp_path: Path, shared: Shared
 ) -> None:
-    jobs = push_jobs(forge, tiny_base, tmp_path / "shared", list(range(PROCESSES)))
+    jobs = push_jobs(forge, tiny_base, shared.url, list(range(shared.processes)))
     said = [json.loads(line) for line in run_together(jobs, tmp_path / "go")]
-    assert sorted(version for version, _ in said) == list(range(1, PROCESSES + 1))
-    registry = Registry.open(tmp_path / "shared")
+    assert sorted(version for version, _ in said) == list(range(1, shared.processes + 1))
+    registry = Registry.open(shared.url)
     assert registry.verify().is_ok
     assert {info.version: info.digest for info in registry.list()} == dict(said)
     pushed = {f"by-{i}": version for i, (version, _) in enumerate(said)}
-    assert registry.aliases("a") == {"latest": PROCESSES, **pushed}
-    assert len(registry.log("a")) == PROCESSES
+    assert registry.aliases("a") == {"latest": shared.processes, **pushed}
+    assert len(registry.log("a")) == shared.processes
 
 
 def test_concurrent_pushes_of_one_content_are_one_version(
-    forge: Forge, tiny_base: Path, tmp_path: Path
+    forge: Forge, tiny_base: Path, tmp_path: Path, shared: Shared
 ) -> None:
-    jobs = push_jobs(forge, tiny_base, tmp_path / "shared", [7] * PROCESSES)
+    jobs = push_jobs(forge, tiny_base, shared.url, [7] * shared.processes)
     said = [json.loads(line) for line in run_together(jobs, tmp_path / "go")]
     assert {version for version, _ in said} == {1}
     assert len({digest for _, digest in said}) == 1
-    assert len(Registry.open(tmp_path / "shared").list()) == 1
+    assert len(Registry.open(shared.url).list()) == 1
 
 
 def test_of_concurrent_moves_exactly_one_wins(
-    forge: Forge, tiny_base: Path, tmp_path: Path
+    forge: Forge, tiny_base: Path, tmp_path: Path, shared: Shared
 ) -> None:
-    registry = Registry.open(tmp_path / "shared", create=True)
-    for seed in range(PROCESSES + 1):
+    registry = Registry.open(shared.url, create=True)
+    for seed in range(shared.processes + 1):
         registry.push(forge.folder(str(seed), seed=seed), "a", base=forge.card)
     registry.set_alias("a", "prod", 1)
     jobs = [
         {
             "do": "alias",
             "base": str(tiny_base),
-            "registry": str(tmp_path / "shared"),
+            "registry": shared.url,
             "version": version,
             "expect": 1,
         }
-        for version in range(2, PROCESSES + 2)
+        for version in range(2, shared.processes + 2)
     ]
     said = run_together(jobs, tmp_path / "go")
-    assert sorted(said) == ["lost"] * (PROCESSES - 1) + ["won"]
+    assert sorted(said) == ["lost"] * (shared.processes - 1) + ["won"]
+    registry = Registry.open(shared.url)
     assert registry.aliases("a")["prod"] == said.index("won") + 2
     assert len(registry.log("a")) == 2
 

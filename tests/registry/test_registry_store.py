@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -13,14 +12,13 @@ import pytest
 
 from lorary.errors import (
     AdapterNotFound,
-    AlreadyExists,
     ConfigError,
     CorruptArtifact,
     IncompatibleAdapter,
     InvalidRef,
     StorageError,
 )
-from lorary.registry import BaseCard, Manifest, Registry
+from lorary.registry import BaseCard, Registry
 from lorary.registry.validate import validate_adapter
 
 if TYPE_CHECKING:
@@ -37,84 +35,10 @@ def root_of(registry: Registry) -> Path:
     return Path(registry.url.removeprefix("file://"))
 
 
-def test_push_resolve_fetch_pull(forge: Forge, registry: Registry, tmp_path: Path) -> None:
-    info = registry.push(
-        forge.folder(), "team/sentiment", base=forge.card, aliases=["prod"], description="first"
-    )
-    assert (info.name, info.version, info.aliases, info.rank) == ("team/sentiment", 1, ("prod",), 4)
-    assert info.base_fingerprint == forge.card.fingerprint
-    for ref in ("", "@latest", "@prod", "@1", f"@{info.digest}", f"@{info.digest[:11]}"):
-        resolved = registry.resolve(f"team/sentiment{ref}")
-        assert (resolved.version, resolved.digest) == (1, info.digest)
-    assert registry.resolve("team/sentiment").alias == "latest"
-    assert registry.resolve("team/sentiment@1").alias is None
-    folder = registry.fetch(registry.resolve("team/sentiment"))
-    spec = validate_adapter(folder, forge.card)
-    assert {lora.scale for lora in spec.modules.values()} == {1.0}
-    pulled = registry.pull("team/sentiment@prod", tmp_path / "out")
-    names = {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
-    assert {path.name for path in pulled.iterdir()} == names
-    manifest = Manifest.from_json((pulled / "manifest.json").read_bytes())
-    assert (manifest.name, manifest.version, manifest.digest) == ("team/sentiment", 1, info.digest)
-    assert (manifest.description, manifest.created_at) == ("first", "2026-01-01T00:00:00Z")
-    assert registry.verify().is_ok
-
-
-def test_versions_are_numbered_and_the_same_content_is_the_same_version(
-    forge: Forge, registry: Registry
-) -> None:
-    one = registry.push(forge.folder("a", seed=1), "a", base=forge.card)
-    two = registry.push(forge.folder("b", seed=2), "a", base=forge.card)
-    again = registry.push(forge.folder("c", seed=1), "a", base=forge.card, aliases=["prod"])
-    assert [one.version, two.version, again.version] == [1, 2, 1]
-    assert again.digest == one.digest
-    assert registry.aliases("a") == {"latest": 2, "prod": 1}
-    elsewhere = registry.push(forge.folder("d", seed=1), "b", base=forge.card)
-    assert (elsewhere.version, elsewhere.digest) == (1, one.digest)
-
-
-def test_another_template_is_another_version(forge: Forge, registry: Registry) -> None:
-    one = registry.push(
-        forge.folder("a", manifest=forge.manifest(template="{{ text }}")), "a", base=forge.card
-    )
-    two = registry.push(
-        forge.folder("b", manifest=forge.manifest(template="{{ text }}!")), "a", base=forge.card
-    )
-    assert (one.version, two.version) == (1, 2)
-    assert one.digest != two.digest
-
-
-def test_a_pulled_version_pushes_back_as_itself(
-    forge: Forge, registry: Registry, tmp_path: Path
-) -> None:
-    info = registry.push(forge.folder(), "a", base=forge.card)
-    again = registry.push(registry.pull("a", tmp_path / "out"), "a", base=forge.card)
-    assert again == info
-
-
-def test_readme_and_report_travel_with_the_version(
-    forge: Forge, registry: Registry, tmp_path: Path
-) -> None:
-    folder = forge.folder()
-    (folder / "README.md").write_text("# Read me")
-    (folder / "report").mkdir()
-    (folder / "report" / "loss.svg").write_text("<svg/>")
-    (folder / "tokenizer.json").write_text("{}")
-    registry.push(folder, "a", base=forge.card)
-    pulled = registry.pull("a", tmp_path / "out")
-    assert (pulled / "README.md").read_text() == "# Read me"
-    assert (pulled / "report" / "loss.svg").read_text() == "<svg/>"
-    assert not (pulled / "tokenizer.json").exists()
-
-
-def test_an_adapter_made_elsewhere_needs_no_manifest(forge: Forge, registry: Registry) -> None:
-    folder = forge.folder()
-    (folder / "manifest.json").unlink()
-    registry.push(folder, "a", base=forge.card)
-    manifest = registry.manifest(registry.resolve("a"))
-    assert manifest.base.fingerprint == forge.card.fingerprint
-    assert (manifest.method.rank, manifest.method.alpha) == (4, 8.0)
-    assert manifest.task.kind == "generation"
+def test_an_adapter_of_a_team(forge: Forge, registry: Registry) -> None:
+    registry.push(forge.folder(), "team/sentiment", base=forge.card, aliases=["prod"])
+    assert registry.resolve("team/sentiment@prod").version == 1
+    assert [info.name for info in Registry.open(registry.url).list()] == ["team/sentiment"]
 
 
 def test_a_refused_push_leaves_nothing(
@@ -136,22 +60,6 @@ def test_a_refused_push_leaves_nothing(
     assert registry.list() == []
 
 
-def test_what_does_not_exist(forge: Forge, registry: Registry) -> None:
-    for ref in ("a", "a@prod", "a@1", "a@sha256:abcd"):
-        with pytest.raises(AdapterNotFound, match="not in the registry"):
-            registry.resolve(ref)
-    registry.push(forge.folder(), "a", base=forge.card, aliases=["prod"])
-    with pytest.raises(AdapterNotFound, match="it has latest, prod"):
-        registry.resolve("a@canary")
-    with pytest.raises(AdapterNotFound, match="it has 1 to 1"):
-        registry.resolve("a@2")
-    with pytest.raises(AdapterNotFound, match="no version with digest"):
-        registry.resolve("a@sha256:0000")
-    gone = dataclasses.replace(registry.resolve("a"), digest="sha256:" + "0" * 64)
-    with pytest.raises(AdapterNotFound, match="resolve the ref again"):
-        registry.fetch(gone)
-
-
 def test_asking_for_a_name_creates_and_remembers_nothing(registry: Registry) -> None:
     before = tree(root_of(registry))
     for i in range(1000):
@@ -160,30 +68,6 @@ def test_asking_for_a_name_creates_and_remembers_nothing(registry: Registry) -> 
     assert tree(root_of(registry)) == before
     assert not registry._store._versions  # type: ignore[attr-defined]
     assert not registry._store._aliases  # type: ignore[attr-defined]
-
-
-def test_a_digest_that_fits_several_versions_is_ambiguous(
-    forge: Forge, registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digests = iter(["sha256:abcd" + "0" * 60, "sha256:abcd" + "1" * 60])
-    monkeypatch.setattr("lorary.registry.publish.content_digest", lambda **_: next(digests))
-    registry.push(forge.folder("a", seed=1), "a", base=forge.card)
-    registry.push(forge.folder("b", seed=2), "a", base=forge.card)
-    with pytest.raises(InvalidRef, match="fits versions 1, 2"):
-        registry.resolve("a@sha256:abcd")
-    assert registry.resolve("a@sha256:abcd1").version == 2
-
-
-def test_another_process_sees_a_push_at_once(forge: Forge, registry: Registry) -> None:
-    reader = Registry.open(registry.url)
-    with pytest.raises(AdapterNotFound):
-        reader.resolve("a")
-    registry.push(forge.folder("a", seed=1), "a", base=forge.card, aliases=["prod"])
-    assert reader.resolve("a").version == 1
-    registry.push(forge.folder("b", seed=2), "a", base=forge.card)
-    assert (reader.resolve("a").version, reader.resolve("a@prod").version) == (2, 1)
-    registry.set_alias("a", "prod", 2)
-    assert reader.resolve("a@prod").version == 2
 
 
 def corrupt(file: Path) -> None:
@@ -291,20 +175,6 @@ def test_deleted_versions_are_gone_at_once(forge: Forge, registry: Registry) -> 
     shutil.rmtree(root_of(registry) / "adapters" / "a")
     with pytest.raises(AdapterNotFound):
         registry.resolve("a")
-
-
-def test_pull_never_overwrites(forge: Forge, registry: Registry, tmp_path: Path) -> None:
-    registry.push(forge.folder(), "a", base=forge.card)
-    (tmp_path / "empty").mkdir()
-    registry.pull("a", tmp_path / "empty")
-    with pytest.raises(AlreadyExists):
-        registry.pull("a", tmp_path / "empty")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AlreadyExists):
-        registry.pull("a", tmp_path / "file")
-    with pytest.raises(StorageError):
-        registry.pull("a", tmp_path / "file" / "below")
-    assert sorted(p.name for p in tmp_path.glob(".*")) == []
 
 
 def test_addresses(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -60,6 +60,10 @@ class AliasMove:
     reason: str = ""
     kind: MoveKind = "set"
 
+    def to_json(self) -> bytes:
+        """Return the move as a line of the log."""
+        return (json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n").encode()
+
 
 class AliasLog:
     """The alias log in one file. Reading is cached while the file's status is unchanged. Thread-safe."""
@@ -90,40 +94,11 @@ class AliasLog:
             StorageError: the log cannot be written.
         """
         with locked(self._lock):
-            current = self.state().get(move.alias)
-            if not isinstance(expect, Unset) and current != expect:
-                raise Conflict(
-                    f"alias '{move.alias}' points at {_shown(current)}, not at {_shown(expect)}: "
-                    "somebody moved it first, and nothing was changed. Look at the log and retry."
-                )
-            move = dataclasses.replace(move, from_version=current)
-            if current != move.to_version:
+            move = compared(move, self.state(), expect)
+            if move.from_version != move.to_version:
                 with storage_errors(f"record a move in {self._file}"):
                     self._append(move)
             return move
-
-    def before(self, alias: str) -> tuple[int, int | None]:
-        """Return where ``alias`` points and where it pointed before; repeated rollbacks go further back.
-
-        Raises:
-            AdapterNotFound: it has never pointed anywhere else.
-        """
-        history: list[int | None] = []
-        for move in self.moves():
-            if move.alias != alias:
-                continue
-            if move.kind == "rollback":
-                history.pop()
-            else:
-                history.append(move.to_version)
-        if not history or history[-1] is None:
-            raise AdapterNotFound(f"there is no alias '{alias}' to roll back")
-        if len(history) < 2:
-            raise AdapterNotFound(
-                f"alias '{alias}' has pointed at version {history[-1]} from the beginning; "
-                "there is nothing to roll back to"
-            )
-        return history[-1], history[-2]
 
     def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
         with storage_errors(f"read {self._file}"):
@@ -135,18 +110,13 @@ class AliasLog:
             if self._cache is not None and self._cache[0] == stamp:
                 return self._cache[1], self._cache[2]
             raw = self._file.read_bytes()
-        moves = tuple(_parse(raw, self._file))
-        state: dict[str, int] = {}
-        for move in moves:
-            if move.to_version is None:
-                state.pop(move.alias, None)
-            else:
-                state[move.alias] = move.to_version
+        moves = parse_moves(raw, str(self._file))
+        state = replay(moves)
         self._cache = (stamp, moves, state)
         return moves, state
 
     def _append(self, move: AliasMove) -> None:
-        line = (json.dumps(dataclasses.asdict(move), ensure_ascii=False) + "\n").encode()
+        line = move.to_json()
         is_new = not self._file.exists()
         descriptor = os.open(
             self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
@@ -163,11 +133,67 @@ class AliasLog:
             sync_folder(self._file.parent)
 
 
-def _parse(raw: bytes, file: Path) -> Iterator[AliasMove]:
+def compared(move: AliasMove, state: Mapping[str, int], expect: int | Unset | None) -> AliasMove:
+    """Return ``move`` with ``from_version`` filled in, if the alias is where ``expect`` says.
+
+    Raises:
+        Conflict: it is elsewhere.
+    """
+    current = state.get(move.alias)
+    if not isinstance(expect, Unset) and current != expect:
+        raise Conflict(
+            f"alias '{move.alias}' points at {_shown(current)}, not at {_shown(expect)}: "
+            "somebody moved it first, and nothing was changed. Look at the log and retry."
+        )
+    return dataclasses.replace(move, from_version=current)
+
+
+def replay(moves: Iterable[AliasMove]) -> dict[str, int]:
+    """Return where every alias points after ``moves``."""
+    state: dict[str, int] = {}
+    for move in moves:
+        if move.to_version is None:
+            state.pop(move.alias, None)
+        else:
+            state[move.alias] = move.to_version
+    return state
+
+
+def before(moves: Iterable[AliasMove], alias: str) -> tuple[int, int | None]:
+    """Return where ``alias`` points and where it pointed before; repeated rollbacks go further back.
+
+    Raises:
+        AdapterNotFound: it has never pointed anywhere else.
+    """
+    history: list[int | None] = []
+    for move in moves:
+        if move.alias != alias:
+            continue
+        if move.kind == "rollback":
+            history.pop()
+        else:
+            history.append(move.to_version)
+    if not history or history[-1] is None:
+        raise AdapterNotFound(f"there is no alias '{alias}' to roll back")
+    if len(history) < 2:
+        raise AdapterNotFound(
+            f"alias '{alias}' has pointed at version {history[-1]} from the beginning; "
+            "there is nothing to roll back to"
+        )
+    return history[-1], history[-2]
+
+
+def parse_moves(raw: bytes, where: str) -> tuple[AliasMove, ...]:
+    """Parse a log; a last line without a newline was never acknowledged and is skipped.
+
+    Raises:
+        CorruptArtifact: a line before the last is no move.
+    """
     *lines, _torn = raw.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        where = f"line {number} of {file}"
-        yield _move(parse_json(line, where), where)
+    places = [f"line {number} of {where}" for number in range(1, len(lines) + 1)]
+    return tuple(
+        _move(parse_json(line, place), place) for line, place in zip(lines, places, strict=True)
+    )
 
 
 def _move(fields: dict[str, Any], where: str) -> AliasMove:

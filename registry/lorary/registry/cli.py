@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +12,14 @@ from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingD
 from lorary.registry import cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
-from lorary.registry.base import BaseCard
 from lorary.registry.cli_support import console, print_json, progress_bar, run
-from lorary.registry.folder import MANIFEST_FILE, scan_folder
+from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name, parse_ref, parse_selector
-from lorary.registry.store import Registry
-from lorary.registry.validate import read_manifest
+
+if TYPE_CHECKING:
+    from lorary.registry.base import BaseCard
+    from lorary.registry.store import Registry
 
 app = typer.Typer(
     name="registry",
@@ -34,7 +35,10 @@ app = typer.Typer(
 RegistryOption = Annotated[
     str,
     typer.Option(
-        "--registry", envvar="LORARY_REGISTRY", metavar="URL", help="file:///path, or a path."
+        "--registry",
+        envvar="LORARY_REGISTRY",
+        metavar="URL",
+        help="file:///path, a path, or hf://owner.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -64,8 +68,8 @@ def push(
     """Validate an adapter and keep it as a version; equal content is the version it was."""
     check_name(name)
     files = scan_folder(folder)
-    manifest = read_manifest(files) if files.has_manifest else None
-    opened = Registry.open(registry, create=True)
+    manifest = Manifest.from_json(read_bytes(files.manifest)) if files.has_manifest else None
+    opened = _open(registry, create=True)
     card = _card(manifest, base)
     with progress_bar("hashing", files.tensors.stat().st_size) as progress:
         info = opened.push(
@@ -93,11 +97,11 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a version to a standard PEFT folder, every byte verified."""
-    opened = Registry.open(registry)
+    opened = _open(registry)
     resolved = opened.resolve(ref)
     info = opened.info(resolved)
     exact = parse_ref(f"{info.name}@{info.version}")
-    with progress_bar("copying", info.size_bytes) as progress:
+    with progress_bar("pulling", 2 * info.size_bytes) as progress:
         path = opened.pull(exact, dest, progress)
     if as_json:
         print_json({"path": str(path), "version": info})
@@ -112,7 +116,7 @@ def list_versions(
     as_json: JsonOption = False,
 ) -> None:
     """List versions with their aliases and metrics."""
-    opened = Registry.open(registry)
+    opened = _open(registry)
     if name is not None:
         opened.resolve(check_name(name))
     infos = [info for info in opened.list() if name in (None, info.name)]
@@ -127,7 +131,7 @@ def show(
     ref: RefArgument, registry: RegistryOption = DEFAULT_REGISTRY, as_json: JsonOption = False
 ) -> None:
     """Show everything a version says about itself."""
-    opened = Registry.open(registry)
+    opened = _open(registry)
     resolved = opened.resolve(ref)
     info, manifest = opened.info(resolved), opened.manifest(resolved)
     if as_json:
@@ -144,7 +148,7 @@ def log(
     as_json: JsonOption = False,
 ) -> None:
     """Show who moved which alias, when and why."""
-    moves = Registry.open(registry).log(name, alias)
+    moves = _open(registry).log(name, alias)
     if as_json:
         print_json(moves)
     else:
@@ -168,7 +172,7 @@ def alias(
     as_json: JsonOption = False,
 ) -> None:
     """Point an alias at a version, remove it, or list all."""
-    opened = Registry.open(registry)
+    opened = _open(registry)
     if alias is None:
         _print_aliases(opened.aliases(name), as_json=as_json)
         return
@@ -194,7 +198,7 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Point an alias at the version that a ref means now."""
-    opened = Registry.open(registry)
+    opened = _open(registry)
     resolved = opened.resolve(ref)
     move = opened.set_alias(
         resolved.name,
@@ -215,7 +219,7 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Return an alias to where it pointed before; again, and it goes further back."""
-    move = Registry.open(registry).rollback(name, alias, reason=reason)
+    move = _open(registry).rollback(name, alias, reason=reason)
     _print_move(move, as_json=as_json)
 
 
@@ -226,7 +230,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read every byte and compare it with what was promised; exit code 5 if anything differs."""
-    opened = Registry.open(registry)
+    opened = _open(registry)
     with progress_bar("verifying", None) as progress:
         report = opened.verify(ref, progress)
     if as_json:
@@ -238,9 +242,39 @@ def verify(
         raise CorruptArtifact(f"{bad} problems in {opened.url}; push those adapters again")
 
 
+@app.command(epilog="Example: registry serve /srv/hub --port 8080 --tokens tokens.txt")
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where repositories are kept.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8080,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="File of tokens, one a line: NAME read|write TOKEN. Without it all may."),
+    ] = None,
+) -> None:
+    """Serve a Hub of one's own: what speaks to the Hugging Face Hub works by HF_ENDPOINT alone."""
+    # Imported here: no other command needs a web server.
+    from lorary.registry.localhub.auth import Tokens
+    from lorary.registry.localhub.serve import make_server
+
+    def ready(address: str) -> None:
+        typer.echo(f"HF_ENDPOINT={address}")
+
+    allowed = Tokens.read(tokens) if tokens is not None else Tokens()
+    server, listener = make_server(folder, host=host, port=port, tokens=allowed, ready=ready)
+    server.run(sockets=[listener])
+
+
 def main() -> None:
     """Run the ``registry`` console script."""
     run(app, prog_name="registry")
+
+
+def _open(address: str, *, create: bool = False) -> Registry:
+    # Imported here: what reads tensors takes longer to import than help takes to print.
+    from lorary.registry.store import Registry
+
+    return Registry.open(address, create=create)
 
 
 def _card(manifest: Manifest | None, base: str | None) -> BaseCard:
@@ -250,6 +284,8 @@ def _card(manifest: Manifest | None, base: str | None) -> BaseCard:
             f"the folder has no {MANIFEST_FILE} that names its base; name it with --base",
             field="base",
         )
+    from lorary.registry.base import BaseCard
+
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return BaseCard.from_folder(folder)

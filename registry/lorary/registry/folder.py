@@ -9,7 +9,7 @@ first bytes are those of a pickle, an archive or a program is refused whatever i
 ``manifest.json``                          written by the trainer or the registry
 ``README.md``, ``report/…``                kept with the version
 tokenizer files, ``.gitattributes``,       left out: the base has its own tokenizer,
-``.cache/``                                and the rest is a downloader's
+``.cache/``, ``.lorary/``                  and the rest is a downloader's or a Hub's
 =========================================  ==========================================
 """
 
@@ -44,6 +44,7 @@ _LEFT_OUT: Final = frozenset(
     {
         ".cache",
         ".gitattributes",
+        ".lorary",
         "added_tokens.json",
         "chat_template.jinja",
         "chat_template.json",
@@ -150,6 +151,18 @@ def scan_folder(path: Path, *, allow_hardlinks: bool = False) -> AdapterFolder:
         kept=tuple(sorted(kept)),
         left_out=tuple(sorted(left_out)),
     )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a small file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _walk(path: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:

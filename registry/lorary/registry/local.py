@@ -18,28 +18,25 @@ file. Readers only follow version files, so a push that dies anywhere has change
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
 import logging
 import os
-import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
-from lorary.registry.aliases import AliasLog
-from lorary.registry.blobs import Blobs, Progress, check_file
+from lorary.registry.aliases import AliasLog, AliasMove, Unset
+from lorary.registry.blobs import Progress
 from lorary.registry.durable import (
     link_new,
     locked,
     make_folder,
     storage_errors,
-    sync_folder,
     unused_name,
     write_new,
 )
@@ -47,11 +44,12 @@ from lorary.registry.folder import MANIFEST_FILE
 from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name
 from lorary.registry.strict_json import parse_json
+from lorary.registry.unpacked import FOLDERS, VersionFolders
 from lorary.registry.versions import Pointer, Versions
 
 logger = logging.getLogger(__name__)
 
-_FOLDERS: Final = ("blobs", "adapters", "unpacked", "tmp")
+_ADAPTERS: Final = "adapters"
 _MARKER: Final = "registry.json"
 _MARKER_CONTENT: Final = b'{"format_version": 1, "kind": "lorary-registry"}\n'
 
@@ -70,7 +68,7 @@ class LocalStore:
 
     def __init__(self, root: Path, *, create: bool = False) -> None:
         self._root = root.absolute()
-        self._blobs = Blobs(self._root / "blobs")
+        self._folders = VersionFolders(self._root)
         self._versions: dict[str, Versions] = {}
         self._aliases: dict[str, AliasLog] = {}
         self._mutex = threading.Lock()
@@ -86,95 +84,66 @@ class LocalStore:
     def names(self) -> list[str]:
         """Return the names of all adapters that have a version."""
         with storage_errors(f"list {self._root}"):
-            folders = [entry.name for entry in os.scandir(self._root / "adapters")]
+            folders = [entry.name for entry in os.scandir(self._root / _ADAPTERS)]
         names = sorted(folder.replace("%2F", "/") for folder in folders)
-        return [name for name in names if self.versions(name).newest()]
+        return [name for name in names if self.newest(name)]
 
-    def versions(self, name: str) -> Versions:
-        """Return the versions of an adapter, which may have none."""
-        return self._versions.get(name) or self._remember(name)
+    def newest(self, name: str) -> int:
+        """Return the newest version's number; one ``stat`` once the adapter is known."""
+        return self._of(name).newest()
 
-    def aliases(self, name: str) -> AliasLog:
-        """Return the alias log of an adapter that has a version."""
-        log = self._aliases.get(name)
-        if log is None:
-            folder = self._folder(name)
-            log = AliasLog(folder / "aliases.jsonl", folder / "lock")
-            log = self._aliases.setdefault(name, log)
-        return log
+    def pointer(self, name: str, version: int) -> Pointer | None:
+        """Return a version's pointer."""
+        return self._of(name).pointer(version)
 
-    def manifest(self, pointer: Pointer) -> Manifest:
-        """Return a version's manifest, checked against its digest.
+    def pointers(self, name: str) -> Iterator[Pointer]:
+        """Yield the pointers that can be read."""
+        return self._of(name).readable()
 
-        Raises:
-            CorruptArtifact: it is missing or damaged.
-        """
-        path = self._blobs.check(pointer.manifest_sha256, pointer.manifest_size)
-        with storage_errors(f"read {path}"):
-            return Manifest.from_json(path.read_bytes())
+    def alias_state(self, name: str) -> Mapping[str, int]:
+        """Return where every alias points; one ``stat`` when nothing has changed."""
+        return self._log(name).state()
 
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[Path]:
-        """Give an empty folder on the store's file system, removed at the end.
+    def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
+        """Return all moves."""
+        return self._log(name).moves()
 
-        Raises:
-            StorageError: the registry cannot be written.
-        """
-        folder = unused_name(self._root / "tmp", "push")
-        with storage_errors(f"write to registry {self._root}"):
-            folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+        """Append a move to the log, under the adapter's lock."""
+        return self._log(name).append(move, expect=expect)
+
+    def manifest(self, name: str, pointer: Pointer) -> Manifest:
+        """Return a version's manifest, checked against its digest."""
+        return self._folders.manifest(pointer)
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """Give an empty folder on the store's file system, removed at the end."""
+        return self._folders.staging()
 
     def commit(
         self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
     ) -> Pointer:
-        """Make the files of ``staged`` a version, unless one has the same content already.
-
-        Args:
-            name: the adapter.
-            staged: folder from ``staging``, holding what ``draft.files`` lists, synced.
-            draft: the manifest but for its number.
-            progress: told of bytes read.
-
-        Raises:
-            StorageError: the registry cannot be written.
-        """
+        """Make the files of ``staged`` a version, unless one has the same content already."""
         for entry in draft.files:
-            self._blobs.put(staged / entry.path, entry.sha256, progress)
+            self._folders.blobs.put(staged / entry.path, entry.sha256, progress)
         folder = self._folder(name)
         with storage_errors(f"create {folder}"):
             make_folder(folder / "versions")
-        versions = self.versions(name)
+        versions = self._of(name)
         with locked(folder / "lock"):
             for pointer in reversed(list(versions.readable())):
                 if pointer.digest == draft.digest and self._restore(pointer):
                     return pointer
             return self._take_next(versions, staged, draft)
 
-    def fetch(self, pointer: Pointer) -> Path:
-        """Return a folder with the version's files, each checked against its digest just now.
+    def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+        """Return a folder with the version's files, each checked against its digest just now."""
+        return self._folders.fetch(pointer, progress)
 
-        Raises:
-            CorruptArtifact: a file is missing or damaged.
-        """
-        folder = self._unpacked(pointer)
-        if not folder.exists():
-            self._unpack(pointer)
-        self._check_unpacked(folder, pointer)
-        return folder
-
-    def check(self, pointer: Pointer, progress: Progress | None = None) -> Manifest:
-        """Check every blob of a version and return its manifest.
-
-        Raises:
-            CorruptArtifact: something is missing or damaged.
-        """
-        manifest = self.manifest(pointer)
-        for entry in manifest.files:
-            self._blobs.check(entry.sha256, entry.size, progress)
+    def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
+        """Check every blob of a version and its unpacked folder; return its manifest."""
+        manifest = self._folders.check(pointer, progress)
+        self._folders.fetch(pointer)
         return manifest
 
     def _take_next(self, versions: Versions, staged: Path, draft: Manifest) -> Pointer:
@@ -183,7 +152,7 @@ class LocalStore:
         with storage_errors(f"write version {version} to {self._root}"):
             write_new(staged / MANIFEST_FILE, raw)
             sha256 = hashlib.sha256(raw).hexdigest()
-            self._blobs.put(staged / MANIFEST_FILE, sha256)
+            self._folders.blobs.put(staged / MANIFEST_FILE, sha256)
             pointer = Pointer(
                 version=version,
                 digest=draft.digest,
@@ -191,7 +160,7 @@ class LocalStore:
                 manifest_size=len(raw),
                 created_at=utc_now(),
             )
-            self._unpack(pointer)
+            self._folders.unpack(pointer)
             write_new(staged / "pointer.json", pointer.to_json())
             if not versions.take(pointer, staged / "pointer.json"):
                 raise Conflict(f"version {version} of '{draft.name}' was just created; push again")
@@ -200,52 +169,25 @@ class LocalStore:
     def _restore(self, pointer: Pointer) -> bool:
         """Unpack a version whose file blobs are whole; tell whether its manifest is, too."""
         try:
-            self._unpack(pointer)
+            self._folders.unpack(pointer)
         except CorruptArtifact as error:
             logger.warning("version %d cannot be restored: %s", pointer.version, error)
             return False
         return True
 
-    def _unpack(self, pointer: Pointer) -> None:
-        """Link a version's blobs into a PEFT folder; a damaged one is replaced."""
-        target = self._unpacked(pointer)
-        if target.exists():
-            try:
-                self._check_unpacked(target, pointer)
-            except CorruptArtifact:
-                with storage_errors(f"replace {target}"):
-                    target.rename(unused_name(self._root / "tmp", "damaged"))
-            else:
-                return
-        manifest = self.manifest(pointer)
-        staged = unused_name(self._root / "tmp", "unpack")
-        with storage_errors(f"unpack version {pointer.version} to {target}"):
-            staged.mkdir()
-            for entry in manifest.files:
-                (staged / entry.path).parent.mkdir(exist_ok=True)
-                os.link(self._blobs.path(entry.sha256), staged / entry.path)
-            os.link(self._blobs.path(pointer.manifest_sha256), staged / MANIFEST_FILE)
-            for folder in {staged, *((staged / e.path).parent for e in manifest.files)}:
-                sync_folder(folder)
-            try:
-                staged.rename(target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                shutil.rmtree(staged)  # another process was first, with the same files
-            sync_folder(target.parent)
-
-    def _check_unpacked(self, folder: Path, pointer: Pointer) -> None:
-        manifest = self.manifest(pointer)
-        check_file(folder / MANIFEST_FILE, pointer.manifest_sha256, pointer.manifest_size)
-        for entry in manifest.files:
-            check_file(folder / entry.path, entry.sha256, entry.size)
-
-    def _unpacked(self, pointer: Pointer) -> Path:
-        return self._root / "unpacked" / pointer.manifest_sha256
-
     def _folder(self, name: str) -> Path:
-        return self._root / "adapters" / check_name(name).replace("/", "%2F")
+        return self._root / _ADAPTERS / check_name(name).replace("/", "%2F")
+
+    def _of(self, name: str) -> Versions:
+        return self._versions.get(name) or self._remember(name)
+
+    def _log(self, name: str) -> AliasLog:
+        log = self._aliases.get(name)
+        if log is None:
+            folder = self._folder(name)
+            log = AliasLog(folder / "aliases.jsonl", folder / "lock")
+            log = self._aliases.setdefault(name, log)
+        return log
 
     def _remember(self, name: str) -> Versions:
         versions = Versions(self._folder(name) / "versions")
@@ -258,10 +200,10 @@ class LocalStore:
         with storage_errors(f"create registry {self._root}"):
             make_folder(self._root)
             found = {entry.name for entry in self._root.iterdir()}
-            if _MARKER not in found and not found <= set(_FOLDERS):
+            if _MARKER not in found and not found <= {*FOLDERS, _ADAPTERS}:
                 return  # not ours to fill; the check says so
-            for folder in _FOLDERS:
-                make_folder(self._root / folder)
+            self._folders.create()
+            make_folder(self._root / _ADAPTERS)
             if not (self._root / _MARKER).exists():
                 staged = unused_name(self._root / "tmp", "marker")
                 write_new(staged, _MARKER_CONTENT)

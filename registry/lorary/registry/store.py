@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import Self
 
 from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef
-from lorary.registry.address import local_path
-from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset
-from lorary.registry.backend import Store
+from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
+from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
 from lorary.registry.blobs import Progress
-from lorary.registry.local import LocalStore, utc_now
+from lorary.registry.local import utc_now
 from lorary.registry.manifest import Manifest
 from lorary.registry.publish import stage_version
 from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
 from lorary.registry.results import Resolved, VerifyReport, VersionInfo
 from lorary.registry.verify import verify_all, verify_version
-from lorary.registry.versions import Pointer, Versions
+from lorary.registry.versions import Pointer
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +46,19 @@ class Registry:
         self._store = store
 
     @classmethod
-    def open(cls, address: str | Path, *, create: bool = False) -> Self:
+    def open(cls, address: str | Path, *, create: bool = False, watch: bool = False) -> Self:
         """Open a registry.
 
         Args:
-            address: ``file:///path``, or a path.
-            create: make a local registry that does not exist yet.
+            address: ``file:///path``, a path, or ``hf://owner[/prefix]``.
+            create: make a registry in a folder that does not exist yet.
+            watch: for servers: a ref on a Hub is resolved in memory, seconds old at most.
 
         Raises:
             ConfigError: an address of an unknown kind, or a folder that is something else.
             StorageError: the folder is missing, or cannot be read or created.
         """
-        return cls(LocalStore(local_path(address), create=create))
+        return cls(open_store(address, create=create, watch=watch))
 
     @property
     def url(self) -> str:
@@ -122,23 +122,23 @@ class Registry:
         """
         if isinstance(ref, str):
             ref = parse_ref(ref)
-        versions = self._known(ref.name)
+        newest = self._known(ref.name)
         if ref.digest is not None:
-            return self._resolve_digest(ref.name, ref.digest, versions)
+            return self._resolve_digest(ref.name, ref.digest)
         version = ref.version
         if ref.alias == LATEST:
-            version = versions.newest()
+            version = newest
         elif ref.alias is not None:
-            version = self._store.aliases(ref.name).state().get(ref.alias)
+            version = self._store.alias_state(ref.name).get(ref.alias)
             if version is None:
                 raise AdapterNotFound(
                     f"adapter '{ref.name}' has no alias '{ref.alias}'; it has "
                     f"{', '.join(sorted(self.aliases(ref.name)))}"
                 )
-        pointer = versions.pointer(version or 0)
+        pointer = self._store.pointer(ref.name, version or 0)
         if pointer is None:
             raise AdapterNotFound(
-                f"adapter '{ref.name}' has no version {version}; it has 1 to {versions.newest()}"
+                f"adapter '{ref.name}' has no version {version}; it has 1 to {newest}"
             )
         return Resolved(
             name=ref.name, version=pointer.version, digest=pointer.digest, alias=ref.alias
@@ -151,9 +151,9 @@ class Registry:
             AdapterNotFound: the version is gone.
             CorruptArtifact: the manifest is missing or damaged.
         """
-        return self._store.manifest(self._pointer(resolved))
+        return self._store.manifest(resolved.name, self._pointer(resolved))
 
-    def fetch(self, resolved: Resolved) -> Path:
+    def fetch(self, resolved: Resolved, progress: Progress | None = None) -> Path:
         """Return a read-only PEFT folder of the version, every file checked just now.
 
         The folder belongs to the registry: do not write to it.
@@ -162,10 +162,12 @@ class Registry:
             AdapterNotFound: the version is gone.
             CorruptArtifact: a file is missing or damaged.
         """
-        return self._store.fetch(self._pointer(resolved))
+        return self._store.fetch(resolved.name, self._pointer(resolved), progress)
 
     def pull(self, ref: str | AdapterRef, dest: Path, progress: Progress | None = None) -> Path:
         """Copy a version to ``dest``, a standard PEFT folder; it appears whole or not at all.
+
+        ``progress`` is told of every byte twice: when it is fetched or checked, and when it is copied.
 
         Raises:
             InvalidRef: the text is not a ref.
@@ -177,7 +179,8 @@ class Registry:
         resolved = self.resolve(ref)
         dest = Path(dest).absolute()
         check_free(dest)
-        return copy_version(self.fetch(resolved), self.manifest(resolved), dest, progress)
+        folder = self.fetch(resolved, progress)
+        return copy_version(folder, self.manifest(resolved), dest, progress)
 
     def list(self) -> builtins.list[VersionInfo]:
         """Return every version of every adapter, by name and number.
@@ -186,7 +189,7 @@ class Registry:
         """
         infos: builtins.list[VersionInfo] = []
         for name in self._store.names():
-            for pointer in self._store.versions(name).readable():
+            for pointer in self._store.pointers(name):
                 try:
                     infos.append(self._info(name, pointer))
                 except CorruptArtifact as error:
@@ -203,8 +206,8 @@ class Registry:
         Raises:
             AdapterNotFound: no such adapter.
         """
-        versions = self._known(name)
-        return {LATEST: versions.newest(), **self._store.aliases(name).state()}
+        newest = self._known(name)
+        return {LATEST: newest, **self._store.alias_state(name)}
 
     def set_alias(
         self,
@@ -232,10 +235,10 @@ class Registry:
             Conflict: the alias is not where ``expect`` says.
         """
         _check_movable(alias)
-        versions = self._known(name)
-        if version is not None and versions.pointer(version) is None:
+        newest = self._known(name)
+        if version is not None and self._store.pointer(name, version) is None:
             raise AdapterNotFound(
-                f"adapter '{name}' has no version {version}; it has 1 to {versions.newest()}"
+                f"adapter '{name}' has no version {version}; it has 1 to {newest}"
             )
         return self._move(name, alias, version, expect=expect, reason=reason, actor=actor)
 
@@ -248,9 +251,9 @@ class Registry:
         """
         _check_movable(alias)
         self._known(name)
-        current, before = self._store.aliases(name).before(alias)
+        current, previous = before(self._store.alias_moves(name), alias)
         return self._move(
-            name, alias, before, expect=current, reason=reason, actor=actor, kind="rollback"
+            name, alias, previous, expect=current, reason=reason, actor=actor, kind="rollback"
         )
 
     def log(self, name: str, alias: str | None = None) -> builtins.list[AliasMove]:
@@ -260,7 +263,7 @@ class Registry:
             AdapterNotFound: no such adapter.
         """
         self._known(name)
-        return [m for m in self._store.aliases(name).moves() if alias in (None, m.alias)]
+        return [m for m in self._store.alias_moves(name) if alias in (None, m.alias)]
 
     def verify(
         self, ref: str | AdapterRef | None = None, progress: Progress | None = None
@@ -276,14 +279,15 @@ class Registry:
         check = verify_version(self._store, resolved.name, self._pointer(resolved), progress)
         return VerifyReport(checks=(check,))
 
-    def _known(self, name: str) -> Versions:
-        versions = self._store.versions(check_name(name))
-        if not versions.newest():
+    def _known(self, name: str) -> int:
+        newest = self._store.newest(check_name(name))
+        if not newest:
             raise AdapterNotFound(f"adapter '{name}' is not in the registry")
-        return versions
+        return newest
 
     def _pointer(self, resolved: Resolved) -> Pointer:
-        pointer = self._known(resolved.name).pointer(resolved.version)
+        self._known(resolved.name)
+        pointer = self._store.pointer(resolved.name, resolved.version)
         if pointer is None or pointer.digest != resolved.digest:
             raise AdapterNotFound(
                 f"version {resolved.version} of adapter '{resolved.name}' is no longer "
@@ -291,8 +295,8 @@ class Registry:
             )
         return pointer
 
-    def _resolve_digest(self, name: str, digest: str, versions: Versions) -> Resolved:
-        found = [p for p in versions.readable() if p.digest.startswith(digest)]
+    def _resolve_digest(self, name: str, digest: str) -> Resolved:
+        found = [p for p in self._store.pointers(name) if p.digest.startswith(digest)]
         if not found:
             raise AdapterNotFound(f"adapter '{name}' has no version with digest {digest}…")
         if len({pointer.digest for pointer in found}) > 1:
@@ -323,11 +327,11 @@ class Registry:
             reason=reason,
             kind=kind,
         )
-        return self._store.aliases(name).append(move, expect=expect)
+        return self._store.move_alias(name, move, expect=expect)
 
     def _info(self, name: str, pointer: Pointer) -> VersionInfo:
-        manifest = self._store.manifest(pointer)
-        state = self._store.aliases(name).state()
+        manifest = self._store.manifest(name, pointer)
+        state = self._store.alias_state(name)
         return VersionInfo(
             name=name,
             version=pointer.version,

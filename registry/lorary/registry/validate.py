@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from lorary.errors import CorruptArtifact, IncompatibleAdapter, StorageError
+from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.adapter_config import AdapterConfig, parse_config
 from lorary.registry.base import BaseCard
-from lorary.registry.folder import TENSORS_FILE, AdapterFolder, scan_folder
+from lorary.registry.folder import TENSORS_FILE, AdapterFolder, read_bytes, scan_folder
 from lorary.registry.manifest import Manifest
 from lorary.registry.safetensors_file import TensorInfo, is_finite, read_header, read_tensor
 from lorary.registry.strict_json import show
@@ -116,18 +116,6 @@ def read_manifest(files: AdapterFolder) -> Manifest:
         CorruptArtifact: it is not a manifest.
     """
     return Manifest.from_json(read_bytes(files.manifest))
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a small file.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def check_base(manifest: Manifest, card: BaseCard) -> None:

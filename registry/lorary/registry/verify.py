@@ -15,12 +15,10 @@ from lorary.registry.versions import Pointer
 def verify_version(
     store: Store, name: str, pointer: Pointer, progress: Progress | None = None
 ) -> VersionCheck:
-    """Check a version's blobs, its manifest, its digest and its unpacked folder."""
+    """Check a version's files, its manifest and its digest."""
     problem = ""
     try:
-        manifest = store.check(pointer, progress)
-        _check_identity(name, pointer, manifest)
-        store.fetch(pointer)
+        _check_identity(name, pointer, store.check(name, pointer, progress))
     except LoraryError as error:
         problem = str(error)
     return VersionCheck(name=name, version=pointer.version, digest=pointer.digest, problem=problem)
@@ -31,17 +29,17 @@ def verify_all(store: Store, progress: Progress | None = None) -> VerifyReport:
     checks: list[VersionCheck] = []
     problems: list[str] = []
     for name in store.names():
-        versions = store.versions(name)
-        for version in range(1, versions.newest() + 1):
+        newest = store.newest(name)
+        for version in range(1, newest + 1):
             try:
-                pointer = versions.pointer(version)
+                pointer = store.pointer(name, version)
             except LoraryError as error:
                 broken = VersionCheck(name=name, version=version, digest="", problem=str(error))
                 checks.append(broken)
             else:
                 if pointer is not None:
                     checks.append(verify_version(store, name, pointer, progress))
-        problems.extend(_alias_problems(store, name, versions.newest()))
+        problems.extend(_alias_problems(store, name, newest))
     return VerifyReport(checks=tuple(checks), problems=tuple(problems))
 
 
@@ -65,7 +63,7 @@ def _check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
 
 def _alias_problems(store: Store, name: str, newest: int) -> list[str]:
     try:
-        state = store.aliases(name).state()
+        state = store.alias_state(name)
     except LoraryError as error:
         return [f"{name}: {error}"]
     return [

@@ -108,12 +108,17 @@ class Versions:
         file = self._file(version)
         with storage_errors(f"read {file}"):
             raw = parse_json(file.read_bytes(), str(file))
-        return _checked(raw, version, file)
+        return parse_pointer(raw, version, str(file))
 
 
-def _checked(raw: dict[str, Any], version: int, file: Path) -> Pointer:
+def parse_pointer(raw: dict[str, Any], version: int, where: str) -> Pointer:
+    """Check what was read of a version.
+
+    Raises:
+        CorruptArtifact: it is not that of ``version``.
+    """
     if raw.pop("format_version", None) != _FORMAT_VERSION:
-        raise CorruptArtifact(f"{file} has another format_version than {_FORMAT_VERSION}")
+        raise CorruptArtifact(f"{where} has another format_version than {_FORMAT_VERSION}")
     try:
         pointer = Pointer(**raw)
         is_right = (
@@ -127,5 +132,5 @@ def _checked(raw: dict[str, Any], version: int, file: Path) -> Pointer:
     except (TypeError, AttributeError):
         is_right = False
     if not is_right:
-        raise CorruptArtifact(f"{file} is damaged; it is no version file of version {version}")
+        raise CorruptArtifact(f"{where} is damaged; it is no version file of version {version}")
     return pointer

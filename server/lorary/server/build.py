@@ -70,7 +70,7 @@ def build_backend(
     """
     from lorary.registry import Registry
 
-    registry = Registry.open(config.registry)
+    registry = Registry.open(config.registry, watch=True)
 
     startup = startup or Startup()
 

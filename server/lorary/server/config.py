@@ -87,7 +87,9 @@ class ServerConfig:
         dataclasses.MISSING, "Base model: a short name (smollm2-135m), a Hub id, or a folder."
     )
     registry: str = _option(
-        DEFAULT_REGISTRY, "Registry of adapters: file:///path or a folder.", env="LORARY_REGISTRY"
+        DEFAULT_REGISTRY,
+        "Registry of adapters: file:///path, a folder, or hf://owner.",
+        env="LORARY_REGISTRY",
     )
     quantize: Literal["auto", "none", "int8", "nf4"] = _option(
         "auto",

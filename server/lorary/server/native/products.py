@@ -40,7 +40,8 @@ class PackedLinear:
             packed,
             scales,
             offsets,
-            None if bias is None else bias.float().contiguous(),
+            # Detached, because a layer that gives up its parameters changes what they point to.
+            None if bias is None else bias.detach().float().contiguous(),
         )
         self.dtype = packed.dtype
         self.out_features, self.in_features = shape
