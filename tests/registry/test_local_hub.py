@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -377,6 +378,19 @@ def test_an_open_hub_listens_on_loopback_only(tmp_path: Path) -> None:
 def test_a_folder_that_is_something_else(tmp_path: Path, registry: Registry) -> None:
     with pytest.raises(ConfigError, match="not a hub"):
         Repos(Path(registry.url.removeprefix("file://")))
+
+
+def test_what_interrupted_uploads_left_is_swept_when_it_is_old(tmp_path: Path) -> None:
+    repos = Repos(tmp_path / "hub")
+    parts, upload, young = (repos.tmp / name for name in ("parts-x", "upload-x", "upload-y"))
+    parts.mkdir()
+    for path in (parts / "1", upload, young):
+        path.write_bytes(b"half a file")
+    long_ago = time.time() - 2 * 86_400
+    for path in (parts, upload):
+        os.utime(path, (long_ago, long_ago))
+    repos.sweep()
+    assert sorted(repos.tmp.iterdir()) == [young]
 
 
 def test_a_port_in_use(tmp_path: Path, shared_hub: RunningHub) -> None:

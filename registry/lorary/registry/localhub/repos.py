@@ -25,6 +25,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ from lorary.registry.localhub.problems import HubProblem
 from lorary.registry.strict_json import parse_json, show
 
 MAIN: Final = "main"
+LEFT_AFTER_S: Final = 86_400
+"""Seconds after which an upload under way counts as interrupted."""
 _MARKER: Final = "hub.json"
 _MARKER_CONTENT: Final = b'{"format_version": 1, "kind": "lorary-hub"}\n'
 _ATTRIBUTES: Final = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -278,6 +281,18 @@ class Repos:
         self.root = root.absolute()
         self.tmp = self.root / "tmp"
         self._open()
+
+    def sweep(self) -> None:
+        """Remove what interrupted uploads left; what is younger than a day may still be under way."""
+        before = time.time() - LEFT_AFTER_S
+        with storage_errors(f"clear {self.tmp}"):
+            for entry in os.scandir(self.tmp):
+                if entry.stat(follow_symlinks=False).st_mtime >= before:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
 
     def get(self, owner: str, name: str) -> Repo | None:
         """Return a repository, ``None`` if there is none."""

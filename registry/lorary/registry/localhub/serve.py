@@ -50,7 +50,9 @@ def make_server(
             f"--host is {host}, which others can reach, and there are no tokens: everybody could "
             "change everything. Name a file with --tokens, or listen on 127.0.0.1."
         )
-    app = Hub(Repos(root), tokens).app()
+    repos = Repos(root)
+    repos.sweep()
+    app = Hub(repos, tokens).app()
     listener = _listen(host, port)
     bound_host, bound_port = listener.getsockname()[:2]
     shown = f"[{bound_host}]" if ":" in bound_host else bound_host

@@ -1,7 +1,7 @@
 """Large files on their way in: streamed to disk, hashed while they arrive, kept when they are what they claim.
 
 ``basic`` uploads are one PUT. Larger files come in parts, which lie beside each other until the last one is
-there; what an interrupted upload leaves is overwritten by the next one and swept at start.
+there; what an interrupted upload leaves is overwritten by the next one, or swept at a later start.
 """
 
 from __future__ import annotations
