@@ -9,6 +9,7 @@ known about mappings, and nothing is done.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+# <linux/mman.h>; Python's mmap module does not name it yet.
+_MADV_PAGEOUT = 21
+
+
 class _Mapping(NamedTuple):
     start: int
     end: int
@@ -27,10 +32,7 @@ class _Mapping(NamedTuple):
 
 
 def release_files(paths: Iterable[Path]) -> None:
-    """Drop the resident pages of these files' mappings; a later access reads them again.
-
-    Only where nobody has written to tensors that lie in them: what was written is lost.
-    """
+    """Let go of the resident pages of these files' mappings; a later access reads them again."""
     wanted = {str(path.resolve()) for path in paths}
     for mapping in _mappings():
         if mapping.path in wanted:
@@ -38,7 +40,7 @@ def release_files(paths: Iterable[Path]) -> None:
 
 
 def release_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Drop the resident pages of those tensors that lie in mapped files and were never written to.
+    """Let go of the resident pages of those tensors that lie in mapped files.
 
     A later access reads them again. Other tensors are left as they are.
     """
@@ -99,10 +101,13 @@ def _drop(start: int, end: int) -> None:
     end = end // mmap.PAGESIZE * mmap.PAGESIZE
     if end <= start:
         return
-    libc = _libc()
-    if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED):
+    # Not DONTNEED: transformers' threads open and close mappings meanwhile, and whatever has come to lie
+    # there since the list was read would lose its content. This one only takes clean pages of files away.
+    if _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT):
         code = ctypes.get_errno()
-        raise OSError(code, f"madvise of {end - start} bytes of mapped weights failed")
+        # The mapping is gone by now; or a Linux before 5.4, where pages stay until the file is unmapped.
+        if code not in (errno.ENOMEM, errno.EINVAL):
+            raise OSError(code, f"madvise of {end - start} bytes of mapped weights failed")
 
 
 def _libc() -> ctypes.CDLL:
