@@ -402,7 +402,8 @@ def test_what_a_hub_answers_becomes_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("lorary.registry.hub_client.TIMEOUT_S", 0.5)
+    if not status:
+        monkeypatch.setattr("lorary.registry.hub_client.TIMEOUT_S", 0.5)
     with answering(status, headers=headers) as address:
         use_hub(monkeypatch, address, tmp_path / "home")
         with pytest.raises(error, match=text) as raised:
