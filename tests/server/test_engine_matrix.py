@@ -7,6 +7,7 @@ it is on; more adapters than the pool holds, so that pages change hands under ru
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,7 @@ def ways(
 
 
 def start(worlds: list[EngineWorld], ranked: Ranked, **options: Any) -> EngineWorld:
-    """Return a world whose pool holds about two thirds of the adapters."""
+    """Return a world whose pool holds about two thirds of the adapters; ``ask`` starts its engine."""
     probe = EngineWorld(ranked.base, ranked.registry, start=False)
     page = probe.lora.pool.page_bytes
     probe.close()
@@ -104,6 +105,7 @@ def start(worlds: list[EngineWorld], ranked: Ranked, **options: Any) -> EngineWo
         ranked.registry,
         adapter_memory_bytes=page * NUM_PAGES,
         max_batch=4,
+        start=False,
         **options,
     )
     worlds.append(world)
@@ -112,10 +114,17 @@ def start(worlds: list[EngineWorld], ranked: Ranked, **options: Any) -> EngineWo
 
 def ask(world: EngineWorld, ranked: Ranked) -> list[str]:
     """Send the whole traffic at once; return its ids."""
-    return [
+    ids = [
         world.submit(a.prompt, a.adapter, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
         for a in ranked.traffic
     ]
+    # The engine answers faster than adapters come: it begins when there are some to be mixed.
+    end = time.monotonic() + 30
+    while sum(a.state == "resident" for a in world.residency.snapshot()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    world.engine.start()
+    return ids
 
 
 def check_work(world: EngineWorld, ids: list[str], *, prefix_cache: bool) -> None:
