@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import random
 import re
 import signal
@@ -15,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
 
-from benchmarks import report
+from benchmarks import options, report
 from benchmarks.contenders.peers import missing
 from benchmarks.contenders.peers import versions as peer_versions
-from benchmarks.harness.machine import ROOT, commit, cpu_slug, machine, versions
+from benchmarks.harness.machine import DOCUMENT, head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.peers.catalog import CONTENDERS
 from benchmarks.plan import SEED, Plan, Popularity, Through
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
     from benchmarks.workload import Contender
 
-RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
 PEER = "peft"
 INT8 = "lorary-int8"
 console = Console(stderr=True)
@@ -58,36 +55,30 @@ def main(
     popularity: Annotated[Popularity, typer.Option(help="How adapters are drawn.")] = (
         Popularity.uniform
     ),
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
+    base: options.Base = options.BASE,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    threads: options.Threads = 0,
+    prompt_tokens: options.PromptTokens = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     requests: Annotated[int, typer.Option(min=1, help="Least requests of a run.")] = 8,
     rounds: Annotated[
         int, typer.Option(min=1, help="Requests of a run, as a multiple of those at once.")
     ] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="8 adapters, 8 requests, once.")] = False,
-    tolerate_load: Annotated[
-        bool, typer.Option("--tolerate-load", help="Accept runs on a busy machine; recorded.")
-    ] = False,
-    retries: Annotated[int, typer.Option(min=0, help="Repeats of a run that was disturbed.")] = 3,
+    tolerate_load: options.TolerateLoad = False,
+    retries: options.Retries = options.RETRIES,
     name: Annotated[
         str, typer.Option(help="Of the result file and of the table's place in the docs.")
     ] = "serving",
-    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
-    ] = False,
+    out: options.Out = None,
+    table: options.Table = False,
 ) -> None:
     """Measure Lorary and its peers on the same requests."""
     if table:
-        path = out or _newest(name)
-        report.write_section(DOCUMENT, name, report.section(path))
+        path = options.show(name, out, report.section)
         picture = DOCUMENT.with_name(f"{name}.svg")
         if picture.name in DOCUMENT.read_text():
             draw(report.read(path), picture)
-        console.print(f"{DOCUMENT} shows {path}")
         return
     threads = pin_threads(threads)
     chosen_cells = _cells(cells)
@@ -112,18 +103,11 @@ def main(
         rounds=rounds,
         agreement_calls=5 if quick else 9,
     )
-    now = datetime.datetime.now(datetime.UTC)
-    path = out or RESULTS / f"{name}-{cpu_slug()}-{now:%Y%m%d-%H%M%S}.jsonl"
-    head = {
-        "benchmark": name,
-        "date": f"{now:%Y-%m-%d}",
-        **commit(),
-        "machine": machine(),
-        "versions": {**versions(), **peer_versions(plan.contenders)},
-        "setup": plan.record(),
-    }
+    path = out or result_path(name)
+    first = head(name, plan.record())
+    first["versions"] |= peer_versions(plan.contenders)
     with tempfile.TemporaryDirectory(prefix="lorary-bench-") as scratch:
-        is_complete = _run(plan, Path(scratch), path, head, tolerate_load, retries)
+        is_complete = _run(plan, Path(scratch), path, first, tolerate_load, retries)
     console.print(f"\nrecords: {path}")
     Console().print(report.table(report.read(path)), highlight=False, soft_wrap=True)
     if not is_complete:
@@ -134,7 +118,7 @@ def main(
 
 
 def _run(
-    plan: Plan, scratch: Path, path: Path, head: dict[str, Any], tolerate: bool, retries: int
+    plan: Plan, scratch: Path, path: Path, first: dict[str, Any], tolerate: bool, retries: int
 ) -> bool:
     from benchmarks.measure import Quiet, measure
     from benchmarks.setup import build, check
@@ -143,7 +127,7 @@ def _run(
     quiet = Quiet(tolerate=tolerate, retries=retries)
     is_complete = True
     with build(plan, scratch, console) as stage, _progress() as progress:
-        check(plan, stage, lambda record: report.append(path, {**head, **record}), console)
+        check(plan, stage, lambda record: report.append(path, {**first, **record}), console)
         runs = [(k, c, r) for k, c in plan.cells for r in range(plan.repeats)]
         total = sum(c.can_answer(k) for k, _, _ in runs for c in stage.contenders)
         bar = progress.add_task("", total=total)
@@ -173,7 +157,7 @@ def _run(
                     ):
                         place = {"adapters": num_adapters, "concurrency": at_once, "repeat": repeat}
                         run = {"kind": "run", "contender": contender.name, **place, **record}
-                        report.append(path, {**head, **run})
+                        report.append(path, {**first, **run})
                         progress.console.print(_line(what, run), highlight=False, soft_wrap=True)
                 is_complete &= bool(record["accepted"])
                 progress.advance(bar)
@@ -247,10 +231,3 @@ def _numbers(name: str, text: str, *, least: int) -> tuple[int, ...]:
     if min(values) < least:
         raise typer.BadParameter(f"--{name} is '{text}'; the least is {least}")
     return values
-
-
-def _newest(name: str) -> Path:
-    found = sorted(RESULTS.glob(f"{name}-*.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise typer.BadParameter(f"there are no results in {RESULTS}; run the benchmark first")
-    return found[-1]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import report
-from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
+from benchmarks import options, report
+from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.markdown import origin, row
 
@@ -33,20 +33,16 @@ def main(
     sequences: Annotated[int, typer.Option(min=1, help="Answers.")] = 66,
     adapters: Annotated[int, typer.Option(min=1, help="Adapters, beside the bare base.")] = 32,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    prompt_tokens: options.PromptTokens = 128,
     new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
-    ] = False,
+    base: options.Base = options.BASE,
+    threads: options.Threads = 0,
+    out: options.Out = None,
+    table: options.Table = False,
 ) -> None:
     """Compare the engine's greedy answers with PEFT's in float32."""
     if table:
-        path = out or newest_results(NAME)
-        report.write_section(DOCUMENT, NAME, section(path))
-        console.print(f"{DOCUMENT} shows {path}")
+        options.show(NAME, out, section)
         return
     chosen = modes.split(",")
     unknown = set(chosen) - set(MODES)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import report
-from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
+from benchmarks import options, report
+from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.markdown import origin, row
 from benchmarks.mix_cases import (
@@ -110,24 +110,18 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
     requests: Annotated[int, typer.Option(min=1, help="Requests of a run.")] = 96,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    prompt_tokens: options.PromptTokens = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
-    tolerate_load: Annotated[
-        bool, typer.Option("--tolerate-load", help="Accept runs on a busy machine; recorded.")
-    ] = False,
-    retries: Annotated[int, typer.Option(min=0, help="Repeats of a run that was disturbed.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
-    ] = False,
+    base: options.Base = options.BASE,
+    threads: options.Threads = 0,
+    tolerate_load: options.TolerateLoad = False,
+    retries: options.Retries = options.RETRIES,
+    out: options.Out = None,
+    table: options.Table = False,
 ) -> None:
     """Measure 1,000 known adapters against 32 resident ones, and mixed ranks against one rank."""
     if table:
-        path = out or newest_results(NAME)
-        report.write_section(DOCUMENT, NAME, section(path))
-        console.print(f"{DOCUMENT} shows {path}")
+        options.show(NAME, out, section)
         return
     setup = {
         "base": base,

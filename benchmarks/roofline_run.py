@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import options, report
 from benchmarks.harness.load import CpuMeter
-from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
+from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.markdown import origin, row
 from benchmarks.step_run import PROMPT_TOKENS, QUIET, WARM_UP
@@ -42,22 +42,16 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps per figure.")] = 48,
     most: Annotated[int, typer.Option(min=1, help="Leave out steps of more rows.")] = MOST,
     representations: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16,int8",
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
-    tolerate_load: Annotated[
-        bool, typer.Option("--tolerate-load", help="Accept figures of a busy machine; recorded.")
-    ] = False,
-    retries: Annotated[int, typer.Option(min=0, help="Repeats when it was disturbed.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
-    ] = False,
+    base: options.Base = options.BASE,
+    threads: options.Threads = 0,
+    tolerate_load: options.TolerateLoad = False,
+    retries: options.Retries = options.RETRIES,
+    out: options.Out = None,
+    table: options.Table = False,
 ) -> None:
     """Measure steps against the machine's bandwidth and peaks."""
     if table:
-        path = out or newest_results(NAME)
-        report.write_section(DOCUMENT, NAME, section(path))
-        console.print(f"{DOCUMENT} shows {path}")
+        options.show(NAME, out, section)
         return
     chosen = representations.split(",")
     unknown = set(chosen) - set(REPRESENTATIONS)

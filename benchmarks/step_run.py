@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import options, report
 from benchmarks.harness.load import CpuMeter
-from benchmarks.harness.machine import DOCUMENT, head, newest_results, result_path
+from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.markdown import origin, row
 from benchmarks.synthetic import RANK
@@ -34,22 +34,16 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps per figure.")] = 48,
     rows: Annotated[str, typer.Option(help="Sequences at once.")] = "1,8,32",
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes every core.")] = 0,
-    tolerate_load: Annotated[
-        bool, typer.Option("--tolerate-load", help="Accept figures of a busy machine; recorded.")
-    ] = False,
-    retries: Annotated[int, typer.Option(min=0, help="Repeats when it was disturbed.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Result file.")] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Only render results into docs/benchmarks.md.")
-    ] = False,
+    base: options.Base = options.BASE,
+    threads: options.Threads = 0,
+    tolerate_load: options.TolerateLoad = False,
+    retries: options.Retries = options.RETRIES,
+    out: options.Out = None,
+    table: options.Table = False,
 ) -> None:
     """Take decode steps apart."""
     if table:
-        path = out or newest_results(NAME)
-        report.write_section(DOCUMENT, NAME, section(path))
-        console.print(f"{DOCUMENT} shows {path}")
+        options.show(NAME, out, section)
         return
     counts = [int(part) for part in rows.split(",")]
     setup = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,25 +25,13 @@ from lorary.server.engine.memory import available_bytes, plan_blocks
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.sequence import Sequence
 from tests.conftest import peft_greedy
+from tests.server.on_paper import FakeLease
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lorary.errors import LoraryError
     from tests.server.conftest import EngineWorld
-
-
-@dataclass
-class FakeLease:
-    """A lease of the adapter with this digest."""
-
-    digest: str
-    is_ready: bool = True
-    error: LoraryError | None = None
-
-    def release(self) -> None:
-        """Nothing is held."""
 
 
 def sequence(prompt: list[int], digest: str = "a") -> Sequence:
@@ -52,7 +39,7 @@ def sequence(prompt: list[int], digest: str = "a") -> Sequence:
         request_id="r",
         prompt_ids=prompt,
         sampling=Sampling(max_tokens=4),
-        lease=FakeLease(digest),
+        lease=FakeLease(digest=digest),
     )
     return Sequence(request=request, token_ids=list(prompt))
 

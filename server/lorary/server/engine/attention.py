@@ -132,7 +132,7 @@ class AttentionPlan:
         mask = self._masks.get(window)
         if mask is None:
             device = self.cache.k.device
-            lengths = self.lengths.long().to(device)
+            lengths = self.decode_lengths
             position = torch.arange(self.decode_blocks.shape[1] * BLOCK, device=device)
             hidden = position >= lengths[:, None]
             if window is not None:

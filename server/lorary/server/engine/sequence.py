@@ -47,7 +47,6 @@ class Sequence:
     started_ns: int = 0
     first_token_ns: int = 0
     arrived_ns: int = 0
-    lease_ready_ns: int = 0
     counts: dict[int, int] = field(default_factory=dict)
 
     @property
