@@ -15,10 +15,12 @@ The tree::
     ├── CorruptArtifact                    bytes differ from what was promised, or are not what they claim
     ├── IncompatibleAdapter (ValueError)   well formed, but not for this base or this server
     ├── RegistryUnavailable                the registry cannot be reached just now
-    ├── AccessDenied                       credentials are missing or not enough
+    ├── AccessDenied                       credentials are not enough
+    │   └── Unauthenticated                credentials are missing, or unknown
     ├── StorageError (OSError)             disk full, read-only, no permission
     ├── MissingDependency (ImportError)    an extra or an asset package is not installed
     ├── Overloaded                         a queue or a budget is full; retrying is safe
+    │   └── QuotaExceeded                  the caller's own share of it is
     ├── Unavailable                        draining, or still starting
     ├── DeadlineExceeded                   the caller's deadline has passed
     ├── Cancelled                          the caller went away
@@ -98,6 +100,10 @@ class AccessDenied(LoraryError):
     """Credentials are missing or do not allow this."""
 
 
+class Unauthenticated(AccessDenied):
+    """Nobody knows who calls: there are no credentials, or unknown ones."""
+
+
 class StorageError(LoraryError, OSError):
     """A folder is missing or read-only, or the disk is full."""
 
@@ -116,6 +122,18 @@ class Overloaded(LoraryError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(Overloaded):
+    """A tenant asks for more than its share; others are not concerned.
+
+    Attributes:
+        subject: whose, and of what: ``tenant:acme/calls``.
+    """
+
+    def __init__(self, message: str, *, subject: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.subject = subject
 
 
 class Unavailable(LoraryError):
@@ -172,9 +190,11 @@ OUTCOMES: dict[type[LoraryError], Outcome] = {
     IncompatibleAdapter: Outcome("FAILED_PRECONDITION", 9),
     RegistryUnavailable: Outcome("UNAVAILABLE", 6),
     AccessDenied: Outcome("PERMISSION_DENIED", 7),
+    Unauthenticated: Outcome("UNAUTHENTICATED", 7),
     StorageError: Outcome("UNAVAILABLE", 8),
     MissingDependency: Outcome("FAILED_PRECONDITION", 78),
     Overloaded: Outcome("RESOURCE_EXHAUSTED", 6),
+    QuotaExceeded: Outcome("RESOURCE_EXHAUSTED", 6),
     Unavailable: Outcome("UNAVAILABLE", 6),
     DeadlineExceeded: Outcome("DEADLINE_EXCEEDED", 6),
     Cancelled: Outcome("CANCELLED", 130),

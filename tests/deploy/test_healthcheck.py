@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +13,21 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tests.deploy.files import DEPLOY
+from tests.edge.certificates import issue, make_authority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
-def check(address: str) -> subprocess.CompletedProcess[str]:
+def check(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(DEPLOY / "docker/healthcheck.py"), address],
         capture_output=True,
         text=True,
         check=False,
         timeout=30,
+        env={**os.environ, **environment},
     )
 
 
@@ -55,3 +59,23 @@ def test_healthcheck_fails_where_nobody_listens() -> None:
     done = check("127.0.0.1:1")
     assert done.returncode == 1
     assert "UNAVAILABLE" in done.stderr
+
+
+def test_healthcheck_speaks_tls_to_the_name_in_the_certificate(tmp_path: Path) -> None:
+    authority = make_authority(tmp_path)
+    pair = issue(tmp_path, authority, "server", "DNS:lorary.example")
+    servicer = health.HealthServicer()
+    servicer.set("lorary.v1.Inference", health_pb2.HealthCheckResponse.SERVING)
+    running = grpc.server(ThreadPoolExecutor(2))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, running)
+    credentials = grpc.ssl_server_credentials(
+        [(pair.key.read_bytes(), pair.certificate.read_bytes())]
+    )
+    port = running.add_secure_port("127.0.0.1:0", credentials)
+    running.start()
+    try:
+        address, ca = f"127.0.0.1:{port}", str(authority.certificate)
+        assert check(address, LORARY_CA=ca, LORARY_TLS_NAME="lorary.example").returncode == 0
+        assert check(address, LORARY_CA=ca).returncode == 1
+    finally:
+        running.stop(None).wait()

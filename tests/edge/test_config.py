@@ -31,7 +31,7 @@ def config(**options: Any) -> ServerConfig:
         ({"quantize": "nf4", "quantize_plan": Path("p")}, "the plan has a default of its own"),
         ({"quantize": "fp2"}, "one of auto, none, int8, nf4"),
         ({"host": "0.0.0.0"}, "--insecure-bind"),
-        ({"host": "example.org"}, "neither TLS nor"),
+        ({"host": "example.org"}, "no TLS .* and no --access"),
         ({"ready_file": Path("/no/such/folder/ready")}, "create it first"),
     ],
 )

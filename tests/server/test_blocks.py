@@ -85,7 +85,9 @@ def test_a_block_that_agrees_in_part_is_copied() -> None:
     own = list(first.blocks)
     blocks.release(first)
     other = sequence([*LONG[:50], 7, 7, 7])
-    assert blocks.look_up(other, []) == Shared(blocks._walk("a", LONG, 99).path[:1], own[1], 18)
+    assert blocks.look_up(other, []) == Shared(
+        blocks._walk(("a", ""), LONG, 99).path[:1], own[1], 18
+    )
     again = blocks.look_up(sequence(LONG), [])
     assert again is not None
     assert (again.length, again.tail) == (96, 0), "three tokens are not worth a search"
@@ -152,6 +154,9 @@ def test_a_prompt_waits_for_the_same_one_that_is_being_read() -> None:
     assert shared.length == 100 - WORTH_WAITING + 1
     assert shared.source == reading.blocks[1]
     assert blocks.look_up(sequence(LONG, "b"), [reading]) == Shared()
+    salted = sequence(LONG)
+    salted.request.salt = "another tenant"
+    assert blocks.look_up(salted, [reading]) == Shared()
 
 
 def test_too_few_blocks_change_nothing() -> None:
@@ -173,7 +178,7 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
     """Random lives of sequences against a model of what every position of the cache holds."""
     blocks = Blocks(data.draw(st.integers(4, 12), label="blocks"))
     stems = [[s] * 70 for s in (1, 2)]
-    holds: dict[int, list[tuple[str, tuple[int, ...]] | None]] = {
+    holds: dict[int, list[tuple[tuple[str, str], tuple[int, ...]] | None]] = {
         b: [None] * BLOCK for b in range(blocks.num_blocks)
     }
     running: list[Sequence] = []
@@ -183,14 +188,14 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
             block = one.blocks[position // BLOCK]
             others = [o for o in running if o is not one and block in o.blocks]
             assert not others, "a block that others read is written"
-            seen = (one.request.lease.digest, tuple(one.token_ids[: position + 1]))
+            seen = (one.request.scope, tuple(one.token_ids[: position + 1]))
             holds[block][position % BLOCK] = seen
         one.num_computed = stop
         blocks.publish(one)
 
     def check(one: Sequence) -> None:
         for position in range(one.num_computed):
-            expected = (one.request.lease.digest, tuple(one.token_ids[: position + 1]))
+            expected = (one.request.scope, tuple(one.token_ids[: position + 1]))
             assert holds[one.blocks[position // BLOCK]][position % BLOCK] == expected
 
     for _ in range(data.draw(st.integers(1, 25), label="events")):
@@ -200,6 +205,7 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
             length = data.draw(st.integers(1, 70))
             prompt = [*stem[:length], data.draw(st.integers(3, 5))]
             new = sequence(prompt, data.draw(st.sampled_from("ab")))
+            new.request.salt = data.draw(st.sampled_from(("", "acme")))
             shared = blocks.look_up(new, running)
             if shared is None or not blocks.take(new, shared, len(prompt) + 1):
                 continue

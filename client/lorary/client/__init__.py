@@ -13,6 +13,7 @@ Errors are the classes of ``lorary.errors``: what the server refused raises here
 """
 
 from lorary.client.aio import AsyncClient
+from lorary.client.credentials import Credentials
 from lorary.client.messages import Message, SamplingOptions
 from lorary.client.results import (
     AdapterInfo,
@@ -34,6 +35,7 @@ __all__ = [
     "Chunk",
     "Classification",
     "Client",
+    "Credentials",
     "GenerateResult",
     "Message",
     "PositionLogprobs",

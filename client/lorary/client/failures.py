@@ -24,6 +24,8 @@ from lorary.errors import (
     LoraryError,
     NotFound,
     Overloaded,
+    QuotaExceeded,
+    Unauthenticated,
     Unavailable,
     reason,
 )
@@ -39,7 +41,7 @@ _BY_CODE: dict[grpc.StatusCode, type[LoraryError]] = {
     grpc.StatusCode.ABORTED: Conflict,
     grpc.StatusCode.DATA_LOSS: CorruptArtifact,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
-    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -74,6 +76,10 @@ def _rebuild(cls: type[LoraryError], text: str, found: dict[str, Any]) -> Lorary
         return cls(text, field=violations[0].field if violations else "")
     if issubclass(cls, Overloaded | Unavailable) and "RetryInfo" in found:
         delay_s = found["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
+        if issubclass(cls, QuotaExceeded):
+            failures = found["QuotaFailure"].violations if "QuotaFailure" in found else ()
+            subject = failures[0].subject if failures else ""
+            return cls(text, subject=subject, retry_after_s=delay_s)
         return cls(text, retry_after_s=delay_s)
     return cls(text)
 

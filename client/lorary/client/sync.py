@@ -9,6 +9,7 @@ import grpc
 
 from lorary.client import messages as m
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
+from lorary.client.credentials import Credentials
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
 from lorary.errors import Unavailable
@@ -27,7 +28,11 @@ class Client:
     Args:
         target: ``host:port``, or any gRPC target such as ``dns:///lorary:50051``.
         timeout_s: deadline of a whole call, unless the call sets its own; ``None`` sets none.
+        credentials: token and TLS; by default what the environment says (``Credentials.from_environment``).
         channel: an open channel to use instead; it stays the caller's to close.
+
+    Raises:
+        ConfigError: the token would travel unencrypted, or a TLS file cannot be read.
 
     Example::
 
@@ -42,17 +47,20 @@ class Client:
         target: str = DEFAULT_TARGET,
         *,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        credentials: Credentials | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
         self.target = target
         self._timeout_s = timeout_s
         self._owned = None
+        if credentials is None:
+            credentials = Credentials.from_environment()
         if channel is None:
-            channel = self._owned = grpc.insecure_channel(target, options=channel_options())
+            channel = self._owned = _open(target, credentials)
         inference: Any = inference_pb2_grpc.InferenceStub
         control: Any = control_pb2_grpc.ControlStub
-        self._inference: Any = inference(channel)
-        self._control: Any = control(channel)
+        self._inference: Any = credentials.bound(inference(channel))
+        self._control: Any = credentials.bound(control(channel))
 
     def __enter__(self) -> Self:
         return self
@@ -275,3 +283,11 @@ class Client:
             raise from_rpc_error(error, self.target) from error
         finally:
             call.cancel()
+
+
+def _open(target: str, credentials: Credentials) -> grpc.Channel:
+    credentials.check(target)
+    secure = credentials.channel_credentials()
+    if secure is None:
+        return grpc.insecure_channel(target, options=channel_options())
+    return grpc.secure_channel(target, secure, options=channel_options())

@@ -26,10 +26,13 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from lorary.errors import ConfigError, EngineFailed, Unavailable
+from lorary.server.access.grants import GrantsFile, read_grants
+from lorary.server.access.guard import AccessInterceptor, Guard
 from lorary.server.control import ControlService
 from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
 from lorary.server.service import InferenceService, Parts
 from lorary.server.targets import Prompts, Targets
+from lorary.server.tls import check_files, server_credentials
 from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -79,6 +82,7 @@ class Server:
             fingerprint=backend.facts.base_fingerprint,
         )
         self._prompts = Prompts(backend.prompts, backend.decode)
+        self._guard = None if config.access is None else Guard(GrantsFile(config.access))
         self._control = ControlService(backend.registry, backend.residency, self._targets)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._stop_asked = asyncio.Event()
@@ -171,11 +175,13 @@ class Server:
 
     def _build_grpc(self) -> grpc.aio.Server:
         config, backend = self._config, self._backend
+        access = () if self._guard is None else (AccessInterceptor(self._guard),)
         server = grpc.aio.server(
             interceptors=(
                 RequestIdInterceptor(),
                 ErrorInterceptor(),
                 MetricsInterceptor(self._metrics),
+                *access,
             ),
             options=grpc_options(config),
         )
@@ -208,7 +214,10 @@ class Server:
 
     def _bind(self, server: grpc.aio.Server) -> int:
         address = f"{_bracketed(self._config.host)}:{self._config.port}"
+        tls = self._config.tls
         try:
+            if tls is not None:
+                return server.add_secure_port(address, server_credentials(tls))
             return server.add_insecure_port(address)
         except RuntimeError as error:
             raise _port_error("--port", self._config.host, self._config.port) from error
@@ -245,6 +254,23 @@ def grpc_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 900),
     )
+
+
+def check_files_of(config: ServerConfig) -> None:
+    """Find out that a file of TLS or of tenants is no good before minutes go into loading the base.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.tls is not None:
+        check_files(config.tls)
+    if config.access is not None:
+        grants = read_grants(config.access)
+        if grants.by_certificate and config.tls_client_ca is None:
+            log.warning(
+                "'%s' knows tenants by certificate, and no client is asked for one: give --tls-client-ca",
+                config.access,
+            )
 
 
 def check_ports_free(config: ServerConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lorary.errors import ConfigError
 from lorary.registry.address import DEFAULT_REGISTRY
+from lorary.server.tls import TlsFiles
 
 GIB = 2**30
 _UNITS = {
@@ -115,8 +116,21 @@ class ServerConfig:
     metrics_port: int = _option(
         9400, "Port of /metrics, on the same host; 0 takes a free one.", low=0, high=65535
     )
+    tls_cert: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
+        None, "PEM file of the server's certificate chain; with --tls-key, gRPC speaks TLS only."
+    )
+    tls_key: Path | None = _option(  # noqa: RUF009
+        None, "PEM file of its private key. Changed files count from the next connection on."
+    )
+    tls_client_ca: Path | None = _option(  # noqa: RUF009
+        None, "PEM file of authorities; every client must show a certificate of theirs (mTLS)."
+    )
+    access: Path | None = _option(  # noqa: RUF009
+        None,
+        "YAML file of tenants, their tokens and grants (docs/security.md); without it, no one is asked.",
+    )
     insecure_bind: bool = _option(
-        False, "Allow a host that is not loopback, although there is no TLS and no authentication."
+        False, "Allow a host that is not loopback without TLS, or without --access."
     )
     max_batch: int = _option(32, "Most answers in one step.", low=1, high=4096)
     max_context: int = _option(
@@ -207,10 +221,19 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name), field.metadata)
-        if not self.is_loopback and not self.insecure_bind:
+        self._check_tls()
+        lacking = [
+            what
+            for what, given in (
+                ("TLS (--tls-cert, --tls-key)", self.tls_cert),
+                ("--access", self.access),
+            )
+            if given is None
+        ]
+        if not self.is_loopback and lacking and not self.insecure_bind:
             raise ConfigError(
-                f"host '{self.host}' is not loopback, and this version has neither TLS nor "
-                "authentication: everybody who reaches the port could use and unload adapters. Use "
+                f"host '{self.host}' is not loopback, and there is no {' and no '.join(lacking)}: "
+                "whoever reaches the port could listen, or use and unload adapters. Give both, use "
                 "--host 127.0.0.1, or pass --insecure-bind where the network is trusted."
             )
         if self.port and self.port == self.metrics_port:
@@ -226,6 +249,23 @@ class ServerConfig:
             raise ConfigError(
                 f"the folder of --ready-file '{self.ready_file}' does not exist; create it first."
             )
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError(
+                "--tls-cert and --tls-key belong together, and only one was given. Give both or neither."
+            )
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError(
+                f"--tls-client-ca '{self.tls_client_ca}' needs TLS; give --tls-cert and --tls-key."
+            )
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """The files that TLS needs; None without it."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return TlsFiles(certificate=self.tls_cert, key=self.tls_key, client_ca=self.tls_client_ca)
 
     @property
     def is_loopback(self) -> bool:

@@ -6,8 +6,9 @@
    INTERNAL with an opaque id; its text goes to the log and never to the caller. The same holds for
    our own errors about the server's inside (``status.PRIVATE``), which keep their status.
 3. ``MetricsInterceptor`` counts the call by method and code, and times it.
+4. ``access.guard.AccessInterceptor``, where there are tenants, says who calls and what is theirs.
 
-``asyncio.CancelledError`` (deadline, cancel, disconnect) passes through all three.
+``asyncio.CancelledError`` (deadline, cancel, disconnect) passes through all of them.
 """
 
 from __future__ import annotations
@@ -72,11 +73,16 @@ class CallMetrics(Protocol):
         ...
 
 
-class _Around(_Interceptor):
+class Around(_Interceptor):
     """Base: runs every handler of the server inside ``around``."""
 
-    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
-        """Return the context manager that a call of ``method`` runs in."""
+    def around(
+        self, method: str, request: Any, context: Context
+    ) -> AbstractAsyncContextManager[None]:
+        """Return the context manager that a call of ``method`` runs in.
+
+        ``request`` is its message, or the iterator of them where they are streamed.
+        """
         raise NotImplementedError
 
     async def intercept_service(
@@ -109,14 +115,17 @@ class _Around(_Interceptor):
         if inspect.isasyncgenfunction(behaviour):
 
             async def generator(request: Any, context: Context) -> Any:
-                async with self.around(method, context), aclosing(behaviour(request, context)) as g:
+                async with (
+                    self.around(method, request, context),
+                    aclosing(behaviour(request, context)) as g,
+                ):
                     async for response in g:
                         yield response
 
             return generator
 
         async def coroutine(request: Any, context: Context) -> Any:
-            async with self.around(method, context):
+            async with self.around(method, request, context):
                 return await behaviour(request, context)
 
         return coroutine
@@ -130,10 +139,12 @@ _WRAPPERS: dict[tuple[bool, bool], Callable[..., Any]] = {
 }
 
 
-class RequestIdInterceptor(_Around):
+class RequestIdInterceptor(Around):
     """Names every call."""
 
-    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+    def around(
+        self, method: str, request: Any, context: Context
+    ) -> AbstractAsyncContextManager[None]:
         """Set the id, taken from the caller's metadata when it is a usable one."""
         return _Named(context)
 
@@ -154,10 +165,12 @@ class _Named:
         return None
 
 
-class ErrorInterceptor(_Around):
+class ErrorInterceptor(Around):
     """Turns errors into statuses; the only place that does."""
 
-    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+    def around(
+        self, method: str, request: Any, context: Context
+    ) -> AbstractAsyncContextManager[None]:
         """End the call with the status of what it raised."""
         return _Guarded(method, context)
 
@@ -185,13 +198,15 @@ class _Guarded:
         await status.abort(self._context, status.private_status(error, error_id))
 
 
-class MetricsInterceptor(_Around):
+class MetricsInterceptor(Around):
     """Counts and times every call."""
 
     def __init__(self, metrics: CallMetrics) -> None:
         self._metrics = metrics
 
-    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
+    def around(
+        self, method: str, request: Any, context: Context
+    ) -> AbstractAsyncContextManager[None]:
         """Report method, code and seconds once the call has ended."""
         return _Measured(self._metrics, method, context)
 

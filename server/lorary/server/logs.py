@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+from lorary.server.access.caller import tenant_name
 from lorary.server.interceptors import request_id
 
 
@@ -24,7 +25,7 @@ class _Human(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s%(call)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        call = request_id()
+        call = " ".join(part for part in (request_id(), tenant_name()) if part)
         record.call = f"  [{call}]" if call else ""
         return super().format(record)
 
@@ -40,6 +41,8 @@ class _Json(logging.Formatter):
         }
         if call := request_id():
             line["request_id"] = call
+        if tenant := tenant_name():
+            line["tenant"] = tenant
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorary.server import logs
-from lorary.server.app import Server, check_ports_free, handle_signals
+from lorary.server.app import Server, check_files_of, check_ports_free, handle_signals
 from lorary.server.build import build_backend
 from lorary.server.calls import Calls
 from lorary.server.metrics import ServerMetrics
@@ -46,6 +46,7 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
     """
     logs.configure(config.log_format, config.log_level)
     started = time.monotonic()
+    check_files_of(config)
     check_ports_free(config)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)

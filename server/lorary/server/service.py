@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.errors import DeadlineExceeded, LoraryError
 from lorary.server import answers, validate
+from lorary.server.access.caller import tenant_name
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.interceptors import add_trailing, request_id, set_request_id
@@ -184,6 +185,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             lease=BaseLease(),
             arrived_s=arrived_s,
             deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
+            salt=tenant_name(),
         )
 
     @contextmanager

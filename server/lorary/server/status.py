@@ -8,6 +8,7 @@ Every status carries ``ErrorInfo(reason, domain)``, where the reason is the clas
 ``NotFound`` and below                ``ResourceInfo``
 ``IncompatibleAdapter``               ``PreconditionFailure``
 ``Overloaded``, ``Unavailable``       ``RetryInfo``
+``QuotaExceeded``                     ``RetryInfo`` and ``QuotaFailure``
 ``PRIVATE``, and what is not ours     ``RequestInfo`` with an opaque id, and nothing else
 ====================================  ==========================================================
 
@@ -35,6 +36,7 @@ from lorary.errors import (
     MissingDependency,
     NotFound,
     Overloaded,
+    QuotaExceeded,
     StorageError,
     TrainingFailed,
     Unavailable,
@@ -133,7 +135,13 @@ def _details(error: LoraryError, message: str) -> list[Message]:
     if isinstance(error, Overloaded | Unavailable):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
-        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+        details: list[Message] = [error_details_pb2.RetryInfo(retry_delay=delay)]
+        if isinstance(error, QuotaExceeded):
+            violation = error_details_pb2.QuotaFailure.Violation(
+                subject=error.subject, description=message
+            )
+            details.append(error_details_pb2.QuotaFailure(violations=[violation]))
+        return details
     return []
 
 

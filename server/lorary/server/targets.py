@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorary.errors import IncompatibleAdapter, InvalidRequest
+from lorary.errors import AdapterNotFound, IncompatibleAdapter, InvalidRequest
+from lorary.server.access import caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,12 +62,14 @@ class Targets:
 
         Raises:
             InvalidRef: it does not parse.
-            AdapterNotFound: no such version.
+            AdapterNotFound: no such version, or none that the current caller may see.
             IncompatibleAdapter: it was made for another base.
+            AccessDenied: the current caller may not use the bare base.
         """
         if not ref:
+            caller.check_base()
             return Target(ref="")
-        resolved = await self.run(self._registry.resolve, ref)
+        resolved = await self._find(ref)
         return Target(
             ref=ref,
             name=resolved.name,
@@ -73,6 +77,20 @@ class Targets:
             digest=resolved.digest,
             task=await self._task(resolved),
             resolved=resolved,
+        )
+
+    async def _find(self, ref: str) -> Any:
+        """Resolve a ref for the current caller, to whom absent and forbidden look the same."""
+        if caller.current.get() is None:
+            return await self.run(self._registry.resolve, ref)
+        # Asked first in any case, so that neither words nor time tell what exists.
+        with suppress(AdapterNotFound):
+            resolved = await self.run(self._registry.resolve, ref)
+            if caller.may_use(resolved.name):
+                return resolved
+        raise AdapterNotFound(
+            f"adapter '{ref}' does not exist, or is not visible to tenant "
+            f"'{caller.tenant_name()}'. Check the name; its administrator knows what is visible."
         )
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:

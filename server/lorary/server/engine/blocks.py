@@ -1,7 +1,8 @@
 """Who has which block of the cache, and which beginnings of prompts blocks still hold; no torch.
 
 A block is ``BLOCK`` positions of one sequence, in every layer. Blocks that are full are kept in a tree,
-one for each adapter's digest (keys and values depend on the adapter): a path from its root spells the
+one for each adapter's digest (keys and values depend on the adapter) and tenant (how soon an answer
+comes would tell one what another has asked): a path from its root spells the
 tokens that its blocks hold. A new prompt walks down as far as it agrees and uses those blocks as its
 own beginning, together with everybody else who does; from a block that it agrees with in part it takes
 a copy of that part (copy on write). Nobody writes into a block of the tree beyond what its node names.
@@ -48,16 +49,20 @@ class Node:
         tokens: what it holds, at most ``BLOCK``; fewer only in a leaf.
         children: the nodes behind it by their tokens.
         tails: the same, oldest first, by the beginnings of their tokens.
-        digest: a root's.
+        scope: a root's.
         num_users: running sequences whose path leads through it.
     """
 
-    __slots__ = ("block", "children", "digest", "num_users", "parent", "tails", "tokens")
+    __slots__ = ("block", "children", "num_users", "parent", "scope", "tails", "tokens")
 
     def __init__(
-        self, block: int, tokens: tuple[int, ...], parent: Node | None, digest: str = ""
+        self,
+        block: int,
+        tokens: tuple[int, ...],
+        parent: Node | None,
+        scope: tuple[str, str] = ("", ""),
     ) -> None:
-        self.digest = digest
+        self.scope = scope
         self.block = block
         self.tokens = tokens
         self.parent = parent
@@ -97,7 +102,7 @@ class Blocks:
         self.share = share
         # The lowest first: memory that was never written costs nothing on a CPU.
         self._free = list(range(num_blocks))
-        self._roots: dict[str, Node] = {}
+        self._roots: dict[tuple[str, str], Node] = {}
         # Leaves that nobody uses, the longest unused first; and how many nodes nobody uses.
         self._idle_leaves: OrderedDict[Node, None] = OrderedDict()
         self._num_idle = 0
@@ -120,13 +125,13 @@ class Blocks:
         """
         if not self.share:
             return Shared()
-        digest, tokens = sequence.request.lease.digest, sequence.token_ids
+        scope, tokens = sequence.request.scope, sequence.token_ids
         # The last token is always read: its logits choose the next one.
         limit = len(tokens) - 1
-        shared = self._walk(digest, tokens, limit)
+        shared = self._walk(scope, tokens, limit)
         coming = 0
         for other in running:
-            if other.request.lease.digest != digest:
+            if other.request.scope != scope:
                 continue
             same = common_length(other.token_ids, tokens, limit)
             there = min(same, other.num_computed)
@@ -139,8 +144,8 @@ class Blocks:
             return None
         return shared if shared.length >= LEAST_SHARED else Shared()
 
-    def _walk(self, digest: str, tokens: list[int], limit: int) -> Shared:
-        node = self._roots.get(digest)
+    def _walk(self, scope: tuple[str, str], tokens: list[int], limit: int) -> Shared:
+        node = self._roots.get(scope)
         path: list[Node] = []
         while node is not None:
             start = len(path) * BLOCK
@@ -229,10 +234,10 @@ class Blocks:
 
     def _child(self, sequence: Sequence, tokens: tuple[int, ...]) -> Node:
         """Return the node behind a sequence's path, made of the sequence's own block if it is new."""
-        digest = sequence.request.lease.digest
-        parent = sequence.path[-1] if sequence.path else self._roots.get(digest)
+        scope = sequence.request.scope
+        parent = sequence.path[-1] if sequence.path else self._roots.get(scope)
         if parent is None:
-            parent = self._roots[digest] = Node(-1, (), None, digest)
+            parent = self._roots[scope] = Node(-1, (), None, scope)
         node = parent.children.get(tokens)
         if node is None:
             node = Node(sequence.blocks[len(sequence.path)], tokens, parent)
@@ -274,7 +279,7 @@ class Blocks:
         if parent.children:
             return
         if parent.parent is None:
-            del self._roots[parent.digest]
+            del self._roots[parent.scope]
         elif not parent.num_users:
             self._idle_leaves[parent] = None
 

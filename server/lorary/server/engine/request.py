@@ -80,7 +80,7 @@ class Request:
     """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
 
     ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``. A higher ``priority`` gets a
-    place sooner.
+    place sooner. Keys and values are shared only between requests of the same ``salt``.
     """
 
     request_id: str
@@ -92,6 +92,12 @@ class Request:
     priority: int = 0
     arrived_s: float = 0.0
     deadline_s: float | None = None
+    salt: str = ""
+
+    @property
+    def scope(self) -> tuple[str, str]:
+        """Requests of equal scope have equal keys and values for equal tokens, and may know it."""
+        return (self.lease.digest, self.salt)
 
     @property
     def key(self) -> tuple[str, int]:

@@ -1,0 +1,1 @@
+"""Who may call what: tenants and their grants, the guard at the door, and quotas."""

@@ -1,0 +1,110 @@
+"""TLS for the server's ports, with certificates that are read again when they change."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import grpc
+
+from lorary.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+log = logging.getLogger("lorary.server")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """PEM files: a chain and its key, and the authorities of client certificates, if these are asked for."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of them."""
+        return (self.certificate, self.key, *([self.client_ca] if self.client_ca else []))
+
+
+def check_files(files: TlsFiles) -> None:
+    """Check that the files can be read and that the key is the certificate's.
+
+    Raises:
+        ConfigError: no; with the file.
+    """
+    for path in files.paths:
+        if not path.is_file():
+            raise ConfigError(f"the TLS file '{path}' does not exist or is no file.")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(files.certificate, files.key)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"'{files.certificate}' and '{files.key}' are no certificate with its key: {error}. Both "
+            "are PEM files, the key without a password."
+        ) from error
+    if files.client_ca is not None:
+        try:
+            context.load_verify_locations(files.client_ca)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(
+                f"'{files.client_ca}' holds no certificates of authorities: {error}."
+            ) from error
+
+
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """Return credentials that follow the files: new connections get what is in them then.
+
+    With ``client_ca`` every client must show a certificate of one of these authorities.
+
+    Raises:
+        ConfigError: the files cannot be used now.
+    """
+    check_files(files)
+    seen = _stamp(files)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        # Asked at every handshake; None keeps what there is.
+        nonlocal seen
+        stamp = _stamp(files)
+        if stamp == seen:
+            return None
+        seen = stamp
+        try:
+            check_files(files)
+            fresh = _configuration(files)
+        except (ConfigError, OSError) as error:
+            log.error("the TLS certificate stays as it was: %s", error)  # noqa: TRY400
+            return None
+        log.info("the TLS certificate was read again")
+        return fresh
+
+    # The stubs do not know that None is an answer; gRPC's own documentation does.
+    fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch)
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(files), fetcher, require_client_authentication=files.client_ca is not None
+    )
+
+
+def _configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
+    pair = (files.key.read_bytes(), files.certificate.read_bytes())
+    roots = None if files.client_ca is None else files.client_ca.read_bytes()
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+
+
+def _stamp(files: TlsFiles) -> tuple[tuple[int, int] | None, ...]:
+    stamps: list[tuple[int, int] | None] = []
+    for path in files.paths:
+        try:
+            status = path.stat()
+        except OSError:
+            stamps.append(None)
+        else:
+            stamps.append((status.st_mtime_ns, status.st_ino))
+    return tuple(stamps)
