@@ -33,6 +33,8 @@ PARTS: dict[str, Part] = {
     "registry": Part("lorary.registry.cli", "", "Push, pull, list and promote versions."),
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
+    "chat": Part("lorary.cli.chat", "", "Talk to an adapter in a terminal."),
+    "bench": Part("lorary.cli.bench", "", "Load a server; report throughput and latency."),
     "ps": Part("lorary.cli.ps", "", "Show a server, its adapters and its load."),
     "token": Part("lorary.server.access.cli", "server", "Make a token for a tenant of a server."),
     "assets": Part("lorary.bases.cli", "", "Fetch packages that carry base models and data."),
