@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV_ARGS ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run tests side by side, a file at a time; 0 runs them in one.
+TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 VERIFY_ARGS ?=
@@ -47,7 +49,7 @@ peers: $(ENV) ## Install the benchmark's peers: vLLM, OpenVINO and llama.cpp (ab
 ##@ Verify
 .PHONY: test
 test: assets $(PROMETHEUS) ## The whole test suite (under 15 min on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(ENV) $(PROTO_ENV) $(PROMETHEUS) ## Format, lint, types, generated protos, deploy files

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.alone import pytest_runtest_protocol as pytest_runtest_protocol
+
 # Decided before anything imports Triton, which reads it once: without a GPU the tests of its kernels
 # run in its interpreter. Nothing else here uses Triton.
 if not torch.cuda.is_available():

@@ -63,6 +63,7 @@ async def test_every_call_is_made_once_and_the_same_seed_asks_the_same() -> None
         assert len({o.adapter for o in outcomes}) == 3
 
 
+@pytest.mark.alone
 async def test_who_waits_to_be_sent_has_waited() -> None:
     async with serving() as edge, AsyncClient(edge.address) as client:
         edge.engine.gate.clear()

@@ -78,6 +78,7 @@ def children_ticks() -> int:
     return sum(ticks for pid, ticks in process_tree(os.getpid()).items() if pid != os.getpid())
 
 
+@pytest.mark.alone
 def test_a_paused_server_takes_no_time_and_a_stopped_one_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
