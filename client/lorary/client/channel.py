@@ -11,6 +11,8 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 
 # UNAVAILABLE before the first message is always safe to repeat: nothing was answered yet.
 _SERVICE_CONFIG = {
+    # Of several addresses (a headless service's pods) each call takes the next one that is ready.
+    "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
             "name": [{"service": "lorary.v1.Inference"}, {"service": "lorary.v1.Control"}],
@@ -22,7 +24,7 @@ _SERVICE_CONFIG = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
 }
 
 
