@@ -8,21 +8,16 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
 from lorary.errors import LoraryError, outcome
+
+# rich is imported where it is used: help and completion need little of it.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -74,11 +69,15 @@ def print_json(value: Any) -> None:
 
 def console() -> Console:
     """Return a console on stdout; wide when it is a pipe, so that tables are not cut."""
+    from rich.console import Console
+
     return Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
     """Return a plain rich table."""
+    from rich.table import Table
+
     result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         result.add_column(column, overflow="fold")
@@ -96,6 +95,16 @@ def progress_bar(what: str, total_bytes: int | None) -> Iterator[Callable[[int],
     Yields:
         A function to be called with the number of bytes just done.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     stderr = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
