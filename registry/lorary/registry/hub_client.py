@@ -167,6 +167,15 @@ class HubClient:
         with hub_errors(f"tag {repo_id}"):
             self._api.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
 
+    def untag(self, repo_id: str, name: str) -> None:
+        """Remove a tag, if there is one."""
+        with hub_errors(f"remove tag {name} of {repo_id}"):
+            try:
+                self._api.delete_tag(repo_id, tag=name)
+            except (RevisionNotFoundError, HfHubHTTPError) as error:
+                if status_of(error) != _NOT_FOUND:
+                    raise
+
     def titles(self, repo_id: str) -> list[tuple[str, str]]:
         """Return commit and title of the whole history, newest first."""
         with hub_errors(f"read the history of {repo_id}"):

@@ -30,7 +30,14 @@ def verify_all(store: Store, progress: Progress | None = None) -> VerifyReport:
     problems: list[str] = []
     for name in store.names():
         newest = store.newest(name)
+        try:
+            deleted = store.marks(name).deleted
+        except LoraryError as error:
+            problems.append(f"{name}: {error}")
+            deleted = {}
         for version in range(1, newest + 1):
+            if version in deleted:
+                continue
             try:
                 pointer = store.pointer(name, version)
             except LoraryError as error:
