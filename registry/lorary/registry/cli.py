@@ -39,6 +39,24 @@ COMMANDS: Final[dict[str, Entry]] = {
         "Show everything a version says about itself.",
         "show sentiment@prod",
     ),
+    "search": Entry(
+        VERSIONS,
+        "lorary.registry.cli_review:search",
+        "Find versions by what their manifests say: fields, figures, words.",
+        "search base=smollm2* task=classification 'accuracy>0.9' --latest",
+    ),
+    "diff": Entry(
+        VERSIONS,
+        "lorary.registry.cli_review:diff",
+        "Say what changed between two versions: configuration, data, metrics, every module's weights.",
+        "diff sentiment@6 @7",
+    ),
+    "import": Entry(
+        VERSIONS,
+        "lorary.registry.cli_hubs:import_adapter",
+        "Take an adapter from a PEFT repository on a Hub, through all checks of a push.",
+        "import acme/sentiment@v3 sentiment --base smollm2-135m",
+    ),
     "alias": Entry(
         ALIASES,
         "lorary.registry.cli_aliases:alias",
@@ -48,8 +66,8 @@ COMMANDS: Final[dict[str, Entry]] = {
     "promote": Entry(
         ALIASES,
         "lorary.registry.cli_aliases:promote",
-        "Point an alias at the version that a ref means now.",
-        "promote sentiment@canary prod",
+        "Point an alias at a version whose figures meet what is required.",
+        "promote sentiment 7 --to prod --require 'accuracy>=0.90' --require 'accuracy>=prod-0.01'",
     ),
     "rollback": Entry(
         ALIASES,
@@ -57,17 +75,59 @@ COMMANDS: Final[dict[str, Entry]] = {
         "Return an alias to where it pointed before; again, and it goes further back.",
         "rollback sentiment prod --reason 'errors up'",
     ),
+    "protect": Entry(
+        ALIASES,
+        "lorary.registry.cli_aliases:protect",
+        "Let an alias move only to what meets its requirements, or by --force with a --reason.",
+        "protect sentiment prod --require 'accuracy>=prod-0.01'",
+    ),
+    "whowas": Entry(
+        ALIASES,
+        "lorary.registry.cli_aliases:whowas",
+        "Say which version an alias pointed at, at a time in the past.",
+        "whowas sentiment prod --at 2026-11-01T12:00",
+    ),
     "log": Entry(
         ALIASES,
         "lorary.registry.cli_aliases:log",
         "Show who moved which alias, when and why.",
         "log sentiment --alias prod",
     ),
+    "deprecate": Entry(
+        UPKEEP,
+        "lorary.registry.cli_upkeep:deprecate",
+        "Say that a version should not be used any more; it still resolves, with a warning.",
+        "deprecate sentiment 6 --reason 'trained on the wrong labels'",
+    ),
+    "delete": Entry(
+        UPKEEP,
+        "lorary.registry.cli_upkeep:delete",
+        "Delete a version that no alias points at; its number is never used again.",
+        "delete sentiment@2 --yes",
+    ),
+    "gc": Entry(
+        UPKEEP,
+        "lorary.registry.cli_upkeep:gc",
+        "Free what no version needs: files of deleted versions, left-overs of interrupted work.",
+        "gc --dry-run --grace 7d",
+    ),
     "verify": Entry(
         UPKEEP,
         "lorary.registry.cli_versions:verify",
         "Read every byte and compare it with what was promised; exit code 5 if anything differs.",
         "verify",
+    ),
+    "mirror": Entry(
+        HUBS,
+        "lorary.registry.cli_hubs:mirror",
+        "Copy adapters with versions, aliases and logs to another registry; again, and only what is new.",
+        "mirror file:///srv/adapters hf://acme --only sentiment",
+    ),
+    "login": Entry(
+        HUBS,
+        "lorary.registry.cli_hubs:login",
+        "Check a token of the Hub and keep it, for this and every other program that uses the Hub.",
+        "login",
     ),
     "serve": Entry(
         HUBS,

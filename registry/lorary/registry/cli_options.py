@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorary.registry import cli_complete
+
 if TYPE_CHECKING:
     from lorary.registry.store import Registry
 
@@ -20,8 +22,33 @@ RegistryOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Kept in the log.")]
-RefArgument = Annotated[str, typer.Argument(metavar="REF", help="name, name@prod, name@3 …")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name.")]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="REQUIREMENT",
+        help="accuracy>=0.9, or accuracy>=prod-0.01; may be repeated.",
+    ),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Move a protected alias all the same; needs --reason.")
+]
+RefArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF", help="name, name@prod, name@3 …", autocompletion=cli_complete.complete_ref
+    ),
+]
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="An adapter's name.", autocompletion=cli_complete.complete_name
+    ),
+]
+AliasArgument = Annotated[
+    str,
+    typer.Argument(metavar="ALIAS", help="The alias.", autocompletion=cli_complete.complete_alias),
+]
 
 
 def open_registry(address: str, *, create: bool = False) -> Registry:

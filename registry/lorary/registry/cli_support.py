@@ -74,6 +74,11 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
 
 
+def warn(text: str) -> None:
+    """Say something on stderr that the user should know."""
+    typer.echo(f"warning: {text}", err=True)
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """Return a plain rich table."""
     from rich.table import Table

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
-from lorary.registry import cli_tables
-from lorary.registry.address import DEFAULT_REGISTRY
+from lorary.registry import cli_complete, cli_tables
+from lorary.registry.address import DEFAULT_REGISTRY, is_hub
 from lorary.registry.cli_options import (
     JsonOption,
     NameArgument,
@@ -18,13 +18,14 @@ from lorary.registry.cli_options import (
     RegistryOption,
     open_registry,
 )
-from lorary.registry.cli_support import console, print_json, progress_bar
+from lorary.registry.cli_support import console, print_json, progress_bar, warn
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name, parse_ref
 
 if TYPE_CHECKING:
     from lorary.registry.base import BaseCard
+    from lorary.registry.results import VersionInfo
 
 
 def push(
@@ -50,7 +51,9 @@ def push(
     manifest = Manifest.from_json(read_bytes(files.manifest)) if files.has_manifest else None
     opened = open_registry(registry, create=True)
     card = find_card(manifest, base)
-    with progress_bar("hashing", files.tensors.stat().st_size) as progress:
+    size = files.tensors.stat().st_size
+    # To a hub the bytes travel as well.
+    with progress_bar("pushing", 2 * size if is_hub(registry) else size) as progress:
         info = opened.push(
             folder,
             name,
@@ -78,6 +81,7 @@ def pull(
     opened = open_registry(registry)
     resolved = opened.resolve(ref)
     info = opened.info(resolved)
+    _warn_if_deprecated(info)
     exact = parse_ref(f"{info.name}@{info.version}")
     with progress_bar("pulling", 2 * info.size_bytes) as progress:
         path = opened.pull(exact, dest, progress)
@@ -88,15 +92,21 @@ def pull(
 
 
 def list_versions(
-    name: Annotated[str | None, typer.Argument(help="Only this adapter.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Only this adapter.", autocompletion=cli_complete.complete_name),
+    ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """List versions with their aliases and metrics."""
     opened = open_registry(registry)
     if name is not None:
-        opened.resolve(check_name(name))
+        opened.aliases(check_name(name))
     infos = [info for info in opened.list() if name in (None, info.name)]
+    for info in infos:
+        if info.aliases:
+            _warn_if_deprecated(info)
     if as_json:
         print_json(infos)
     else:
@@ -110,6 +120,7 @@ def show(
     opened = open_registry(registry)
     resolved = opened.resolve(ref)
     info, manifest = opened.info(resolved), opened.manifest(resolved)
+    _warn_if_deprecated(info)
     if as_json:
         print_json({"version": info, "manifest": manifest})
     else:
@@ -117,7 +128,12 @@ def show(
 
 
 def verify(
-    ref: Annotated[str | None, typer.Argument(help="One version; without it, all.")] = None,
+    ref: Annotated[
+        str | None,
+        typer.Argument(
+            help="One version; without it, all.", autocompletion=cli_complete.complete_ref
+        ),
+    ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -160,3 +176,9 @@ def find_card(manifest: Manifest | None, base: str | None) -> BaseCard:
     if not isinstance(card, BaseCard):
         raise TypeError(f"lorary.bases gave {type(card).__name__} for base '{name}'")
     return card
+
+
+def _warn_if_deprecated(info: VersionInfo) -> None:
+    if info.deprecated:
+        at = f", and {', '.join(info.aliases)} point there" if info.aliases else ""
+        warn(f"{info.name}@{info.version} was deprecated {info.deprecated}{at}")

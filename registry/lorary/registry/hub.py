@@ -213,6 +213,7 @@ class HubStore:
                     **appended(state, version=pointer.to_json()),
                 },
                 delete=self._others(repo_id, state, paths),
+                told=progress,
             )
             self._client.tag(repo_id, f"v{pointer.version}", commit)
             self._tag_all(repo_id, self._renew(name, commit))

@@ -115,7 +115,7 @@ def _moment(text: str) -> str:
         moment = datetime.datetime.fromisoformat(text)
     except ValueError:
         raise InvalidRequest(
-            f"{ascii(text)} is no time; write 2026-11-01, 2026-11-01T12:00 or 2026-11-01T12:00+01:00",
+            f"{text!a} is no time; write 2026-11-01, 2026-11-01T12:00 or 2026-11-01T12:00+01:00",
             field="at",
         ) from None
     if moment.tzinfo is None:
