@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import typer
 
 from lorary.errors import LoraryError, outcome
+from lorary.registry.cli_bash import whole_refs
 
 # rich is imported where it is used: help and completion need little of it.
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def run(app: typer.Typer, *, prog_name: str | None = None) -> NoReturn:
 
     A ``LoraryError`` becomes one line on stderr. Anything unexpected keeps its traceback.
     """
-    sys.exit(exit_code_of(lambda: app(prog_name=prog_name, standalone_mode=False)))
+    with whole_refs(prog_name or ""):
+        code = exit_code_of(lambda: app(prog_name=prog_name, standalone_mode=False))
+    sys.exit(code)
 
 
 def exit_code_of(call: Callable[[], Any]) -> int:

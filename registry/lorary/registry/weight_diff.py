@@ -215,12 +215,11 @@ def _spectrum(a: Array, b: Array) -> _Spectrum:
 
 
 def _overlap(first: _Spectrum, second: _Spectrum) -> float | None:
-    ranks = first.left.shape[1], second.left.shape[1]
+    ranks: tuple[int, int] = first.left.shape[1], second.left.shape[1]
     if not min(ranks) or first.left.shape[0] != second.left.shape[0]:
         return None
     cosines = np.linalg.svd(first.left.T @ second.left, compute_uv=False)
-    share = float(np.square(cosines).sum()) / min(ranks)
-    return min(1.0, share)
+    return min(1.0, float((cosines**2).sum()) / min(ranks))
 
 
 def _is_same(one: Array, two: Array) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorary.errors import AdapterNotFound, InvalidRequest
 from lorary.registry.local import utc_now
 from lorary.registry.refs import LATEST, check_alias, check_name
-from lorary.registry.store import Registry
+
+if TYPE_CHECKING:
+    from lorary.registry.store import Registry
 
 _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
