@@ -247,6 +247,11 @@ def test_the_shell_is_offered_what_there_is(graded: Registry) -> None:
         assert done.stdout.split() == expected
 
 
+def test_every_command_is_in_the_docs_with_an_example() -> None:
+    page = (Path(__file__).parents[2] / "docs/registry.md").read_text()
+    assert [name for name in COMMANDS if f"\nregistry {name}" not in page] == []
+
+
 def test_help_imports_little() -> None:
     done = subprocess.run(
         [

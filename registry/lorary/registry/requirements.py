@@ -32,7 +32,7 @@ METRIC: Final = r"[A-Za-z][A-Za-z0-9_./-]*"
 NUMBER: Final = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _REQUIREMENT: Final = re.compile(
     rf"\s*(?P<metric>{METRIC})\s*(?P<op>>=|<=|==|>|<)\s*"
-    rf"(?:(?P<number>[+-]?{NUMBER})|(?P<holder>@?[a-z0-9][a-z0-9._-]*?)(?P<offset>\s*[+-]\s*{NUMBER})?)\s*"
+    rf"(?:(?P<number>[+-]?{NUMBER})|(?P<holder>@[1-9][0-9]*|@?[a-z][a-z0-9._-]*?)(?P<offset>\s*[+-]\s*{NUMBER})?)\s*"
 )
 
 MetricsOf = Callable[[int], Mapping[str, float]]
