@@ -12,7 +12,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from lorary.errors import AdapterNotFound, Refused
 from lorary.registry import Registry
-from lorary.registry.hub_client import HubClient
+from lorary.registry.hub_client import Counter, HubClient
 
 if TYPE_CHECKING:
     from tests.registry.conftest import Forge
@@ -67,3 +67,23 @@ def test_a_version_cannot_go_while_an_alias_comes(
     with pytest.raises(Refused, match="in use: prod points at it"):
         hub.delete("a@1")
     assert Registry.open(hub.url).aliases("a") == {"latest": 2, "prod": 1}
+
+
+def test_an_upload_tells_of_its_bytes_while_they_travel(
+    hub: Registry, forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    real = Counter.finish
+
+    def finish(self: Counter, total: int) -> None:
+        sent.append(self._sum)
+        real(self, total)
+
+    monkeypatch.setattr(Counter, "finish", finish)
+    told: list[int] = []
+    size = hub.push(
+        forge.folder("3", seed=3), "a", base=forge.card, progress=told.append
+    ).size_bytes
+    tensors = next(e for e in hub.manifest(hub.resolve("a")).files if "safetensors" in e.path)
+    assert sent == [tensors.size]  # by LFS; the small files travel in the commit
+    assert sum(told) == pytest.approx(2 * size, rel=0.3)

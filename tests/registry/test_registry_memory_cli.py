@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -222,29 +222,38 @@ def test_bash_breaks_refs_and_they_are_joined(
     assert joined(words, index) == expected
 
 
-def test_the_shell_is_offered_what_there_is(graded: Registry) -> None:
+def test_bash_is_offered_what_there_is(graded: Registry, tmp_path: Path) -> None:
+    """The words are broken as bash breaks them: at the @, too."""
     graded.set_alias("a", "prod", 2)
     graded.delete("a@1")
-    offers: dict[tuple[str, ...], Any] = {
-        ("show", "a", "@"): ["prod", "latest", "3", "2"],
-        ("show", ""): ["a"],
-        ("wh",): ["whowas"],
+    command = tmp_path / "bin" / "registry"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m lorary.registry "$@"\n')
+    command.chmod(0o755)
+    offers = {
+        "(registry show a @)": "prod latest 3 2",
+        "(registry diff a @ 3 a @ pr)": "prod",
+        '(registry show "")': "a",
+        "(registry wh)": "whowas",
     }
-    for words, expected in offers.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "lorary.registry"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ
-            | {
-                "LORARY_REGISTRY": graded.url,
-                "_REGISTRY_COMPLETE": "complete_bash",
-                "COMP_WORDS": "\n".join(["registry", *words]),
-                "COMP_CWORD": str(len(words)),
-            },
-        )
-        assert done.stdout.split() == expected
+    script = "source <(registry --show-completion)\n"
+    for words in offers:
+        script += f"COMP_WORDS={words} COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
+        script += 'COMPREPLY=(); _registry_completion registry; echo "${COMPREPLY[*]}"\n'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ
+        | {
+            "PATH": f"{command.parent}:{os.environ['PATH']}",
+            "SHELL": "/bin/bash",
+            "LORARY_REGISTRY": graded.url,
+        },
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == list(offers.values())
 
 
 def test_every_command_is_in_the_docs_with_an_example() -> None:

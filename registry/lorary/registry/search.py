@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lorary.errors import CorruptArtifact, InvalidRequest
+from lorary.errors import InvalidRequest
 from lorary.registry.manifest import Manifest
 from lorary.registry.requirements import METRIC, NUMBER, OPERATORS
 from lorary.registry.results import VersionInfo
@@ -79,20 +79,13 @@ def search(
     tests, keys = _tests(terms)
     if sort and sort != "name":
         keys = [sort, *keys]
-    infos = registry.list()
+    described = list(registry.described())
     if is_latest:
-        infos = list({info.name: info for info in infos}.values())
+        described = list({info.name: (info, manifest) for info, manifest in described}.values())
     found: list[tuple[VersionInfo, dict[str, float]]] = []
     known: set[str] = set()
     seen: set[str] = set()
-    for info in infos:
-        pointer = registry.store.pointer(info.name, info.version)
-        if pointer is None:
-            continue
-        try:
-            manifest = registry.store.manifest(info.name, pointer)
-        except CorruptArtifact:
-            continue  # gone since it was listed; the listing has warned of damaged ones
+    for info, manifest in described:
         if manifest.metrics is not None:
             known |= manifest.metrics.adapter.keys()
         figures = {k: v for k in keys if (v := _figure(k, info, manifest)) is not None}
@@ -104,7 +97,7 @@ def search(
     return Found(
         versions=tuple(info for info, _ in found),
         figures={f"{info.name}@{info.version}": figures for info, figures in found},
-        unknown=tuple(dict.fromkeys(key for key in keys if key not in seen)) if infos else (),
+        unknown=tuple(dict.fromkeys(key for key in keys if key not in seen)) if described else (),
         known=tuple(sorted(known)),
     )
 

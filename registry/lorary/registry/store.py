@@ -18,7 +18,7 @@ import builtins
 import getpass
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -206,17 +206,24 @@ class Registry:
 
         A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
         """
-        infos: builtins.list[VersionInfo] = []
+        return [info for info, _ in self.described()]
+
+    def described(self) -> Iterator[tuple[VersionInfo, Manifest]]:
+        """Yield what ``list`` returns, each with its manifest."""
         for name in self._store.names():
-            deleted = self._store.marks(name).deleted
+            try:
+                marks = self._store.marks(name)
+            except CorruptArtifact as error:
+                logger.warning("leaving out %s: %s", name, error)
+                continue
             for pointer in self._store.pointers(name):
-                if pointer.version in deleted:
+                if pointer.version in marks.deleted:
                     continue
                 try:
-                    infos.append(self._info(name, pointer))
+                    manifest = self._store.manifest(name, pointer)
+                    yield self._describe(name, pointer, manifest, marks), manifest
                 except CorruptArtifact as error:
                     logger.warning("leaving out %s@%d: %s", name, pointer.version, error)
-        return infos
 
     def info(self, resolved: Resolved) -> VersionInfo:
         """Return one version's description for people."""
@@ -514,6 +521,11 @@ class Registry:
 
     def _info(self, name: str, pointer: Pointer) -> VersionInfo:
         manifest = self._store.manifest(name, pointer)
+        return self._describe(name, pointer, manifest, self._store.marks(name))
+
+    def _describe(
+        self, name: str, pointer: Pointer, manifest: Manifest, marks: Marks
+    ) -> VersionInfo:
         state = self._store.alias_state(name)
         return VersionInfo(
             name=name,
@@ -527,7 +539,7 @@ class Registry:
             base_fingerprint=manifest.base.fingerprint,
             task_kind=manifest.task.kind,
             metrics=manifest.metrics,
-            deprecated=_deprecated(self._store.marks(name), pointer.version),
+            deprecated=_deprecated(marks, pointer.version),
         )
 
 
