@@ -12,6 +12,7 @@ The tree::
     │   └── BaseNotFound
     ├── AlreadyExists                      the name is taken
     ├── Conflict                           somebody else moved it first (compare-and-swap)
+    ├── Refused                            a rule of the registry is against it: a gate, a version in use
     ├── CorruptArtifact                    bytes differ from what was promised, or are not what they claim
     ├── IncompatibleAdapter (ValueError)   well formed, but not for this base or this server
     ├── RegistryUnavailable                the registry cannot be reached just now
@@ -82,6 +83,10 @@ class AlreadyExists(LoraryError):
 
 class Conflict(LoraryError):
     """Another writer was first; nothing was changed. Read again and retry."""
+
+
+class Refused(LoraryError):
+    """A rule of the registry is against it: a requirement not met, a protected alias, a version in use."""
 
 
 class CorruptArtifact(LoraryError):
@@ -186,6 +191,7 @@ OUTCOMES: dict[type[LoraryError], Outcome] = {
     BaseNotFound: Outcome("NOT_FOUND", 3),
     AlreadyExists: Outcome("ALREADY_EXISTS", 4),
     Conflict: Outcome("ABORTED", 4),
+    Refused: Outcome("FAILED_PRECONDITION", 4),
     CorruptArtifact: Outcome("DATA_LOSS", 5),
     IncompatibleAdapter: Outcome("FAILED_PRECONDITION", 9),
     RegistryUnavailable: Outcome("UNAVAILABLE", 6),

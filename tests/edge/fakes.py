@@ -54,6 +54,7 @@ class FakeResolved:
     version: int
     digest: str
     alias: str | None = None
+    deprecated: str = ""
 
 
 @dataclass(frozen=True)

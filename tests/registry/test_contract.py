@@ -16,9 +16,13 @@ from lorary.errors import (
     Conflict,
     IncompatibleAdapter,
     InvalidRef,
+    InvalidRequest,
+    Refused,
     StorageError,
 )
 from lorary.registry import BaseCard, Manifest, Registry
+from lorary.registry.manifest import Metrics
+from lorary.registry.mirror import mirror
 from lorary.registry.validate import validate_adapter
 
 if TYPE_CHECKING:
@@ -269,3 +273,140 @@ def test_a_pull_tells_of_every_byte_twice(
         told: list[int] = []
         elsewhere.pull("a", tmp_path / f"out-{attempt}", told.append)
         assert sum(told) == pytest.approx(2 * size, rel=0.2)
+
+
+@pytest.fixture
+def graded(forge: Forge, anywhere: Registry) -> Registry:
+    """Adapter ``a``: versions 1 to 4 of accuracy 0.80, 0.90, 0.895 and none at all."""
+    for version, accuracy in enumerate((0.80, 0.90, 0.895, None), start=1):
+        metrics = accuracy and Metrics(
+            primary="accuracy", num_examples=100, base={}, adapter={"accuracy": accuracy}
+        )
+        manifest = dataclasses.replace(forge.manifest(), metrics=metrics)
+        folder = forge.folder(str(version), seed=version, manifest=manifest)
+        anywhere.push(folder, "a", base=forge.card)
+    return anywhere
+
+
+def test_an_alias_moves_to_what_meets_its_requirements(graded: Registry) -> None:
+    at_least, near_prod = "accuracy>=0.85", "accuracy>=prod-0.01"
+    with pytest.raises(Refused, match=r"accuracy>=0.85: 0.8 beside 0.85"):
+        graded.set_alias("a", "prod", 1, require=[at_least, near_prod])
+    with pytest.raises(Refused, match="has no such figure"):
+        graded.set_alias("a", "prod", 4, require=[near_prod])
+    with pytest.raises(Refused, match="names alias 'prood'"):
+        graded.set_alias("a", "prod", 2, require=["accuracy>=prood"])
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        graded.set_alias("a", "prod", 2, require=["accuracy"])
+    assert graded.log("a") == []
+    graded.set_alias("a", "prod", 2, require=[at_least, near_prod])
+    move = graded.set_alias("a", "prod", 3, require=[near_prod])
+    assert graded.log("a")[-1] == move
+    (figure,) = move.figures
+    assert (figure.require, figure.value, figure.holder, figure.is_met) == (
+        near_prod, 0.895, 2, True
+    )  # fmt: skip
+    assert figure.bound == pytest.approx(0.89)
+
+    graded.protect("a", "prod", require=["accuracy>=@2"], reason="it earns money")
+    with pytest.raises(Refused, match=r"protected.*0.8 beside 0.9"):
+        graded.set_alias("a", "prod", 1)
+    with pytest.raises(Refused, match="protected"):
+        graded.set_alias("a", "prod", None)
+    with pytest.raises(InvalidRequest, match="--reason"):
+        graded.set_alias("a", "prod", 1, force=True)
+    with pytest.raises(Refused, match="needs a --reason"):
+        graded.rollback("a", "prod")
+    assert graded.aliases("a")["prod"] == 3
+    assert not graded.set_alias("a", "prod", 2).forced
+    assert graded.set_alias("a", "prod", 1, force=True, reason="drill").forced
+    assert graded.rollback("a", "prod", reason="errors").to_version == 2
+    graded.protect("a", "prod", is_on=False)
+    graded.set_alias("a", "prod", 1)
+    assert [m.forced for m in graded.log("a")] == [False, False, False, True, False, False]
+
+
+def test_a_deprecated_version_says_so_and_a_deleted_one_is_gone(
+    forge: Forge, graded: Registry
+) -> None:
+    graded.set_alias("a", "prod", 2)
+    with pytest.raises(InvalidRequest, match="say why"):
+        graded.deprecate("a@prod")
+    graded.deprecate("a@prod", reason="wrong labels", actor="ada")
+    assert graded.resolve("a@2").deprecated.endswith("by ada: wrong labels")
+    assert [bool(info.deprecated) for info in graded.list()] == [False, True, False, False]
+    graded.deprecate("a@2", is_on=False)
+    assert graded.resolve("a@prod").deprecated == ""
+
+    with pytest.raises(Refused, match="in use: prod points at it"):
+        graded.delete("a@2")
+    with pytest.raises(InvalidRef, match="name the version"):
+        graded.delete("a@prod")
+    digest = graded.resolve("a@4").digest
+    held = graded.resolve("a@4")
+    graded.delete("a@4", reason="leaked", actor="ada")
+    for ref in ("a@4", f"a@{digest}"):
+        with pytest.raises(AdapterNotFound, match=r"deleted on .* by ada: leaked"):
+            graded.resolve(ref)
+    with pytest.raises(AdapterNotFound, match="deleted"):
+        graded.set_alias("a", "prod", 4)
+    with pytest.raises(AdapterNotFound, match="deleted"):
+        graded.delete("a@4")
+    assert graded.fetch(held).is_dir()  # whoever is at it goes on
+    assert graded.aliases("a") == {"latest": 3, "prod": 2}
+    assert [info.version for info in graded.list()] == [1, 2, 3]
+    report = graded.verify()
+    assert report.is_ok
+    assert len(report.checks) == 3
+    again = graded.push(forge.folder("again", seed=4), "a", base=forge.card)
+    assert (again.version, again.digest) == (5, digest)
+    assert Registry.open(graded.url).aliases("a") == {"latest": 5, "prod": 2}
+
+
+def test_what_nothing_needs_is_freed_and_nothing_else(
+    forge: Forge, graded: Registry, tmp_path: Path
+) -> None:
+    graded.delete("a@1")
+    assert graded.gc().num_bytes == 0  # too young
+    soon_enough = -2.0  # seconds: clocks of files and of logs differ by less
+    would = graded.gc(grace_s=soon_enough, is_dry=True)
+    assert would.num_folders == 1
+    assert would.num_bytes > 8 * 64 * 4 * 2
+    assert graded.gc(grace_s=soon_enough) == would
+    assert graded.gc(grace_s=soon_enough).num_bytes == 0
+    assert bool(would.notes) == graded.url.startswith("hf://")
+    assert graded.verify().is_ok
+    for version in (2, 3, 4):
+        graded.pull(f"a@{version}", tmp_path / str(version))
+    assert graded.push(forge.folder("again", seed=1), "a", base=forge.card).version == 5
+    assert graded.verify().is_ok
+
+
+def test_a_mirror_holds_the_same_and_goes_on_where_it_stopped(
+    forge: Forge, graded: Registry, tmp_path: Path
+) -> None:
+    graded.set_alias("a", "prod", 2, reason="first", actor="ada")
+    graded.delete("a@1", reason="old")
+    graded.protect("a", "prod", require=["accuracy>=prod"])
+    copy = Registry.open(tmp_path / "copy", create=True)
+    (done,) = mirror(graded, copy)
+    assert (done.num_versions, done.num_there, done.num_moves, done.num_marks) == (3, 1, 1, 1)
+    assert copy.log("a") == graded.log("a")
+    assert copy.marks("a").deleted == graded.marks("a").deleted
+    assert [(i.version, i.digest, i.created_at, i.aliases) for i in copy.list()] == [
+        (i.version, i.digest, i.created_at, i.aliases) for i in graded.list()
+    ]
+    assert copy.verify().is_ok
+    graded.set_alias("a", "prod", 3, force=True, reason="drill")
+    graded.deprecate("a@2", reason="worse")
+    (again,) = mirror(graded, copy)
+    assert (again.num_versions, again.num_bytes, again.num_moves, again.num_marks) == (0, 0, 1, 1)
+    assert copy.log("a") == graded.log("a")
+
+    copy.push(forge.folder("own", seed=9), "a", base=forge.card)
+    with pytest.raises(Conflict, match="gone apart"):
+        mirror(graded, copy)
+    (back,) = mirror(copy, graded)  # it only went on
+    assert (back.num_versions, back.num_there) == (1, 4)
+    assert graded.resolve("a").digest == copy.resolve("a").digest
+    assert graded.verify().is_ok

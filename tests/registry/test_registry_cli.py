@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import typer
 
 from lorary.errors import OUTCOMES, LoraryError
+from lorary.registry.cli import COMMANDS
 from lorary.registry.cli_support import exit_code_of, print_json
 
 if TYPE_CHECKING:
@@ -175,3 +177,11 @@ def test_other_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of(lambda: None) == 0
     print_json({"a": (1, None, "ü")})
     assert json.loads(capsys.readouterr().out) == {"a": [1, None, "ü"]}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_of_contents_says_what_the_commands_say(name: str) -> None:
+    module, _, function = COMMANDS[name].function.partition(":")
+    docstring = getattr(importlib.import_module(module), function).__doc__
+    assert docstring.splitlines()[0] == COMMANDS[name].help
+    assert COMMANDS[name].example.split()[0] == name

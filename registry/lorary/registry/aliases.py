@@ -5,6 +5,9 @@ r"""Movable aliases of one adapter, as an append-only log of moves.
     {"at": "2026-11-22T10:00:00Z", "actor": "ada", "alias": "prod", "from_version": 2,
      "to_version": 3, "reason": "better F1", "kind": "set"}
 
+A move that had to meet requirements says so in a further field, ``figures`` (``requirements``); one
+that went through without them has ``"forced": true``.
+
 The state is the log replayed. A move is appended and synced under a lock between processes, after the
 alias was compared with what the mover expected. A line that a crash cut short has no newline: it was
 never acknowledged, readers skip it and the next writer cuts it off.
@@ -14,17 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
-from lorary.registry.durable import locked, storage_errors, sync_folder
+from lorary.registry.durable import append_line, locked, storage_errors
+from lorary.registry.requirements import Figure, parse_figures
 from lorary.registry.strict_json import parse_json
 
 MoveKind = Literal["set", "rollback"]
+_OPTIONAL: Final = frozenset({"figures", "forced"})
 
 
 class Unset:
@@ -50,6 +54,8 @@ class AliasMove:
         to_version: where it points now, ``None`` if it was removed.
         reason: why, as the mover said.
         kind: ``set``, or ``rollback`` for a return to where it pointed before.
+        figures: the requirements that were asked for, each with what it compared.
+        forced: whether it went through although the alias is protected.
     """
 
     at: str
@@ -59,10 +65,18 @@ class AliasMove:
     to_version: int | None
     reason: str = ""
     kind: MoveKind = "set"
+    figures: tuple[Figure, ...] = ()
+    forced: bool = False
 
     def to_json(self) -> bytes:
-        """Return the move as a line of the log."""
-        return (json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n").encode()
+        """Return the move as a line of the log; what only some moves have is left out of the others."""
+        fields = dataclasses.asdict(self)
+        said = {key: value for key, value in fields.items() if key not in _OPTIONAL or value}
+        return (json.dumps(said, ensure_ascii=False) + "\n").encode()
+
+
+Admit = Callable[[AliasMove], AliasMove]
+"""Given a move that nobody can come before any more; returns it as it is to be recorded, or raises."""
 
 
 class AliasLog:
@@ -83,21 +97,26 @@ class AliasLog:
         """Return all moves, oldest first."""
         return self._load()[0]
 
-    def append(self, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def append(
+        self, move: AliasMove, *, expect: int | Unset | None, admit: Admit | None = None
+    ) -> AliasMove:
         """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
 
         A move to where the alias points already changes nothing and is not recorded.
 
         Raises:
             Conflict: the alias is elsewhere.
+            LoraryError: ``admit`` raised it.
             CorruptArtifact: the log is damaged before its last line.
             StorageError: the log cannot be written.
         """
         with locked(self._lock):
             move = compared(move, self.state(), expect)
+            if admit is not None:
+                move = admit(move)
             if move.from_version != move.to_version:
                 with storage_errors(f"record a move in {self._file}"):
-                    self._append(move)
+                    append_line(self._file, move.to_json())
             return move
 
     def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
@@ -114,23 +133,6 @@ class AliasLog:
         state = replay(moves)
         self._cache = (stamp, moves, state)
         return moves, state
-
-    def _append(self, move: AliasMove) -> None:
-        line = move.to_json()
-        is_new = not self._file.exists()
-        descriptor = os.open(
-            self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
-        with open(descriptor, "r+b", buffering=0) as file:
-            kept = file.read()
-            end = kept.rfind(b"\n") + 1
-            if end < len(kept):
-                file.truncate(end)
-            file.seek(end)
-            file.write(line)
-            os.fsync(file.fileno())
-        if is_new:
-            sync_folder(self._file.parent)
 
 
 def compared(move: AliasMove, state: Mapping[str, int], expect: int | Unset | None) -> AliasMove:
@@ -199,14 +201,16 @@ def parse_moves(raw: bytes, where: str) -> tuple[AliasMove, ...]:
 def _move(fields: dict[str, Any], where: str) -> AliasMove:
     texts = ("at", "actor", "alias", "reason", "kind")
     versions = ("from_version", "to_version")
+    needed = {*texts, *versions}
     if (
-        fields.keys() != {*texts, *versions}
+        not needed <= fields.keys() <= needed | _OPTIONAL
         or not all(isinstance(fields[key], str) for key in texts)
         or not all(fields[key] is None or type(fields[key]) is int for key in versions)
         or fields["kind"] not in get_args(MoveKind)
+        or type(fields.get("forced", False)) is not bool
     ):
         raise CorruptArtifact(f"{where} is damaged; it is no move of an alias")
-    return AliasMove(**fields)
+    return AliasMove(**fields | {"figures": parse_figures(fields.get("figures", []), where)})
 
 
 def _shown(version: int | Unset | None) -> str:

@@ -7,15 +7,17 @@ is the same in both, and one suite of tests says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from lorary.registry.address import is_hub, local_path
-from lorary.registry.aliases import AliasMove, Unset
+from lorary.registry.aliases import Admit, AliasMove, Unset
 from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
+from lorary.registry.marks import Mark, Marks
+from lorary.registry.results import Freed
 from lorary.registry.versions import Pointer
 
 
@@ -49,13 +51,63 @@ class Store(Protocol):
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves of an adapter's aliases, oldest first."""
 
-    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def move_alias(
+        self,
+        name: str,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        admit: Admit | None = None,
+    ) -> AliasMove:
         """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
 
         A move to where the alias points already changes nothing and is not recorded.
 
+        Args:
+            name: the adapter.
+            move: the move.
+            expect: where the alias must point before.
+            admit: called, perhaps repeatedly, with the move when nothing can come before it any more:
+                what it reads of the adapter is what the move follows on.
+
         Raises:
             Conflict: the alias is elsewhere.
+            LoraryError: ``admit`` raised it.
+        """
+
+    def marks(self, name: str) -> Marks:
+        """Return what was decided about an adapter's versions and aliases."""
+
+    def mark(self, name: str, mark: Mark, allow: Callable[[], None] | None = None) -> None:
+        """Record a mark.
+
+        Args:
+            name: the adapter.
+            mark: the mark.
+            allow: called, perhaps repeatedly, when nothing can come before the mark any more; what it
+                raises refuses it.
+        """
+
+    def reserve(self, name: str, pointer: Pointer, mark: Mark) -> None:
+        """Take the next number for a version that is deleted, without its files.
+
+        Args:
+            name: the adapter.
+            pointer: what the number stood for where it was deleted.
+            mark: its deletion.
+
+        Raises:
+            Conflict: ``pointer.version`` is not the next number.
+        """
+
+    def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
+        """Remove what nothing needs, and was last written ``grace_s`` seconds ago or earlier.
+
+        Safe while others push and fetch.
+
+        Args:
+            grace_s: what is younger stays: somebody may be at work with it.
+            is_dry: only say what would be removed.
         """
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
@@ -65,7 +117,13 @@ class Store(Protocol):
         """Give an empty folder for one push; fails at once if the store cannot be written."""
 
     def commit(
-        self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
+        self,
+        name: str,
+        staged: Path,
+        draft: Manifest,
+        progress: Progress | None = None,
+        *,
+        created_at: str = "",
     ) -> Pointer:
         """Make staged files the next version, or return the one with the same content.
 
@@ -74,6 +132,7 @@ class Store(Protocol):
             staged: folder from ``staging``, holding what ``draft.files`` lists, synced.
             draft: the manifest but for its number.
             progress: told of bytes read.
+            created_at: when it was pushed; now if empty.
         """
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:

@@ -8,21 +8,17 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
 from lorary.errors import LoraryError, outcome
+from lorary.registry.cli_bash import whole_refs
+
+# rich is imported where it is used: help and completion need little of it.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -38,7 +34,9 @@ def run(app: typer.Typer, *, prog_name: str | None = None) -> NoReturn:
 
     A ``LoraryError`` becomes one line on stderr. Anything unexpected keeps its traceback.
     """
-    sys.exit(exit_code_of(lambda: app(prog_name=prog_name, standalone_mode=False)))
+    with whole_refs(prog_name or ""):
+        code = exit_code_of(lambda: app(prog_name=prog_name, standalone_mode=False))
+    sys.exit(code)
 
 
 def exit_code_of(call: Callable[[], Any]) -> int:
@@ -74,11 +72,20 @@ def print_json(value: Any) -> None:
 
 def console() -> Console:
     """Return a console on stdout; wide when it is a pipe, so that tables are not cut."""
+    from rich.console import Console
+
     return Console() if sys.stdout.isatty() else Console(width=_PIPED_WIDTH)
+
+
+def warn(text: str) -> None:
+    """Say something on stderr that the user should know."""
+    typer.echo(f"warning: {text}", err=True)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
     """Return a plain rich table."""
+    from rich.table import Table
+
     result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         result.add_column(column, overflow="fold")
@@ -96,6 +103,16 @@ def progress_bar(what: str, total_bytes: int | None) -> Iterator[Callable[[int],
     Yields:
         A function to be called with the number of bytes just done.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     stderr = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

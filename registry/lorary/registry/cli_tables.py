@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -11,7 +12,13 @@ from rich.table import Table
 from lorary.registry.aliases import AliasMove
 from lorary.registry.cli_support import table
 from lorary.registry.manifest import Manifest, Metrics
-from lorary.registry.results import VerifyReport, VersionInfo
+from lorary.registry.marks import Mark
+from lorary.registry.results import Freed, VerifyReport, VersionInfo
+
+if TYPE_CHECKING:
+    # These read tensors, which takes long to import.
+    from lorary.registry.mirror import Mirrored
+    from lorary.registry.whowas import Held
 
 _DIGEST_CHARS = 19
 
@@ -33,7 +40,7 @@ def versions(infos: Sequence[VersionInfo]) -> Table:
     for info in infos:
         result.add_row(
             info.name,
-            str(info.version),
+            f"{info.version} [yellow](deprecated)[/]" if info.deprecated else str(info.version),
             ", ".join(info.aliases),
             info.digest[:_DIGEST_CHARS],
             str(info.rank),
@@ -53,6 +60,7 @@ def manifest(info: VersionInfo, described: Manifest) -> Table:
         "version": f"{info.name}@{info.version}",
         "digest": info.digest,
         "aliases": ", ".join(info.aliases),
+        "deprecated": info.deprecated,
         "description": described.description,
         "pushed": info.created_at,
         "trained": described.created_at,
@@ -68,12 +76,7 @@ def manifest(info: VersionInfo, described: Manifest) -> Table:
         "probes": str(len(described.golden_probes)) if described.golden_probes else "",
         "files": "\n".join(f"{f.path}  {size(f.size)}  {f.sha256[:12]}…" for f in described.files),
     }
-    result = table("", "")
-    result.show_header = False
-    for key, value in rows.items():
-        if value:
-            result.add_row(f"[bold]{key}[/]", escape(value))
-    return result
+    return facts(rows)
 
 
 def moves(found: Sequence[AliasMove]) -> Table:
@@ -86,8 +89,86 @@ def moves(found: Sequence[AliasMove]) -> Table:
             move.alias,
             "-" if move.from_version is None else str(move.from_version),
             "-" if move.to_version is None else str(move.to_version),
-            move.kind,
-            escape(move.reason),
+            f"{move.kind} [yellow](forced)[/]" if move.forced else move.kind,
+            escape("\n".join([move.reason, *map(str, move.figures)]).strip()),
+        )
+    return result
+
+
+def history(moves: Sequence[AliasMove], marks: Sequence[Mark]) -> Table:
+    """One row per move and mark, by time."""
+    result = table("at", "who", "what", "of", "from", "to", "reason")
+    rows = [
+        (
+            move.at,
+            move.actor,
+            f"{move.kind} (forced)" if move.forced else move.kind,
+            move.alias,
+            "-" if move.from_version is None else str(move.from_version),
+            "-" if move.to_version is None else str(move.to_version),
+            "\n".join([move.reason, *map(str, move.figures)]).strip(),
+        )
+        for move in moves
+    ]
+    for mark in marks:
+        of = mark.alias if mark.version is None else f"version {mark.version}"
+        why = "\n".join([mark.reason, *(f"requires {text}" for text in mark.require)]).strip()
+        rows.append((mark.at, mark.actor, mark.kind, of or "", "", "", why))
+    for row in sorted(rows, key=lambda row: row[0]):
+        result.add_row(*map(escape, row))
+    return result
+
+
+def held(found: Held) -> Table:
+    """What an alias held."""
+    return facts(
+        {
+            "version": f"{found.name}@{found.version}",
+            "digest": found.digest,
+            "at": found.at,
+            "since": found.since,
+            "until": found.until or "now",
+            "who": found.actor,
+            "reason": found.reason,
+            "deleted": found.deleted,
+        }
+    )
+
+
+def facts(rows: dict[str, str]) -> Table:
+    """One row per fact that is known."""
+    result = table("", "")
+    result.show_header = False
+    for key, value in rows.items():
+        if value:
+            result.add_row(f"[bold]{key}[/]", escape(value))
+    return result
+
+
+def freed(found: Freed, *, is_dry: bool) -> Table:
+    """What a collection removed, or would."""
+    result = table("would remove" if is_dry else "removed", "")
+    for what, count in (
+        ("files that no version needs", found.num_blobs),
+        ("unpacked folders of deleted versions", found.num_folders),
+        ("left-overs of work that never ended", found.num_left_overs),
+    ):
+        result.add_row(what, str(count))
+    result.add_row("[bold]room that is freed[/]", size(found.num_bytes))
+    return result
+
+
+def mirrored(found: Sequence[Mirrored]) -> Table:
+    """One row per adapter."""
+    result = table("adapter", "copied", "size", "there before", "moves", "marks")
+    for one in found:
+        result.add_row(
+            one.name,
+            str(one.num_versions),
+            size(one.num_bytes),
+            str(one.num_there),
+            str(one.num_moves),
+            str(one.num_marks),
         )
     return result
 

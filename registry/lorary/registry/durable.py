@@ -69,6 +69,25 @@ def replace(staged: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def append_line(file: Path, line: bytes) -> None:
+    """Append a line to a log and sync it; a line that a crash cut short is cut off first.
+
+    The caller holds the log's lock.
+    """
+    is_new = not file.exists()
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "r+b", buffering=0) as opened:
+        kept = opened.read()
+        end = kept.rfind(b"\n") + 1
+        if end < len(kept):
+            opened.truncate(end)
+        opened.seek(end)
+        opened.write(line)
+        os.fsync(opened.fileno())
+    if is_new:
+        sync_folder(file.parent)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -92,8 +111,8 @@ def unused_name(folder: Path, kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the system drops it when a process dies.
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock between processes, exclusive or shared; the system drops it when a process dies.
 
     Raises:
         Conflict: another process holds it for longer than ``LOCK_TIMEOUT_S``.
@@ -103,17 +122,17 @@ def locked(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with storage_errors(f"lock {path}"):
-            _wait_for_lock(descriptor, path)
+            _wait_for_lock(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
-def _wait_for_lock(descriptor: int, path: Path) -> None:
+def _wait_for_lock(descriptor: int, path: Path, kind: int) -> None:
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise Conflict(

@@ -24,7 +24,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,17 +40,20 @@ from lorary.errors import (
     StorageError,
 )
 from lorary.registry.address import hub_owner
-from lorary.registry.aliases import AliasMove, Unset, compared
+from lorary.registry.aliases import Admit, AliasMove, Unset, compared
 from lorary.registry.blobs import Progress, check_file
 from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES, README_FILE
-from lorary.registry.hub_card import TAG, write_card
+from lorary.registry.gc import GC_LOCK, Collector
+from lorary.registry.hub_card import TAG, empty_card, write_card
 from lorary.registry.hub_client import HubClient
 from lorary.registry.hub_errors import StaleHead
 from lorary.registry.hub_state import NOTHING, STATE_FOLDER, HubState, appended, read_state
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import FileEntry, Manifest
+from lorary.registry.marks import Mark, Marks
 from lorary.registry.refs import check_name
+from lorary.registry.results import Freed
 from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
 
@@ -134,6 +137,10 @@ class HubStore:
         """Return all moves."""
         return self._state(name).alias_moves()
 
+    def marks(self, name: str) -> Marks:
+        """Return all marks."""
+        return self._state(name).marks()
+
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
         """Return a version's manifest, from this machine or from the Hub."""
         try:
@@ -174,20 +181,29 @@ class HubStore:
         return self._cache.staging()
 
     def commit(
-        self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
+        self,
+        name: str,
+        staged: Path,
+        draft: Manifest,
+        progress: Progress | None = None,
+        *,
+        created_at: str = "",
     ) -> Pointer:
         """Make the files of ``staged`` a version, unless one has the same content already."""
         repo_id = self._repo(name)
 
         def attempt() -> Pointer:
             state = self._ready_for(name, repo_id)
+            deleted = state.marks().deleted
             for pointer in reversed(list(state.readable())):
-                if pointer.digest == draft.digest and self._is_whole(name, pointer):
+                is_it = pointer.digest == draft.digest and pointer.version not in deleted
+                if is_it and self._is_whole(name, pointer):
                     self._tag_all(repo_id, state)
                     return pointer
-            manifest, pointer = self._describe(staged, draft, repo_id, state.newest + 1)
+            manifest, pointer = self._describe(
+                staged, draft, repo_id, state.newest + 1, created_at or utc_now()
+            )
             paths = {entry.path for entry in manifest.files} | {MANIFEST_FILE}
-            kept = {*paths, ".gitattributes"}
             commit = self._client.commit(
                 repo_id,
                 parent=state.head,
@@ -196,11 +212,8 @@ class HubStore:
                     **{path: staged / path for path in sorted(paths)},
                     **appended(state, version=pointer.to_json()),
                 },
-                delete=[
-                    path
-                    for path in self._client.files(repo_id, state.head)
-                    if path not in kept and not path.startswith(f"{STATE_FOLDER}/")
-                ],
+                delete=self._others(repo_id, state, paths),
+                told=progress,
             )
             self._client.tag(repo_id, f"v{pointer.version}", commit)
             self._tag_all(repo_id, self._renew(name, commit))
@@ -209,13 +222,22 @@ class HubStore:
 
         return self._retried(name, attempt)
 
-    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def move_alias(
+        self,
+        name: str,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        admit: Admit | None = None,
+    ) -> AliasMove:
         """Append a move to the log in a commit of its own."""
         repo_id = self._repo(name)
 
         def attempt() -> AliasMove:
             state = self._renew(name)
             done = compared(move, state.alias_state(), expect)
+            if admit is not None:
+                done = admit(done)
             if done.from_version != done.to_version:
                 target = "removed" if done.to_version is None else f"to v{done.to_version}"
                 commit = self._client.commit(
@@ -228,6 +250,106 @@ class HubStore:
             return done
 
         return self._retried(name, attempt)
+
+    def mark(self, name: str, mark: Mark, allow: Callable[[], None] | None = None) -> None:
+        """Append a mark to the log in a commit of its own; a deleted version's files leave the head."""
+        repo_id = self._repo(name)
+
+        def attempt() -> None:
+            state = self._renew(name)
+            state.marks()
+            if allow is not None:
+                allow()
+            files: dict[str, Path | bytes] = {**appended(state, mark=mark.to_json())}
+            removed: list[str] = []
+            if mark.kind == "delete":
+                shown = self._shown_instead(name, repo_id, state, mark)
+                if shown is not None:
+                    removed = self._others(repo_id, state, shown)
+                    files |= shown
+            subject = f"alias {mark.alias}" if mark.version is None else f"v{mark.version}"
+            commit = self._client.commit(
+                repo_id,
+                parent=state.head,
+                title=f"{mark.kind} {subject}",
+                add=files,
+                delete=removed,
+            )
+            if mark.kind == "delete":
+                self._client.untag(repo_id, f"v{mark.version}")
+            self._renew(name, commit)
+
+        self._retried(name, attempt)
+
+    def reserve(self, name: str, pointer: Pointer, mark: Mark) -> None:
+        """Take the next number for a version that is deleted, in a commit of its own."""
+        repo_id = self._repo(name)
+
+        def attempt() -> None:
+            state = self._ready_for(name, repo_id)
+            if pointer.version != state.newest + 1:
+                raise Conflict(
+                    f"version {state.newest + 1} of '{name}' is the next, not {pointer.version}"
+                )
+            lines = appended(state, version=pointer.to_json(), mark=mark.to_json())
+            card = {} if state.newest else {README_FILE: empty_card(name)}
+            commit = self._client.commit(
+                repo_id,
+                parent=state.head,
+                title=f"reserve v{pointer.version}",
+                add={**lines, **card},
+            )
+            self._renew(name, commit)
+
+        self._retried(name, attempt)
+
+    def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
+        """Remove what was fetched of deleted versions, and left-overs, from this machine."""
+        gone: dict[str, list[int]] = {}
+        manifests: set[str] = set()
+        for name in self.names():
+            deleted = self.marks(name).deleted
+            for pointer in self.pointers(name):
+                if pointer.version in deleted:
+                    gone.setdefault(name, []).append(pointer.version)
+                    manifests.add(pointer.manifest_sha256)
+
+        def needed(_seen: dict[str, int], _since: str) -> set[str]:
+            return self._cache.linked(without=manifests)
+
+        freed = Collector(self._cache.root, needed, grace_s=grace_s).run(is_dry=is_dry)
+        notes = tuple(
+            f"{self._repo(name)}: the hub keeps the files of deleted {_listed(versions)} in the "
+            "repository's history; only deleting the repository, or squashing its history, frees them"
+            for name, versions in sorted(gone.items())
+        )
+        return dataclasses.replace(freed, notes=notes)
+
+    def _shown_instead(
+        self, name: str, repo_id: str, state: HubState, mark: Mark
+    ) -> dict[str, Path | bytes] | None:
+        """Return the files to be at the head once a version is gone; ``None`` to leave it as it is."""
+        raw = self._client.read(repo_id, MANIFEST_FILE, state.head, MAX_JSON_BYTES)
+        if raw is None or Manifest.from_json(raw).version != mark.version:
+            return None
+        deleted = {*state.marks().deleted, mark.version}
+        for pointer in reversed(list(state.readable())):
+            if pointer.version not in deleted:
+                folder = self.fetch(name, pointer)
+                entries = self._cache.manifest(pointer).files
+                paths = [*(entry.path for entry in entries), MANIFEST_FILE]
+                return {path: folder / path for path in paths}
+        return {README_FILE: empty_card(name)}
+
+    def _others(self, repo_id: str, state: HubState, kept: Collection[str]) -> list[str]:
+        """Return the files at the head that are neither the registry's own nor among ``kept``."""
+        return [
+            path
+            for path in self._client.files(repo_id, state.head)
+            if path not in kept
+            and path != ".gitattributes"
+            and not path.startswith(f"{STATE_FOLDER}/")
+        ]
 
     def _retried(self, name: str, attempt: Callable[[], T]) -> T:
         deadline = time.monotonic() + RACE_S
@@ -265,7 +387,7 @@ class HubStore:
         return state
 
     def _describe(
-        self, staged: Path, draft: Manifest, repo_id: str, version: int
+        self, staged: Path, draft: Manifest, repo_id: str, version: int, created_at: str
     ) -> tuple[Manifest, Pointer]:
         """Write card and manifest of a version into ``staged``."""
         numbered = dataclasses.replace(draft, version=version)
@@ -292,24 +414,30 @@ class HubStore:
             digest=draft.digest,
             manifest_sha256=hashlib.sha256(raw).hexdigest(),
             manifest_size=len(raw),
-            created_at=utc_now(),
+            created_at=created_at,
         )
         return manifest, pointer
 
     def _keep(self, staged: Path, manifest: Manifest, pointer: Pointer) -> None:
         """Keep what was just pushed, so that this machine need not fetch it."""
         try:
-            for entry in manifest.files:
-                self._cache.blobs.put(staged / entry.path, entry.sha256)
-            self._cache.blobs.put(staged / MANIFEST_FILE, pointer.manifest_sha256)
-            self._cache.unpack(pointer)
+            with locked(self._cache.root / GC_LOCK, shared=True):
+                for entry in manifest.files:
+                    self._cache.blobs.put(staged / entry.path, entry.sha256)
+                self._cache.blobs.put(staged / MANIFEST_FILE, pointer.manifest_sha256)
+                self._cache.unpack(pointer)
         except StorageError as error:
             logger.warning("the push is done, but %s is not kept here: %s", pointer.digest, error)
 
     def _tag_all(self, repo_id: str, state: HubState) -> None:
         """Tag versions whose pusher died before it could."""
         tags = self._client.tags(repo_id)
-        missing = [p.version for p in state.readable() if f"v{p.version}" not in tags]
+        deleted = state.marks().deleted
+        missing = [
+            p.version
+            for p in state.readable()
+            if f"v{p.version}" not in tags and p.version not in deleted
+        ]
         if not missing:
             return
         by_version = self._commits_by_version(repo_id)
@@ -331,13 +459,16 @@ class HubStore:
     def _download(self, name: str, pointer: Pointer, told: Progress) -> None:
         repo_id = self._repo(name)
         commit, raw = self._locate(name, pointer)
-        self._keep_manifest(raw, pointer)
         manifest = Manifest.from_json(raw)
         # The folder's name is the content's, so that a fetch goes on where a killed one stopped.
         folder = self._cache.root / "tmp" / f"fetch-{pointer.manifest_sha256}"
-        with locked(self._cache.root / "tmp" / f"{folder.name}.lock"):
+        with (
+            locked(self._cache.root / "tmp" / f"{folder.name}.lock"),
+            locked(self._cache.root / GC_LOCK, shared=True),
+        ):
             if self._cache.has(pointer):
                 return
+            self._keep_manifest(raw, pointer)
             with storage_errors(f"write to {folder}"):
                 make_folder(folder)
             for entry in manifest.files:
@@ -517,3 +648,7 @@ def _nobody(_: int) -> None:
 def _cache_root() -> Path:
     home = os.environ.get("LORARY_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "lorary") / "hub"
+
+
+def _listed(versions: list[int]) -> str:
+    return f"version{'s' if len(versions) > 1 else ''} {', '.join(map(str, versions))}"

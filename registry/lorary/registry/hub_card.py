@@ -33,6 +33,12 @@ def write_card(staged: Path, manifest: Manifest, repo_id: str) -> bytes:
     return f"{_FENCE}{front}{_FENCE}\n{body or _body(manifest, repo_id)}".encode()
 
 
+def empty_card(name: str) -> bytes:
+    """Return the card of an adapter whose versions are all deleted."""
+    front = yaml.safe_dump({"library_name": "peft", "tags": [TAG, "lora"]}, sort_keys=False)
+    return f"{_FENCE}{front}{_FENCE}\n# {name}\n\nAll versions were deleted.\n".encode()
+
+
 def _metadata(staged: Path, manifest: Manifest, old: dict[str, Any]) -> dict[str, Any]:
     base = _base_id(staged, manifest)
     pipeline = _PIPELINES[manifest.task.kind]

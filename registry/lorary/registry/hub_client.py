@@ -5,9 +5,10 @@ Endpoint and token are those of the client: ``HF_ENDPOINT``, ``HF_TOKEN``, or wh
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import io
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,12 +36,68 @@ _once = threading.Lock()
 _is_prepared = False
 
 
+class Counter:
+    """Passes on how many bytes were sent, and keeps their sum. Thread-safe."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self._told = told
+        self._sum = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        """Tell of bytes."""
+        with self._lock:
+            self._sum += count
+            self._told(count)
+
+    def finish(self, total: int) -> None:
+        """Tell of what is left of ``total``."""
+        self(max(0, total - self._sum))
+
+
+class _Add(CommitOperationAdd):
+    """A file to be added that tells of its bytes as they are sent."""
+
+    def __init__(self, path: str, content: Path | bytes, *, sent: Counter | None) -> None:
+        super().__init__(path, content)
+        self._sent = sent
+
+    @contextlib.contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[Any]:
+        """Open the file; ``with_tqdm`` says that it is about to be sent."""
+        if not with_tqdm or self._sent is None or isinstance(self.path_or_fileobj, bytes):
+            with super().as_file() as file:
+                yield file
+        else:
+            with _Told(io.FileIO(str(self.path_or_fileobj)), self._sent) as told:
+                yield told
+
+
+class _Told(io.BufferedReader):
+    """A file that tells of what is read of it."""
+
+    def __init__(self, raw: io.FileIO, sent: Counter) -> None:
+        super().__init__(raw)
+        self._sent = sent
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read bytes, and tell of them."""
+        found = super().read(size)
+        self._sent(len(found))
+        return found
+
+
 class HubClient:
     """A Hub, as far as registries need it. Thread-safe."""
 
     def __init__(self) -> None:
         _prepare()
         self._api = HfApi(library_name="lorary")
+
+    @property
+    def api(self) -> HfApi:
+        """The client itself."""
+        return self._api
 
     @property
     def endpoint(self) -> str:
@@ -135,15 +192,17 @@ class HubClient:
         title: str,
         add: Mapping[str, Path | bytes],
         delete: Iterable[str] = (),
+        told: Callable[[int], None] | None = None,
     ) -> str:
-        """Change files in one step and return the new head.
+        """Change files in one step and return the new head; ``told`` is told of bytes sent.
 
         Raises:
             StaleHead: ``parent`` is no longer the head; nothing was changed.
         """
+        sent = Counter(told) if told is not None else None
         operations: list[Any] = [
             *(CommitOperationDelete(path, is_folder=False) for path in delete),
-            *(CommitOperationAdd(path, content) for path, content in add.items()),
+            *(_Add(path, content, sent=sent) for path, content in add.items()),
         ]
         with hub_errors(f"commit to {repo_id}"):
             try:
@@ -154,6 +213,9 @@ class HubClient:
                 if status_of(error) == _STALE:
                     raise StaleHead(repo_id) from error
                 raise
+            if sent is not None:
+                # What a hub has already is not sent, and Xet says nothing on its way.
+                sent.finish(sum(p.stat().st_size for p in add.values() if isinstance(p, Path)))
             return str(info.oid)
 
     def tags(self, repo_id: str) -> dict[str, str]:
@@ -167,10 +229,33 @@ class HubClient:
         with hub_errors(f"tag {repo_id}"):
             self._api.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
 
+    def untag(self, repo_id: str, name: str) -> None:
+        """Remove a tag, if there is one."""
+        with hub_errors(f"remove tag {name} of {repo_id}"):
+            try:
+                self._api.delete_tag(repo_id, tag=name)
+            except (RevisionNotFoundError, HfHubHTTPError) as error:
+                if status_of(error) != _NOT_FOUND:
+                    raise
+
     def titles(self, repo_id: str) -> list[tuple[str, str]]:
         """Return commit and title of the whole history, newest first."""
         with hub_errors(f"read the history of {repo_id}"):
             return [(c.commit_id, c.title) for c in self._api.list_repo_commits(repo_id)]
+
+
+def log_in(token: str) -> tuple[str, str]:
+    """Check a token and keep it where the Hub's client looks; return the endpoint and the user.
+
+    Raises:
+        AccessDenied: the hub does not know the token.
+        RegistryUnavailable: the hub cannot be reached.
+    """
+    client = HubClient()
+    with hub_errors(f"log in to {client.endpoint}"):
+        user = str(client.api.whoami(token=token)["name"])
+        huggingface_hub.login(token=token)
+    return client.endpoint, user
 
 
 def _teller(told: Callable[[int], None]) -> Any:
@@ -194,8 +279,7 @@ def _prepare() -> None:
         if _is_prepared:
             return
         _is_prepared = True
-        if not sys.stderr.isatty():
-            _utils.disable_progress_bars()
+        _utils.disable_progress_bars()  # ours say the same, and two would share a line
         # A program that made its own client (a proxy, certificates) keeps it.
         private: Any = _http
         default = private.default_client_factory

@@ -4,9 +4,10 @@ The repository's head holds, beside the newest version's files::
 
     .lorary/versions.jsonl   one line per version: its number, digest, and its manifest's sha256
     .lorary/aliases.jsonl    one line per move of an alias (aliases)
+    .lorary/marks.jsonl      one line per deprecation, deletion, protection (marks)
     .lorary/nonce            different in every commit
 
-Both logs are only ever appended to, in a commit whose parent is the head that was read. Thus whoever
+The logs are only ever appended to, in a commit whose parent is the head that was read. Thus whoever
 commits has seen everything, and of two who race one is refused. The nonce is there because a client leaves
 out files that the head has already: two equal changes would otherwise both seem to win.
 """
@@ -22,6 +23,7 @@ from typing import Final
 from lorary.errors import CorruptArtifact
 from lorary.registry.aliases import AliasMove, parse_moves, replay
 from lorary.registry.hub_client import HubClient
+from lorary.registry.marks import NO_MARKS, Marks, parse_marks
 from lorary.registry.strict_json import parse_json
 from lorary.registry.versions import Pointer, parse_pointer
 
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 STATE_FOLDER: Final = ".lorary"
 VERSIONS_FILE: Final = f"{STATE_FOLDER}/versions.jsonl"
 ALIASES_FILE: Final = f"{STATE_FOLDER}/aliases.jsonl"
+MARKS_FILE: Final = f"{STATE_FOLDER}/marks.jsonl"
 _NONCE_FILE: Final = f"{STATE_FOLDER}/nonce"
 _MAX_LOG_BYTES: Final = 64 << 20
 
@@ -43,16 +46,20 @@ class HubState:
         versions: one per version, from 1: its pointer, or what is wrong with its line.
         moves: all moves of aliases, or what is wrong with the log.
         aliases: where every alias points.
+        known_marks: all marks, or what is wrong with the log.
         raw_versions: the file, to be appended to.
         raw_aliases: the file, to be appended to.
+        raw_marks: the file, to be appended to.
     """
 
     head: str = ""
     versions: tuple[Pointer | CorruptArtifact, ...] = ()
     moves: tuple[AliasMove, ...] | CorruptArtifact = ()
     aliases: Mapping[str, int] = field(default_factory=dict)
+    known_marks: Marks | CorruptArtifact = NO_MARKS
     raw_versions: bytes = b""
     raw_aliases: bytes = b""
+    raw_marks: bytes = b""
 
     @property
     def newest(self) -> int:
@@ -99,6 +106,16 @@ class HubState:
         self.alias_moves()
         return self.aliases
 
+    def marks(self) -> Marks:
+        """Return all marks.
+
+        Raises:
+            CorruptArtifact: the log is damaged.
+        """
+        if isinstance(self.known_marks, CorruptArtifact):
+            raise self.known_marks
+        return self.known_marks
+
 
 NOTHING: Final = HubState()
 """Of an adapter that has no repository."""
@@ -115,8 +132,16 @@ def read_state(client: HubClient, repo_id: str, head: str) -> HubState:
         moves = parse_moves(raw_aliases, f"{ALIASES_FILE} of {repo_id}")
     except CorruptArtifact as error:
         moves = error
+    raw_marks = client.read(repo_id, MARKS_FILE, head, _MAX_LOG_BYTES) or b""
+    marks: Marks | CorruptArtifact
+    try:
+        marks = parse_marks(raw_marks, f"{MARKS_FILE} of {repo_id}")
+    except CorruptArtifact as error:
+        marks = error
     return HubState(
         head=head,
+        known_marks=marks,
+        raw_marks=raw_marks,
         versions=tuple(_versions(raw_versions, repo_id)),
         moves=moves,
         aliases={} if isinstance(moves, CorruptArtifact) else replay(moves),
@@ -125,13 +150,17 @@ def read_state(client: HubClient, repo_id: str, head: str) -> HubState:
     )
 
 
-def appended(state: HubState, *, version: bytes = b"", move: bytes = b"") -> dict[str, bytes]:
-    """Return the files that a commit on top of ``state`` must bring, with a line more in one of them."""
+def appended(
+    state: HubState, *, version: bytes = b"", move: bytes = b"", mark: bytes = b""
+) -> dict[str, bytes]:
+    """Return the files that a commit on top of ``state`` must bring, with a line more in some of them."""
     files = {_NONCE_FILE: uuid.uuid4().hex.encode() + b"\n"}
     if version or not state.head:
         files[VERSIONS_FILE] = state.raw_versions + version
     if move:
         files[ALIASES_FILE] = state.raw_aliases + move
+    if mark:
+        files[MARKS_FILE] = state.raw_marks + mark
     return files
 
 

@@ -8,6 +8,7 @@
       adapters/<name>/                 '/' of a team's name is written '%2F'
         versions/1.json 2.json …       one small file per version, created once (versions)
         aliases.jsonl                  append-only log of alias moves (aliases)
+        marks.jsonl                    append-only log of deprecations, deletions, protections (marks)
         lock                           held while a version is created or an alias moves
       unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
       tmp/                             work in progress; left-overs of killed processes are harmless
@@ -24,13 +25,13 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
-from lorary.registry.aliases import AliasLog, AliasMove, Unset
+from lorary.registry.aliases import Admit, AliasLog, AliasMove, Unset
 from lorary.registry.blobs import Progress
 from lorary.registry.durable import (
     link_new,
@@ -41,8 +42,11 @@ from lorary.registry.durable import (
     write_new,
 )
 from lorary.registry.folder import MANIFEST_FILE
+from lorary.registry.gc import GC_LOCK, Collector, used_by
 from lorary.registry.manifest import Manifest
+from lorary.registry.marks import Mark, MarkLog, Marks
 from lorary.registry.refs import check_name
+from lorary.registry.results import Freed
 from lorary.registry.strict_json import parse_json
 from lorary.registry.unpacked import FOLDERS, VersionFolders
 from lorary.registry.versions import Pointer, Versions
@@ -71,6 +75,7 @@ class LocalStore:
         self._folders = VersionFolders(self._root)
         self._versions: dict[str, Versions] = {}
         self._aliases: dict[str, AliasLog] = {}
+        self._mark_logs: dict[str, MarkLog] = {}
         self._mutex = threading.Lock()
         if create:
             self._create()
@@ -108,9 +113,49 @@ class LocalStore:
         """Return all moves."""
         return self._log(name).moves()
 
-    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def move_alias(
+        self,
+        name: str,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        admit: Admit | None = None,
+    ) -> AliasMove:
         """Append a move to the log, under the adapter's lock."""
-        return self._log(name).append(move, expect=expect)
+        return self._log(name).append(move, expect=expect, admit=admit)
+
+    def marks(self, name: str) -> Marks:
+        """Return all marks; one ``stat`` when nothing has changed."""
+        return self._marks_of(name).marks()
+
+    def mark(self, name: str, mark: Mark, allow: Callable[[], None] | None = None) -> None:
+        """Append a mark to the log, under the adapter's lock."""
+        self._marks_of(name).append(mark, allow)
+
+    def reserve(self, name: str, pointer: Pointer, mark: Mark) -> None:
+        """Take the next number for a version that is deleted."""
+        folder = self._folder(name)
+        with storage_errors(f"create {folder}"):
+            make_folder(folder / "versions")
+
+        def is_next() -> None:
+            newest = self._of(name).newest()
+            if pointer.version != newest + 1:
+                raise Conflict(
+                    f"version {newest + 1} of '{name}' is the next, not {pointer.version}"
+                )
+
+        # The mark comes first, so that nobody sees a version without files.
+        self.mark(name, mark, is_next)
+        with self.staging() as staged:
+            with storage_errors(f"write version {pointer.version} to {self._root}"):
+                write_new(staged / "pointer.json", pointer.to_json())
+            if not self._of(name).take(pointer, staged / "pointer.json"):
+                raise Conflict(f"version {pointer.version} of '{name}' was just created")
+
+    def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
+        """Remove blobs, unpacked folders and left-overs that no version needs."""
+        return Collector(self._root, self._needed, grace_s=grace_s).run(is_dry=is_dry)
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
         """Return a version's manifest, checked against its digest."""
@@ -121,20 +166,31 @@ class LocalStore:
         return self._folders.staging()
 
     def commit(
-        self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
+        self,
+        name: str,
+        staged: Path,
+        draft: Manifest,
+        progress: Progress | None = None,
+        *,
+        created_at: str = "",
     ) -> Pointer:
         """Make the files of ``staged`` a version, unless one has the same content already."""
-        for entry in draft.files:
-            self._folders.blobs.put(staged / entry.path, entry.sha256, progress)
-        folder = self._folder(name)
-        with storage_errors(f"create {folder}"):
-            make_folder(folder / "versions")
-        versions = self._of(name)
-        with locked(folder / "lock"):
-            for pointer in reversed(list(versions.readable())):
-                if pointer.digest == draft.digest and self._restore(pointer):
-                    return pointer
-            return self._take_next(versions, staged, draft)
+        # Shared with other pushes, but not with the end of a gc: a blob that is here already may be
+        # one that nothing has needed so far.
+        with locked(self._root / GC_LOCK, shared=True):
+            for entry in draft.files:
+                self._folders.blobs.put(staged / entry.path, entry.sha256, progress)
+            folder = self._folder(name)
+            with storage_errors(f"create {folder}"):
+                make_folder(folder / "versions")
+            versions = self._of(name)
+            with locked(folder / "lock"):
+                deleted = self.marks(name).deleted
+                for pointer in reversed(list(versions.readable())):
+                    is_it = pointer.digest == draft.digest and pointer.version not in deleted
+                    if is_it and self._restore(pointer):
+                        return pointer
+                return self._take_next(versions, staged, draft, created_at or utc_now())
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, each checked against its digest just now."""
@@ -146,7 +202,9 @@ class LocalStore:
         self._folders.fetch(pointer)
         return manifest
 
-    def _take_next(self, versions: Versions, staged: Path, draft: Manifest) -> Pointer:
+    def _take_next(
+        self, versions: Versions, staged: Path, draft: Manifest, created_at: str
+    ) -> Pointer:
         version = versions.newest() + 1
         raw = dataclasses.replace(draft, version=version).to_json().encode()
         with storage_errors(f"write version {version} to {self._root}"):
@@ -158,7 +216,7 @@ class LocalStore:
                 digest=draft.digest,
                 manifest_sha256=sha256,
                 manifest_size=len(raw),
-                created_at=utc_now(),
+                created_at=created_at,
             )
             self._folders.unpack(pointer)
             write_new(staged / "pointer.json", pointer.to_json())
@@ -175,6 +233,22 @@ class LocalStore:
             return False
         return True
 
+    def _needed(self, seen: dict[str, int], since: str) -> set[str]:
+        """Return the hashes that versions need; see ``gc.Needed``."""
+        needed: set[str] = set()
+        for name in self.names():
+            deleted = self.marks(name).deleted
+            newest = self.newest(name)
+            for version in range(seen.get(name, 0) + 1, newest + 1):
+                mark = deleted.get(version)
+                if mark is not None and mark.at < since:
+                    continue
+                pointer = self.pointer(name, version)
+                assert pointer is not None
+                needed |= used_by(self._folders, pointer, is_deleted=mark is not None)
+            seen[name] = newest
+        return needed
+
     def _folder(self, name: str) -> Path:
         return self._root / _ADAPTERS / check_name(name).replace("/", "%2F")
 
@@ -187,6 +261,14 @@ class LocalStore:
             folder = self._folder(name)
             log = AliasLog(folder / "aliases.jsonl", folder / "lock")
             log = self._aliases.setdefault(name, log)
+        return log
+
+    def _marks_of(self, name: str) -> MarkLog:
+        log = self._mark_logs.get(name)
+        if log is None:
+            folder = self._folder(name)
+            log = MarkLog(folder / "marks.jsonl", folder / "lock")
+            log = self._mark_logs.setdefault(name, log)
         return log
 
     def _remember(self, name: str) -> Versions:

@@ -16,12 +16,14 @@ class Resolved:
         version: its number.
         digest: the identity of its content; key caches on this and never on the name.
         alias: the alias the ref went through, ``latest`` for a bare name; ``None`` for a number or digest.
+        deprecated: when, by whom and why it was deprecated; empty if it was not.
     """
 
     name: str
     version: int
     digest: str
     alias: str | None = None
+    deprecated: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class VersionInfo:
         created_at: when it was pushed, UTC.
         size_bytes: all files but the manifest.
         rank: the largest rank of any module.
+        deprecated: when, by whom and why it was deprecated; empty if it was not.
     """
 
     name: str
@@ -46,6 +49,7 @@ class VersionInfo:
     base_fingerprint: str
     task_kind: TaskKind
     metrics: Metrics | None
+    deprecated: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +78,22 @@ class VerifyReport:
     def is_ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems and not any(check.problem for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freed:
+    """What ``Registry.gc`` removed, or would remove.
+
+    Attributes:
+        num_blobs: files that no version needs.
+        num_folders: unpacked versions that were deleted.
+        num_left_overs: work that was never finished.
+        num_bytes: what the file system gains.
+        notes: what cannot be freed from here, and how it can, one line each.
+    """
+
+    num_blobs: int
+    num_folders: int
+    num_left_overs: int
+    num_bytes: int
+    notes: tuple[str, ...] = ()

@@ -18,21 +18,25 @@ import builtins
 import getpass
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef
+from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef, InvalidRequest, Refused
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
 from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
 from lorary.registry.blobs import Progress
+from lorary.registry.gates import deletable, gate
+from lorary.registry.gc import DEFAULT_GRACE_S
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import Manifest
+from lorary.registry.marks import Mark, Marks
 from lorary.registry.publish import stage_version
 from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
-from lorary.registry.results import Resolved, VerifyReport, VersionInfo
+from lorary.registry.requirements import parse_requirement
+from lorary.registry.results import Freed, Resolved, VerifyReport, VersionInfo
 from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
 
@@ -65,6 +69,11 @@ class Registry:
         """The registry's address."""
         return self._store.url
 
+    @property
+    def store(self) -> Store:
+        """Where the versions are kept."""
+        return self._store
+
     def push(
         self,
         folder: Path,
@@ -93,6 +102,7 @@ class Registry:
             InvalidRef: the name or an alias is not valid.
             CorruptArtifact: the files are not what they claim.
             IncompatibleAdapter: sound, but not for this base, or not plain LoRA.
+            Refused: an alias is protected; the version is kept all the same.
             StorageError: the registry cannot be written, or the folder cannot be read.
         """
         check_name(name)
@@ -110,7 +120,10 @@ class Registry:
             )
             pointer = self._store.commit(name, staged, draft, progress)
         for alias in aliases:
-            self._move(name, alias, pointer.version, actor=actor, reason="push")
+            try:
+                self._move(name, alias, pointer.version, actor=actor, reason="push")
+            except Refused as error:
+                raise Refused(f"pushed as {name}@{pointer.version}, but {error}") from error
         return self._info(name, pointer)
 
     def resolve(self, ref: str | AdapterRef) -> Resolved:
@@ -123,11 +136,12 @@ class Registry:
         if isinstance(ref, str):
             ref = parse_ref(ref)
         newest = self._known(ref.name)
+        marks = self._store.marks(ref.name)
         if ref.digest is not None:
-            return self._resolve_digest(ref.name, ref.digest)
+            return self._resolve_digest(ref.name, ref.digest, marks)
         version = ref.version
         if ref.alias == LATEST:
-            version = newest
+            version = _latest(ref.name, newest, marks)
         elif ref.alias is not None:
             version = self._store.alias_state(ref.name).get(ref.alias)
             if version is None:
@@ -140,8 +154,13 @@ class Registry:
             raise AdapterNotFound(
                 f"adapter '{ref.name}' has no version {version}; it has 1 to {newest}"
             )
+        marks.check_there(ref.name, pointer.version)
         return Resolved(
-            name=ref.name, version=pointer.version, digest=pointer.digest, alias=ref.alias
+            name=ref.name,
+            version=pointer.version,
+            digest=pointer.digest,
+            alias=ref.alias,
+            deprecated=_deprecated(marks, pointer.version),
         )
 
     def manifest(self, resolved: Resolved) -> Manifest:
@@ -183,18 +202,28 @@ class Registry:
         return copy_version(folder, self.manifest(resolved), dest, progress)
 
     def list(self) -> builtins.list[VersionInfo]:
-        """Return every version of every adapter, by name and number.
+        """Return every version of every adapter that is not deleted, by name and number.
 
         A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
         """
-        infos: builtins.list[VersionInfo] = []
+        return [info for info, _ in self.described()]
+
+    def described(self) -> Iterator[tuple[VersionInfo, Manifest]]:
+        """Yield what ``list`` returns, each with its manifest."""
         for name in self._store.names():
+            try:
+                marks = self._store.marks(name)
+            except CorruptArtifact as error:
+                logger.warning("leaving out %s: %s", name, error)
+                continue
             for pointer in self._store.pointers(name):
+                if pointer.version in marks.deleted:
+                    continue
                 try:
-                    infos.append(self._info(name, pointer))
+                    manifest = self._store.manifest(name, pointer)
+                    yield self._describe(name, pointer, manifest, marks), manifest
                 except CorruptArtifact as error:
                     logger.warning("leaving out %s@%d: %s", name, pointer.version, error)
-        return infos
 
     def info(self, resolved: Resolved) -> VersionInfo:
         """Return one version's description for people."""
@@ -207,7 +236,9 @@ class Registry:
             AdapterNotFound: no such adapter.
         """
         newest = self._known(name)
-        return {LATEST: newest, **self._store.alias_state(name)}
+        marks = self._store.marks(name)
+        latest = {} if len(marks.deleted) == newest else {LATEST: _latest(name, newest, marks)}
+        return {**latest, **self._store.alias_state(name)}
 
     def set_alias(
         self,
@@ -218,6 +249,8 @@ class Registry:
         expect: int | Unset | None = UNSET,
         reason: str = "",
         actor: str = "",
+        require: Sequence[str] = (),
+        force: bool = False,
     ) -> AliasMove:
         """Point an alias at a version, or remove it with ``None``.
 
@@ -228,11 +261,15 @@ class Registry:
             expect: where the alias must point before (``None``: nowhere), else nothing changes.
             reason: for the log.
             actor: who; the system's user if empty.
+            require: what the version must meet (``requirements``); kept in the log with its figures.
+            force: move a protected alias whatever its own requirements say; needs a reason.
 
         Raises:
             InvalidRef: the alias is not valid, or is ``latest``.
+            InvalidRequest: a requirement cannot be read, or ``force`` lacks a reason.
             AdapterNotFound: no such adapter or version.
             Conflict: the alias is not where ``expect`` says.
+            Refused: a requirement is not met, or the alias is protected.
         """
         _check_movable(alias)
         newest = self._known(name)
@@ -240,7 +277,16 @@ class Registry:
             raise AdapterNotFound(
                 f"adapter '{name}' has no version {version}; it has 1 to {newest}"
             )
-        return self._move(name, alias, version, expect=expect, reason=reason, actor=actor)
+        return self._move(
+            name,
+            alias,
+            version,
+            expect=expect,
+            reason=reason,
+            actor=actor,
+            require=require,
+            force=force,
+        )
 
     def rollback(self, name: str, alias: str, *, reason: str = "", actor: str = "") -> AliasMove:
         """Return an alias to where it pointed before its last move; again, and it goes further back.
@@ -248,6 +294,7 @@ class Registry:
         Raises:
             AdapterNotFound: no such adapter or alias, or nothing to return to.
             Conflict: somebody moved the alias meanwhile.
+            Refused: the alias is protected, and there is no reason.
         """
         _check_movable(alias)
         self._known(name)
@@ -264,6 +311,138 @@ class Registry:
         """
         self._known(name)
         return [m for m in self._store.alias_moves(name) if alias in (None, m.alias)]
+
+    def marks(self, name: str) -> Marks:
+        """Return what was decided about an adapter's versions and aliases.
+
+        Raises:
+            AdapterNotFound: no such adapter.
+        """
+        self._known(name)
+        return self._store.marks(name)
+
+    def protect(
+        self,
+        name: str,
+        alias: str,
+        *,
+        require: Sequence[str] = (),
+        is_on: bool = True,
+        reason: str = "",
+        actor: str = "",
+    ) -> Mark:
+        """Protect an alias: it then moves to what meets ``require``, or by force with a reason.
+
+        Args:
+            name: the adapter.
+            alias: any alias but ``latest``, there or not.
+            require: what versions must meet (``requirements``); without, every move needs force.
+            is_on: ``False`` takes the protection back.
+            reason: for the log.
+            actor: who; the system's user if empty.
+
+        Raises:
+            InvalidRef: the alias is not valid, or is ``latest``.
+            InvalidRequest: a requirement cannot be read.
+            AdapterNotFound: no such adapter, or the alias is not protected.
+        """
+        _check_movable(alias)
+        self._known(name)
+        for text in require:
+            parse_requirement(text)
+        if not is_on and alias not in self._store.marks(name).protected:
+            raise AdapterNotFound(f"alias '{alias}' of '{name}' is not protected")
+        mark = Mark(
+            at=utc_now(),
+            actor=actor or _user(),
+            kind="protect" if is_on else "unprotect",
+            alias=alias,
+            require=tuple(text.strip() for text in require),
+            reason=reason,
+        )
+        self._store.mark(name, mark)
+        return mark
+
+    def deprecate(
+        self, ref: str | AdapterRef, *, is_on: bool = True, reason: str = "", actor: str = ""
+    ) -> Mark:
+        """Say that a version should not be used any more; it still resolves, and says so.
+
+        Args:
+            ref: the version.
+            is_on: ``False`` takes it back.
+            reason: why; needed to deprecate.
+            actor: who; the system's user if empty.
+
+        Raises:
+            InvalidRequest: there is no reason.
+            AdapterNotFound: no such version, or it is not deprecated.
+        """
+        resolved = self.resolve(ref)
+        if is_on and not reason.strip():
+            raise InvalidRequest(
+                "say why with --reason: whoever uses it will read it", field="reason"
+            )
+        if not is_on and not resolved.deprecated:
+            raise AdapterNotFound(f"{resolved.name}@{resolved.version} is not deprecated")
+        mark = Mark(
+            at=utc_now(),
+            actor=actor or _user(),
+            kind="deprecate" if is_on else "restore",
+            version=resolved.version,
+            reason=reason,
+        )
+
+        def allow() -> None:
+            self._store.marks(resolved.name).check_there(resolved.name, resolved.version)
+
+        self._store.mark(resolved.name, mark, allow)
+        return mark
+
+    def delete(self, ref: str | AdapterRef, *, reason: str = "", actor: str = "") -> Mark:
+        """Delete a version: its number is never used again, and a ref to it says when and why.
+
+        Its files stay until ``gc``, for whoever is reading them.
+
+        Args:
+            ref: a number or a digest; never an alias.
+            reason: for the log.
+            actor: who; the system's user if empty.
+
+        Raises:
+            InvalidRef: the ref goes through an alias.
+            AdapterNotFound: no such version.
+            Refused: an alias points at it.
+        """
+        resolved = self.resolve(ref)
+        if resolved.alias is not None:
+            raise InvalidRef(
+                f"'{ref}' goes through alias '{resolved.alias}', which moves; name the version: "
+                f"{resolved.name}@{resolved.version}"
+            )
+        mark = Mark(
+            at=utc_now(),
+            actor=actor or _user(),
+            kind="delete",
+            version=resolved.version,
+            reason=reason,
+        )
+        allow = deletable(self._store, resolved.name, resolved.version)
+        self._store.mark(resolved.name, mark, allow)
+        return mark
+
+    def gc(self, *, grace_s: float = DEFAULT_GRACE_S, is_dry: bool = False) -> Freed:
+        """Remove what no version needs, and nobody can be at work with; see ``gc``.
+
+        Args:
+            grace_s: what was written, or deleted, less than so many seconds ago stays.
+            is_dry: only say what would be removed.
+
+        Raises:
+            CorruptArtifact: it cannot be known what a version needs; nothing is removed.
+            StorageError: something cannot be removed.
+        """
+        return self._store.gc(grace_s=grace_s, is_dry=is_dry)
 
     def verify(
         self, ref: str | AdapterRef | None = None, progress: Progress | None = None
@@ -295,8 +474,11 @@ class Registry:
             )
         return pointer
 
-    def _resolve_digest(self, name: str, digest: str) -> Resolved:
-        found = [p for p in self._store.pointers(name) if p.digest.startswith(digest)]
+    def _resolve_digest(self, name: str, digest: str, marks: Marks) -> Resolved:
+        fits = [p for p in self._store.pointers(name) if p.digest.startswith(digest)]
+        found = [p for p in fits if p.version not in marks.deleted]
+        if fits and not found:
+            marks.check_there(name, fits[-1].version)
         if not found:
             raise AdapterNotFound(f"adapter '{name}' has no version with digest {digest}…")
         if len({pointer.digest for pointer in found}) > 1:
@@ -305,7 +487,12 @@ class Registry:
                 f"digest {digest}… fits versions {numbers} of '{name}'; give more digits"
             )
         newest = found[-1]
-        return Resolved(name=name, version=newest.version, digest=newest.digest)
+        return Resolved(
+            name=name,
+            version=newest.version,
+            digest=newest.digest,
+            deprecated=_deprecated(marks, newest.version),
+        )
 
     def _move(
         self,
@@ -317,6 +504,8 @@ class Registry:
         reason: str,
         actor: str,
         kind: MoveKind = "set",
+        require: Sequence[str] = (),
+        force: bool = False,
     ) -> AliasMove:
         move = AliasMove(
             at=utc_now(),
@@ -327,10 +516,16 @@ class Registry:
             reason=reason,
             kind=kind,
         )
-        return self._store.move_alias(name, move, expect=expect)
+        admit = gate(self._store, name, require=require, force=force)
+        return self._store.move_alias(name, move, expect=expect, admit=admit)
 
     def _info(self, name: str, pointer: Pointer) -> VersionInfo:
         manifest = self._store.manifest(name, pointer)
+        return self._describe(name, pointer, manifest, self._store.marks(name))
+
+    def _describe(
+        self, name: str, pointer: Pointer, manifest: Manifest, marks: Marks
+    ) -> VersionInfo:
         state = self._store.alias_state(name)
         return VersionInfo(
             name=name,
@@ -344,7 +539,23 @@ class Registry:
             base_fingerprint=manifest.base.fingerprint,
             task_kind=manifest.task.kind,
             metrics=manifest.metrics,
+            deprecated=_deprecated(marks, pointer.version),
         )
+
+
+def _latest(name: str, newest: int, marks: Marks) -> int:
+    """Return the newest version that is not deleted."""
+    version = newest
+    while version in marks.deleted:
+        version -= 1
+    if not version:
+        marks.check_there(name, newest)
+    return version
+
+
+def _deprecated(marks: Marks, version: int) -> str:
+    mark = marks.deprecated.get(version)
+    return "" if mark is None else str(mark)
 
 
 def _check_movable(alias: str) -> None:

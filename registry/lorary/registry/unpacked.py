@@ -17,7 +17,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Final
 
@@ -134,6 +134,21 @@ class VersionFolders:
                     raise
                 shutil.rmtree(staged)  # another process was first, with the same files
             sync_folder(target.parent)
+
+    def linked(self, *, without: Set[str]) -> set[str]:
+        """Return the sha256s of the manifests and files of all versions that are unpacked here.
+
+        Args:
+            without: sha256s of the manifests of versions that do not count.
+        """
+        found: set[str] = set()
+        with storage_errors(f"look into {self.root}"):
+            folders = [f for f in (self.root / "unpacked").iterdir() if f.name not in without]
+            inodes = {p.stat().st_ino for f in folders for p in f.rglob("*") if p.is_file()}
+            for blob in (self.root / "blobs").glob("sha256/??/*"):
+                if blob.stat().st_ino in inodes:
+                    found.add(blob.name)
+        return found | {folder.name for folder in folders}
 
     def drop(self, pointer: Pointer) -> None:
         """Take an unpacked folder out of sight."""

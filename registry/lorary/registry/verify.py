@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from lorary.errors import CorruptArtifact, LoraryError
 from lorary.registry.backend import Store
 from lorary.registry.blobs import Progress
@@ -30,7 +32,15 @@ def verify_all(store: Store, progress: Progress | None = None) -> VerifyReport:
     problems: list[str] = []
     for name in store.names():
         newest = store.newest(name)
+        deleted: Container[int]
+        try:
+            deleted = store.marks(name).deleted
+        except LoraryError as error:
+            problems.append(f"{name}: {error}")
+            deleted = ()
         for version in range(1, newest + 1):
+            if version in deleted:
+                continue
             try:
                 pointer = store.pointer(name, version)
             except LoraryError as error:
@@ -39,7 +49,7 @@ def verify_all(store: Store, progress: Progress | None = None) -> VerifyReport:
             else:
                 if pointer is not None:
                     checks.append(verify_version(store, name, pointer, progress))
-        problems.extend(_alias_problems(store, name, newest))
+        problems.extend(_alias_problems(store, name, newest, deleted))
     return VerifyReport(checks=tuple(checks), problems=tuple(problems))
 
 
@@ -61,13 +71,14 @@ def _check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
         )
 
 
-def _alias_problems(store: Store, name: str, newest: int) -> list[str]:
+def _alias_problems(store: Store, name: str, newest: int, deleted: Container[int]) -> list[str]:
     try:
         state = store.alias_state(name)
     except LoraryError as error:
         return [f"{name}: {error}"]
     return [
-        f"{name}: alias '{alias}' points at version {version}, which does not exist"
+        f"{name}: alias '{alias}' points at version {version}, which "
+        + ("was deleted" if version in deleted else "does not exist")
         for alias, version in sorted(state.items())
-        if not 1 <= version <= newest
+        if version in deleted or not 1 <= version <= newest
     ]

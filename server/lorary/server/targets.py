@@ -7,6 +7,7 @@ pools of their own; the event loop only waits.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lorary.registry.manifest import Task
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
     from lorary.v1 import inference_pb2 as pb
+
+log = logging.getLogger("lorary.server")
 
 T = TypeVar("T")
 
@@ -56,6 +59,7 @@ class Targets:
         self._fingerprint = fingerprint
         self._pool = ThreadPoolExecutor(NUM_REGISTRY_THREADS, thread_name_prefix="lorary-registry")
         self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self._said: set[str] = set()
 
     async def resolve(self, ref: str) -> Target:
         """Return what ``ref`` means now.
@@ -70,6 +74,8 @@ class Targets:
             caller.check_base()
             return Target(ref="")
         resolved = await self._find(ref)
+        if resolved.deprecated:
+            self._say_deprecated(resolved)
         return Target(
             ref=ref,
             name=resolved.name,
@@ -100,6 +106,18 @@ class Targets:
     def close(self) -> None:
         """Stop the threads; what has not begun is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _say_deprecated(self, resolved: Any) -> None:
+        """Log once that a deprecated version is asked for."""
+        if resolved.digest in self._said or len(self._said) >= MAX_CACHED_TASKS:
+            return
+        self._said.add(resolved.digest)
+        log.warning(
+            "serving %s@%d, which was deprecated %s",
+            resolved.name,
+            resolved.version,
+            resolved.deprecated,
+        )
 
     async def _task(self, resolved: Any) -> Task:
         task = self._tasks.get(resolved.digest)
