@@ -95,9 +95,11 @@ class AliasLog:
         """
         with locked(self._lock):
             move = compared(move, self.state(), expect)
-            if move.from_version != move.to_version:
-                with storage_errors(f"record a move in {self._file}"):
+            with storage_errors(f"record a move in {self._file}"):
+                if move.from_version != move.to_version:
                     self._append(move)
+                elif self._file.exists():
+                    _sync(self._file)  # who moved it there may have died before it could
             return move
 
     def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
@@ -117,7 +119,6 @@ class AliasLog:
 
     def _append(self, move: AliasMove) -> None:
         line = move.to_json()
-        is_new = not self._file.exists()
         descriptor = os.open(
             self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
         )
@@ -129,8 +130,13 @@ class AliasLog:
             file.seek(end)
             file.write(line)
             os.fsync(file.fileno())
-        if is_new:
-            sync_folder(self._file.parent)
+        sync_folder(self._file.parent)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    sync_folder(file.parent)
 
 
 def compared(move: AliasMove, state: Mapping[str, int], expect: int | Unset | None) -> AliasMove:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from lorary.registry.address import is_hub, local_path
 from lorary.registry.aliases import AliasMove, Unset
+from lorary.registry.audit import AuditEvent
 from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
 from lorary.registry.versions import Pointer
@@ -64,8 +65,21 @@ class Store(Protocol):
     def staging(self) -> AbstractContextManager[Path]:
         """Give an empty folder for one push; fails at once if the store cannot be written."""
 
+    def audit(self, name: str) -> tuple[AuditEvent, ...]:
+        """Return every change of an adapter, oldest first: who, when, what, and why.
+
+        Raises:
+            CorruptArtifact: the log was tampered with.
+        """
+
     def commit(
-        self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
+        self,
+        name: str,
+        staged: Path,
+        draft: Manifest,
+        progress: Progress | None = None,
+        *,
+        actor: str = "",
     ) -> Pointer:
         """Make staged files the next version, or return the one with the same content.
 
@@ -74,10 +88,17 @@ class Store(Protocol):
             staged: folder from ``staging``, holding what ``draft.files`` lists, synced.
             draft: the manifest but for its number.
             progress: told of bytes read.
+            actor: who pushes, for the audit log.
         """
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with a version's files, each checked just now; it is not to be written to."""
+
+    def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+        """Return what ``fetch`` returns, whole but not checked: the caller hashes what it reads.
+
+        ``progress`` is told of bytes that were not on this machine.
+        """
 
     def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
         """Check every byte of a version where it is kept, and return its manifest."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
-from lorary.registry import cli_tables
+from lorary.registry import cli_fsck, cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.cli_support import console, print_json, progress_bar, run
@@ -263,6 +263,10 @@ def serve(
     allowed = Tokens.read(tokens) if tokens is not None else Tokens()
     server, listener = make_server(folder, host=host, port=port, tokens=allowed, ready=ready)
     server.run(sockets=[listener])
+
+
+app.command(epilog="Example: registry fsck --repair --from hf://acme")(cli_fsck.fsck)
+app.command(epilog="Example: registry audit sentiment")(cli_fsck.audit)
 
 
 def main() -> None:

@@ -54,13 +54,18 @@ def write_new(path: Path, content: bytes, *, mode: int = 0o444) -> None:
 
 
 def link_new(staged: Path, target: Path) -> bool:
-    """Give ``staged`` the name ``target`` as well, if it is free; tell whether it was."""
+    """Give ``staged`` the name ``target`` as well, if it is free; tell whether it was.
+
+    Either way the name survives a power cut: who had it first may have died before it could sync.
+    """
     try:
         os.link(staged, target, follow_symlinks=False)
     except FileExistsError:
-        return False
+        is_new = False
+    else:
+        is_new = True
     sync_folder(target.parent)
-    return True
+    return is_new
 
 
 def replace(staged: Path, target: Path) -> None:
@@ -82,7 +87,7 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents, and make their names survive a power cut."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
+    for folder in missing or (path,):  # the last may be there only since a moment ago, unsynced
         sync_folder(folder.parent)
 
 

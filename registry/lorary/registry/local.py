@@ -8,6 +8,7 @@
       adapters/<name>/                 '/' of a team's name is written '%2F'
         versions/1.json 2.json …       one small file per version, created once (versions)
         aliases.jsonl                  append-only log of alias moves (aliases)
+        audit.jsonl                    append-only, chained log of all changes (audit)
         lock                           held while a version is created or an alias moves
       unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
       tmp/                             work in progress; left-overs of killed processes are harmless
@@ -31,12 +32,14 @@ from typing import Final
 
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
 from lorary.registry.aliases import AliasLog, AliasMove, Unset
+from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, unrecorded
 from lorary.registry.blobs import Progress
 from lorary.registry.durable import (
     link_new,
     locked,
     make_folder,
     storage_errors,
+    sync_folder,
     unused_name,
     write_new,
 )
@@ -45,7 +48,7 @@ from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name
 from lorary.registry.strict_json import parse_json
 from lorary.registry.unpacked import FOLDERS, VersionFolders
-from lorary.registry.versions import Pointer, Versions
+from lorary.registry.versions import Pointer, Versions, newest_file
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +113,23 @@ class LocalStore:
 
     def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
         """Append a move to the log, under the adapter's lock."""
-        return self._log(name).append(move, expect=expect)
+        self._audit(name).last()  # a damaged log refuses changes, rather than miss them
+        done = self._log(name).append(move, expect=expect)
+        with locked(self.folder(name) / "lock"):
+            self._record(name)
+        return done
+
+    def audit(self, name: str) -> tuple[AuditEvent, ...]:
+        """Return every change; what a killed process did not record yet is there as well."""
+        log = self._audit(name)
+        events = log.events()
+        last = events[-1] if events else None
+        return (*events, *self._unrecorded(name, last))
+
+    def record(self, name: str, event: AuditEvent) -> None:
+        """Add an event of its own kind to the audit log."""
+        with locked(self.folder(name) / "lock"):
+            self._record(name, event)
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
         """Return a version's manifest, checked against its digest."""
@@ -121,24 +140,39 @@ class LocalStore:
         return self._folders.staging()
 
     def commit(
-        self, name: str, staged: Path, draft: Manifest, progress: Progress | None = None
+        self,
+        name: str,
+        staged: Path,
+        draft: Manifest,
+        progress: Progress | None = None,
+        *,
+        actor: str = "",
     ) -> Pointer:
         """Make the files of ``staged`` a version, unless one has the same content already."""
         for entry in draft.files:
             self._folders.blobs.put(staged / entry.path, entry.sha256, progress)
-        folder = self._folder(name)
+        folder = self.folder(name)
         with storage_errors(f"create {folder}"):
             make_folder(folder / "versions")
         versions = self._of(name)
         with locked(folder / "lock"):
             for pointer in reversed(list(versions.readable())):
                 if pointer.digest == draft.digest and self._restore(pointer):
+                    with storage_errors(f"sync {folder}"):
+                        sync_folder(folder / "versions")  # its pusher may have died before it could
                     return pointer
-            return self._take_next(versions, staged, draft)
+            self._check_complete(name, versions.newest())
+            pointer = self._take_next(versions, staged, draft)
+            self._record(name, pusher=actor, pushed=pointer.version)
+            return pointer
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, each checked against its digest just now."""
         return self._folders.fetch(pointer, progress)
+
+    def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+        """Return a folder with the version's files, not checked."""
+        return self._folders.locate(pointer)
 
     def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
         """Check every blob of a version and its unpacked folder; return its manifest."""
@@ -166,6 +200,49 @@ class LocalStore:
                 raise Conflict(f"version {version} of '{draft.name}' was just created; push again")
         return pointer
 
+    def _check_complete(self, name: str, newest: int) -> None:
+        """Refuse to give a number again whose version file somebody took away.
+
+        Raises:
+            CorruptArtifact: one is missing, or the audit log is damaged.
+        """
+        last = self._audit(name).last()
+        with storage_errors(f"list versions of '{name}'"):
+            known = newest_file(self.folder(name) / "versions")
+        known = max(known, last.versions if last else 0)
+        if known > newest:
+            raise CorruptArtifact(
+                f"'{name}' had version {known}, and the file of version {newest + 1} is gone; no number "
+                "is ever given twice. Run registry fsck --repair."
+            )
+
+    def _record(self, name: str, *events: AuditEvent, pusher: str = "", pushed: int = 0) -> None:
+        """Write what the audit log lacks, and ``events``; the caller holds the lock."""
+        log = self._audit(name)
+        last = log.last()
+        missing = self._unrecorded(name, last, pusher=pusher, pushed=pushed)
+        newest = missing[-1] if missing else last
+        for event in events:
+            counts = (newest.versions, newest.moves) if newest else (0, 0)
+            missing.append(dataclasses.replace(event, versions=counts[0], moves=counts[1]))
+        log.append(missing)
+
+    def _unrecorded(
+        self, name: str, last: AuditEvent | None, *, pusher: str = "", pushed: int = 0
+    ) -> list[AuditEvent]:
+        moves: tuple[AliasMove, ...] = ()
+        try:
+            moves = self.alias_moves(name)
+        except CorruptArtifact as error:
+            logger.warning(
+                "moves of '%s' are not recorded until its log is repaired: %s", name, error
+            )
+        pointers = self._of(name).readable(after=last.versions if last else 0)
+        return unrecorded(last, pointers, moves, pusher=pusher, pushed=pushed)
+
+    def _audit(self, name: str) -> AuditLog:
+        return AuditLog(self.folder(name) / AUDIT_FILE)
+
     def _restore(self, pointer: Pointer) -> bool:
         """Unpack a version whose file blobs are whole; tell whether its manifest is, too."""
         try:
@@ -175,7 +252,24 @@ class LocalStore:
             return False
         return True
 
-    def _folder(self, name: str) -> Path:
+    @property
+    def root(self) -> Path:
+        """The registry's folder."""
+        return self._root
+
+    @property
+    def folders(self) -> VersionFolders:
+        """Its blobs and unpacked versions."""
+        return self._folders
+
+    def forget(self, name: str) -> None:
+        """Read an adapter's files anew: a repair changed what never changes otherwise."""
+        with self._mutex:
+            self._versions.pop(name, None)
+            self._aliases.pop(name, None)
+
+    def folder(self, name: str) -> Path:
+        """Return where an adapter's versions and logs are, or would be."""
         return self._root / _ADAPTERS / check_name(name).replace("/", "%2F")
 
     def _of(self, name: str) -> Versions:
@@ -184,13 +278,13 @@ class LocalStore:
     def _log(self, name: str) -> AliasLog:
         log = self._aliases.get(name)
         if log is None:
-            folder = self._folder(name)
+            folder = self.folder(name)
             log = AliasLog(folder / "aliases.jsonl", folder / "lock")
             log = self._aliases.setdefault(name, log)
         return log
 
     def _remember(self, name: str) -> Versions:
-        versions = Versions(self._folder(name) / "versions")
+        versions = Versions(self.folder(name) / "versions")
         if not versions.newest():
             return versions  # not kept: anybody may ask for names that do not exist
         with self._mutex:

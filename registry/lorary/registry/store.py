@@ -24,9 +24,11 @@ from typing import Self
 
 from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
+from lorary.registry.audit import AuditEvent
 from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
 from lorary.registry.blobs import Progress
+from lorary.registry.fsck import GRACE_S, FsckReport, fsck
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import Manifest
 from lorary.registry.publish import stage_version
@@ -108,7 +110,7 @@ class Registry:
                 allow_zero=allow_zero,
                 progress=progress,
             )
-            pointer = self._store.commit(name, staged, draft, progress)
+            pointer = self._store.commit(name, staged, draft, progress, actor=actor or _user())
         for alias in aliases:
             self._move(name, alias, pointer.version, actor=actor, reason="push")
         return self._info(name, pointer)
@@ -179,8 +181,24 @@ class Registry:
         resolved = self.resolve(ref)
         dest = Path(dest).absolute()
         check_free(dest)
-        folder = self.fetch(resolved, progress)
-        return copy_version(folder, self.manifest(resolved), dest, progress)
+        pointer, manifest = self._pointer(resolved), self.manifest(resolved)
+        left = sum(entry.size for entry in manifest.files)
+
+        def fetched(count: int) -> None:
+            nonlocal left
+            left -= count
+            if progress is not None:
+                progress(count)
+
+        # What is written is hashed on the way, so it need not be read before, too.
+        folder = self._store.locate(resolved.name, pointer, fetched)
+        if left > 0:
+            fetched(left)  # it was here already
+        try:
+            return copy_version(folder, pointer, manifest, dest, progress)
+        except CorruptArtifact:
+            folder = self._store.fetch(resolved.name, pointer)  # heals what it can, or says why not
+            return copy_version(folder, pointer, manifest, dest)
 
     def list(self) -> builtins.list[VersionInfo]:
         """Return every version of every adapter, by name and number.
@@ -265,6 +283,16 @@ class Registry:
         self._known(name)
         return [m for m in self._store.alias_moves(name) if alias in (None, m.alias)]
 
+    def audit(self, name: str) -> builtins.list[AuditEvent]:
+        """Return every change of an adapter, oldest first: who, when, what, and why.
+
+        Raises:
+            AdapterNotFound: no such adapter.
+            CorruptArtifact: the log was tampered with.
+        """
+        self._known(name)
+        return [*self._store.audit(name)]
+
     def verify(
         self, ref: str | AdapterRef | None = None, progress: Progress | None = None
     ) -> VerifyReport:
@@ -278,6 +306,36 @@ class Registry:
         resolved = self.resolve(ref)
         check = verify_version(self._store, resolved.name, self._pointer(resolved), progress)
         return VerifyReport(checks=(check,))
+
+    def fsck(
+        self,
+        *,
+        repair: bool = False,
+        sources: Sequence[Registry] = (),
+        grace_s: float = GRACE_S,
+        actor: str = "",
+        progress: Progress | None = None,
+    ) -> FsckReport:
+        """Look for everything that can be wrong, and put right what can be.
+
+        Args:
+            repair: whether to change anything.
+            sources: registries that damaged files may be restored from.
+            grace_s: age from which work in progress is taken for a left-over, in seconds.
+            actor: who repairs; the system's user if empty.
+            progress: told of bytes read.
+
+        Raises:
+            StorageError: a folder cannot be read, or with ``repair`` not be written.
+        """
+        return fsck(
+            self._store,
+            repair=repair,
+            sources=[source._store for source in sources],
+            grace_s=grace_s,
+            actor=actor or _user(),
+            progress=progress,
+        )
 
     def _known(self, name: str) -> int:
         newest = self._store.newest(check_name(name))
