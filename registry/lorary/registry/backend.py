@@ -17,6 +17,7 @@ from lorary.registry.aliases import AliasMove, Unset
 from lorary.registry.audit import AuditEvent
 from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
+from lorary.registry.summaries import Summary
 from lorary.registry.versions import Pointer
 
 
@@ -43,6 +44,9 @@ class Store(Protocol):
 
     def pointers(self, name: str) -> Iterator[Pointer]:
         """Yield all pointers that can be read, oldest first; a damaged one is logged and left out."""
+
+    def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
+        """Yield what lists show of every version, oldest first; a damaged one is logged and left out."""
 
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias of an adapter points."""

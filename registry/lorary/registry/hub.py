@@ -53,6 +53,7 @@ from lorary.registry.hub_state import NOTHING, STATE_FOLDER, HubState, appended,
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import FileEntry, Manifest
 from lorary.registry.refs import check_name
+from lorary.registry.summaries import Summary, read_summaries
 from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
 
@@ -127,6 +128,10 @@ class HubStore:
     def pointers(self, name: str) -> Iterator[Pointer]:
         """Yield the pointers that can be read."""
         return self._state(name).readable()
+
+    def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
+        """Yield what lists show of every version."""
+        return read_summaries(self, name, self.pointers(name))
 
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points."""

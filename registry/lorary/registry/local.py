@@ -9,6 +9,7 @@
         versions/1.json 2.json …       one small file per version, created once (versions)
         aliases.jsonl                  append-only log of alias moves (aliases)
         audit.jsonl                    append-only, chained log of all changes (audit)
+        summaries.jsonl                what lists show, derived (summaries)
         lock                           held while a version is created or an alias moves
       unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
       tmp/                             work in progress; left-overs of killed processes are harmless
@@ -47,6 +48,7 @@ from lorary.registry.folder import MANIFEST_FILE
 from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name
 from lorary.registry.strict_json import parse_json
+from lorary.registry.summaries import Summaries, Summary, read_summaries
 from lorary.registry.unpacked import FOLDERS, VersionFolders
 from lorary.registry.versions import Pointer, Versions, newest_file
 
@@ -102,6 +104,16 @@ class LocalStore:
     def pointers(self, name: str) -> Iterator[Pointer]:
         """Yield the pointers that can be read."""
         return self._of(name).readable()
+
+    def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
+        """Yield what lists show of every version; two ``stat`` calls for each."""
+        known = self._summaries(name).read()
+        for version in range(1, self.newest(name) + 1):
+            if version in known:
+                yield known[version]
+            else:
+                pointers = self._of(name).readable(after=version - 1, until=version)
+                yield from read_summaries(self, name, pointers)
 
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points; one ``stat`` when nothing has changed."""
@@ -164,6 +176,7 @@ class LocalStore:
             self._check_complete(name, versions.newest())
             pointer = self._take_next(versions, staged, draft)
             self._record(name, pusher=actor, pushed=pointer.version)
+            self._summarize(name, pointer)
             return pointer
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
@@ -239,6 +252,19 @@ class LocalStore:
             )
         pointers = self._of(name).readable(after=last.versions if last else 0)
         return unrecorded(last, pointers, moves, pusher=pusher, pushed=pushed)
+
+    def _summarize(self, name: str, pointer: Pointer) -> None:
+        summaries = self._summaries(name)
+        try:
+            pointers = [pointer] if summaries.exists() else list(self.pointers(name))
+            summaries.append([(p, self._folders.manifest(p)) for p in pointers])
+        except (OSError, CorruptArtifact) as error:
+            logger.warning(
+                "lists will be slower: no summary of %s@%d: %s", name, pointer.version, error
+            )
+
+    def _summaries(self, name: str) -> Summaries:
+        return Summaries(self.folder(name), self._root / "blobs" / "sha256")
 
     def _audit(self, name: str) -> AuditLog:
         return AuditLog(self.folder(name) / AUDIT_FILE)

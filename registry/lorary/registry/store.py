@@ -18,7 +18,7 @@ import builtins
 import getpass
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -35,6 +35,7 @@ from lorary.registry.publish import stage_version
 from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
 from lorary.registry.results import Resolved, VerifyReport, VersionInfo
+from lorary.registry.summaries import Summary, summarized
 from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
 
@@ -207,11 +208,11 @@ class Registry:
         """
         infos: builtins.list[VersionInfo] = []
         for name in self._store.names():
-            for pointer in self._store.pointers(name):
-                try:
-                    infos.append(self._info(name, pointer))
-                except CorruptArtifact as error:
-                    logger.warning("leaving out %s@%d: %s", name, pointer.version, error)
+            aliases = _aliases_by_version(self._store.alias_state(name))
+            infos.extend(
+                _version_info(name, pointer, summary, aliases)
+                for pointer, summary in self._store.summaries(name)
+            )
         return infos
 
     def info(self, resolved: Resolved) -> VersionInfo:
@@ -388,21 +389,34 @@ class Registry:
         return self._store.move_alias(name, move, expect=expect)
 
     def _info(self, name: str, pointer: Pointer) -> VersionInfo:
-        manifest = self._store.manifest(name, pointer)
-        state = self._store.alias_state(name)
-        return VersionInfo(
-            name=name,
-            version=pointer.version,
-            digest=pointer.digest,
-            aliases=tuple(sorted(a for a, version in state.items() if version == pointer.version)),
-            created_at=pointer.created_at,
-            size_bytes=sum(entry.size for entry in manifest.files),
-            rank=manifest.method.rank,
-            base_name=manifest.base.name,
-            base_fingerprint=manifest.base.fingerprint,
-            task_kind=manifest.task.kind,
-            metrics=manifest.metrics,
-        )
+        summary = summarized(self._store.manifest(name, pointer))
+        aliases = _aliases_by_version(self._store.alias_state(name))
+        return _version_info(name, pointer, summary, aliases)
+
+
+def _aliases_by_version(state: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
+    found: dict[int, tuple[str, ...]] = {}
+    for alias, version in sorted(state.items()):
+        found[version] = (*found.get(version, ()), alias)
+    return found
+
+
+def _version_info(
+    name: str, pointer: Pointer, summary: Summary, aliases: Mapping[int, tuple[str, ...]]
+) -> VersionInfo:
+    return VersionInfo(
+        name=name,
+        version=pointer.version,
+        digest=pointer.digest,
+        aliases=aliases.get(pointer.version, ()),
+        created_at=pointer.created_at,
+        size_bytes=summary.size_bytes,
+        rank=summary.rank,
+        base_name=summary.base_name,
+        base_fingerprint=summary.base_fingerprint,
+        task_kind=summary.task_kind,
+        metrics=summary.metrics,
+    )
 
 
 def _check_movable(alias: str) -> None:
