@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
-from lorary.registry.durable import append_line, locked, storage_errors
+from lorary.registry.durable import append_line, locked, storage_errors, sync_file
 from lorary.registry.requirements import Figure, parse_figures
 from lorary.registry.strict_json import parse_json
 
@@ -114,9 +114,11 @@ class AliasLog:
             move = compared(move, self.state(), expect)
             if admit is not None:
                 move = admit(move)
-            if move.from_version != move.to_version:
-                with storage_errors(f"record a move in {self._file}"):
+            with storage_errors(f"record a move in {self._file}"):
+                if move.from_version != move.to_version:
                     append_line(self._file, move.to_json())
+                elif self._file.exists():
+                    sync_file(self._file)  # who moved it there may have died before it could
             return move
 
     def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:

@@ -14,10 +14,12 @@ from typing import Protocol
 
 from lorary.registry.address import is_hub, local_path
 from lorary.registry.aliases import Admit, AliasMove, Unset
+from lorary.registry.audit import AuditEvent
 from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.results import Freed
+from lorary.registry.summaries import Summary
 from lorary.registry.versions import Pointer
 
 
@@ -44,6 +46,9 @@ class Store(Protocol):
 
     def pointers(self, name: str) -> Iterator[Pointer]:
         """Yield all pointers that can be read, oldest first; a damaged one is logged and left out."""
+
+    def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
+        """Yield what lists show of every version, oldest first; a damaged one is logged and left out."""
 
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias of an adapter points."""
@@ -116,6 +121,13 @@ class Store(Protocol):
     def staging(self) -> AbstractContextManager[Path]:
         """Give an empty folder for one push; fails at once if the store cannot be written."""
 
+    def audit(self, name: str) -> tuple[AuditEvent, ...]:
+        """Return every change of an adapter, oldest first: who, when, what, and why.
+
+        Raises:
+            CorruptArtifact: the log was tampered with.
+        """
+
     def commit(
         self,
         name: str,
@@ -124,6 +136,7 @@ class Store(Protocol):
         progress: Progress | None = None,
         *,
         created_at: str = "",
+        actor: str = "",
     ) -> Pointer:
         """Make staged files the next version, or return the one with the same content.
 
@@ -133,10 +146,17 @@ class Store(Protocol):
             draft: the manifest but for its number.
             progress: told of bytes read.
             created_at: when it was pushed; now if empty.
+            actor: who pushes, for the audit log.
         """
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with a version's files, each checked just now; it is not to be written to."""
+
+    def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+        """Return what ``fetch`` returns, whole but not checked: the caller hashes what it reads.
+
+        ``progress`` is told of bytes that were not on this machine.
+        """
 
     def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
         """Check every byte of a version where it is kept, and return its manifest."""

@@ -7,9 +7,11 @@ complete and synced; one that nothing points at is harmless.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -99,12 +101,25 @@ def copy_file(source: Path, target: Path, progress: Progress | None = None) -> s
     """Copy a plain file to a new path, sync it, and return the hex sha256 of what was written."""
     sha256 = hashlib.sha256()
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
-    with open(descriptor, "rb", buffering=0) as reader, target.open("xb") as writer:
+    # One thread writes a chunk while this one hashes it: both let go of Python's lock.
+    with (
+        open(descriptor, "rb", buffering=0) as reader,
+        target.open("xb", buffering=0) as writer,
+        ThreadPoolExecutor(1, "copy") as pool,
+    ):
+        written = pool.submit(lambda: None)
         while chunk := reader.read(_CHUNK_BYTES):
+            written.result()
+            written = pool.submit(_write_all, writer, chunk)
             sha256.update(chunk)
-            writer.write(chunk)
             if progress is not None:
                 progress(len(chunk))
-        writer.flush()
+        written.result()
         os.fsync(writer.fileno())
     return sha256.hexdigest()
+
+
+def _write_all(writer: io.FileIO, chunk: bytes) -> None:
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[writer.write(rest) :]

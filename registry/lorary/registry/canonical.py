@@ -20,16 +20,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from lorary.errors import IncompatibleAdapter
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, AdapterFolder
+from lorary.registry.folding import fold
 from lorary.registry.manifest import Task
 from lorary.registry.safetensors_file import (
     NUMPY_DTYPES,
     Array,
-    is_finite,
     read_header,
     read_tensor,
 )
@@ -64,10 +61,16 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
 
     def load(name: str) -> Array:
         array = read_tensor(source, infos[name])
-        return _fold(name, array, scales[name]) if name in scales else array
+        return fold(name, array, scales[name])[0] if name in scales else array
 
     layout = {
-        name: (load(name).dtype if name in scales else NUMPY_DTYPES[info.dtype], info.shape)
+        # Float32 stays float32; what half precision becomes, only the products tell.
+        name: (
+            load(name).dtype
+            if name in scales and info.dtype != "F32"
+            else NUMPY_DTYPES[info.dtype],
+            info.shape,
+        )
         for name, info in infos.items()
     }
     with (dest / TENSORS_FILE).open("xb") as file:
@@ -131,16 +134,3 @@ def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: s
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
     return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
-
-
-def _fold(name: str, b: Array, scale: float) -> Array:
-    with np.errstate(over="ignore", under="ignore"):
-        exact = b.astype(np.float64) * scale
-        folded: Array = exact.astype(b.dtype)
-        if b.dtype != np.float32 and not np.array_equal(folded.astype(np.float64), exact):
-            folded = exact.astype(np.float32)
-    if not is_finite(folded):
-        raise IncompatibleAdapter(
-            f"tensor {name} times its scale {scale:g} is beyond float32; the adapter would give NaN"
-        )
-    return folded

@@ -111,6 +111,18 @@ COMMANDS: Final[dict[str, Entry]] = {
         "Free what no version needs: files of deleted versions, left-overs of interrupted work.",
         "gc --dry-run --grace 7d",
     ),
+    "audit": Entry(
+        UPKEEP,
+        "lorary.registry.cli_fsck:audit",
+        "Show every change of an adapter: who, when, what, from, to, and why.",
+        "audit sentiment",
+    ),
+    "fsck": Entry(
+        UPKEEP,
+        "lorary.registry.cli_fsck:fsck",
+        "Find damage in a registry, and repair what can be repaired.",
+        "fsck --repair --from hf://acme",
+    ),
     "verify": Entry(
         UPKEEP,
         "lorary.registry.cli_versions:verify",

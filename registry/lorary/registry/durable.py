@@ -13,14 +13,15 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from lorary.errors import Conflict, LoraryError, StorageError
 
 LOCK_TIMEOUT_S: Final = 60.0
 _LOCK_POLL_S: Final = 0.01
+_TAIL_BYTES: Final = 64 << 10
 _HINTS: Final = {
     errno.ENOSPC: "free some space and try again; nothing was changed",
     errno.EDQUOT: "free some quota and try again; nothing was changed",
@@ -54,13 +55,18 @@ def write_new(path: Path, content: bytes, *, mode: int = 0o444) -> None:
 
 
 def link_new(staged: Path, target: Path) -> bool:
-    """Give ``staged`` the name ``target`` as well, if it is free; tell whether it was."""
+    """Give ``staged`` the name ``target`` as well, if it is free; tell whether it was.
+
+    Either way the name survives a power cut: who had it first may have died before it could sync.
+    """
     try:
         os.link(staged, target, follow_symlinks=False)
     except FileExistsError:
-        return False
+        is_new = False
+    else:
+        is_new = True
     sync_folder(target.parent)
-    return True
+    return is_new
 
 
 def replace(staged: Path, target: Path) -> None:
@@ -74,18 +80,47 @@ def append_line(file: Path, line: bytes) -> None:
 
     The caller holds the log's lock.
     """
-    is_new = not file.exists()
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with open(descriptor, "r+b", buffering=0) as opened:
-        kept = opened.read()
-        end = kept.rfind(b"\n") + 1
-        if end < len(kept):
-            opened.truncate(end)
+    append_lines(file, (line,))
+
+
+def append_lines(file: Path, lines: Sequence[bytes]) -> None:
+    """Append whole lines and sync them; what a crash left of a last line is cut off first.
+
+    The caller holds the log's lock. Only the end of the file is read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(file, flags, 0o666), "r+b", buffering=0) as opened:
+        end = _end_of_lines(opened)
+        opened.truncate(end)
         opened.seek(end)
-        opened.write(line)
+        rest = memoryview(b"".join(lines))
+        while rest:
+            rest = rest[opened.write(rest) :]
         os.fsync(opened.fileno())
-    if is_new:
-        sync_folder(file.parent)
+    sync_folder(file.parent)
+
+
+def sync_file(file: Path) -> None:
+    """Make a file's content and name survive a power cut."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    sync_folder(file.parent)
+
+
+def _end_of_lines(opened: IO[bytes]) -> int:
+    """Return where the last newline ends; only a torn line is read through."""
+    end = opened.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _TAIL_BYTES)
+        opened.seek(start)
+        found = opened.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def sync_folder(path: Path) -> None:
@@ -101,7 +136,7 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents, and make their names survive a power cut."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
+    for folder in missing or (path,):  # the last may be there only since a moment ago, unsynced
         sync_folder(folder.parent)
 
 

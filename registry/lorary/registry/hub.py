@@ -41,10 +41,12 @@ from lorary.errors import (
 )
 from lorary.registry.address import hub_owner
 from lorary.registry.aliases import Admit, AliasMove, Unset, compared
+from lorary.registry.audit import AuditEvent
 from lorary.registry.blobs import Progress, check_file
 from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES, README_FILE
 from lorary.registry.gc import GC_LOCK, Collector
+from lorary.registry.hub_audit import hub_audit
 from lorary.registry.hub_card import TAG, empty_card, write_card
 from lorary.registry.hub_client import HubClient
 from lorary.registry.hub_errors import StaleHead
@@ -54,6 +56,7 @@ from lorary.registry.manifest import FileEntry, Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.refs import check_name
 from lorary.registry.results import Freed
+from lorary.registry.summaries import Summary, read_summaries
 from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
 
@@ -129,6 +132,10 @@ class HubStore:
         """Yield the pointers that can be read."""
         return self._state(name).readable()
 
+    def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
+        """Yield what lists show of every version."""
+        return read_summaries(self, name, self.pointers(name))
+
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points."""
         return self._state(name).alias_state()
@@ -161,6 +168,12 @@ class HubStore:
         self._download(name, pointer, progress or _nobody)
         return self._cache.fetch(pointer)
 
+    def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+        """Return a folder with the version's files, fetched if they are not here, not checked."""
+        if not self._cache.has(pointer):
+            self._download(name, pointer, progress or _nobody)
+        return self._cache.locate(pointer)
+
     def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
         """Fetch every file anew and compare it; return the manifest."""
         repo_id = self._repo(name)
@@ -180,6 +193,14 @@ class HubStore:
         """Give an empty folder beside what was fetched, removed at the end."""
         return self._cache.staging()
 
+    def audit(self, name: str) -> tuple[AuditEvent, ...]:
+        """Return every change; the history of commits is the log, and tells who pushed."""
+        state = self._renew(name)
+        if not state.head:
+            return ()
+        history = self._client.history(self._repo(name))
+        return hub_audit(state.readable(), state.alias_moves(), state.marks().entries, history)
+
     def commit(
         self,
         name: str,
@@ -188,6 +209,7 @@ class HubStore:
         progress: Progress | None = None,
         *,
         created_at: str = "",
+        actor: str = "",
     ) -> Pointer:
         """Make the files of ``staged`` a version, unless one has the same content already."""
         repo_id = self._repo(name)
@@ -444,6 +466,15 @@ class HubStore:
         for version in missing:
             for commit in by_version.get(version, ())[:1]:
                 self._client.tag(repo_id, f"v{version}", commit)
+
+    def untagged(self, name: str) -> list[int]:
+        """Return the versions whose pusher died before it could tag them."""
+        state, tags = self._renew(name), self._client.tags(self._repo(name))
+        return [p.version for p in state.readable() if f"v{p.version}" not in tags]
+
+    def tag_missing(self, name: str) -> None:
+        """Tag the versions that have no tag."""
+        self._tag_all(self._repo(name), self._renew(name))
 
     def _is_whole(self, name: str, pointer: Pointer) -> bool:
         """Tell whether a version's manifest can still be read."""

@@ -9,6 +9,8 @@
         versions/1.json 2.json …       one small file per version, created once (versions)
         aliases.jsonl                  append-only log of alias moves (aliases)
         marks.jsonl                    append-only log of deprecations, deletions, protections (marks)
+        audit.jsonl                    append-only, chained log of all changes (audit)
+        summaries.jsonl                what lists show, derived (summaries)
         lock                           held while a version is created or an alias moves
       unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
       tmp/                             work in progress; left-overs of killed processes are harmless
@@ -32,12 +34,14 @@ from typing import Final
 
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
 from lorary.registry.aliases import Admit, AliasLog, AliasMove, Unset
+from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, unrecorded
 from lorary.registry.blobs import Progress
 from lorary.registry.durable import (
     link_new,
     locked,
     make_folder,
     storage_errors,
+    sync_folder,
     unused_name,
     write_new,
 )
@@ -48,8 +52,9 @@ from lorary.registry.marks import Mark, MarkLog, Marks
 from lorary.registry.refs import check_name
 from lorary.registry.results import Freed
 from lorary.registry.strict_json import parse_json
+from lorary.registry.summaries import Summaries, Summary, read_summaries
 from lorary.registry.unpacked import FOLDERS, VersionFolders
-from lorary.registry.versions import Pointer, Versions
+from lorary.registry.versions import Pointer, Versions, newest_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +110,16 @@ class LocalStore:
         """Yield the pointers that can be read."""
         return self._of(name).readable()
 
+    def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
+        """Yield what lists show of every version; two ``stat`` calls for each."""
+        known = self._summaries(name).read()
+        for version in range(1, self.newest(name) + 1):
+            if version in known:
+                yield known[version]
+            else:
+                pointers = self._of(name).readable(after=version - 1, until=version)
+                yield from read_summaries(self, name, pointers)
+
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points; one ``stat`` when nothing has changed."""
         return self._log(name).state()
@@ -122,7 +137,11 @@ class LocalStore:
         admit: Admit | None = None,
     ) -> AliasMove:
         """Append a move to the log, under the adapter's lock."""
-        return self._log(name).append(move, expect=expect, admit=admit)
+        self._audit(name).last()  # a damaged log refuses changes, rather than miss them
+        done = self._log(name).append(move, expect=expect, admit=admit)
+        with locked(self.folder(name) / "lock"):
+            self._record(name)
+        return done
 
     def marks(self, name: str) -> Marks:
         """Return all marks; one ``stat`` when nothing has changed."""
@@ -130,11 +149,14 @@ class LocalStore:
 
     def mark(self, name: str, mark: Mark, allow: Callable[[], None] | None = None) -> None:
         """Append a mark to the log, under the adapter's lock."""
+        self._audit(name).last()
         self._marks_of(name).append(mark, allow)
+        with locked(self.folder(name) / "lock"):
+            self._record(name)
 
     def reserve(self, name: str, pointer: Pointer, mark: Mark) -> None:
         """Take the next number for a version that is deleted."""
-        folder = self._folder(name)
+        folder = self.folder(name)
         with storage_errors(f"create {folder}"):
             make_folder(folder / "versions")
 
@@ -152,10 +174,24 @@ class LocalStore:
                 write_new(staged / "pointer.json", pointer.to_json())
             if not self._of(name).take(pointer, staged / "pointer.json"):
                 raise Conflict(f"version {pointer.version} of '{name}' was just created")
+        with locked(folder / "lock"):
+            self._record(name)
 
     def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
         """Remove blobs, unpacked folders and left-overs that no version needs."""
         return Collector(self._root, self._needed, grace_s=grace_s).run(is_dry=is_dry)
+
+    def audit(self, name: str) -> tuple[AuditEvent, ...]:
+        """Return every change; what a killed process did not record yet is there as well."""
+        log = self._audit(name)
+        events = log.events()
+        last = events[-1] if events else None
+        return (*events, *self._unrecorded(name, last))
+
+    def record(self, name: str, event: AuditEvent) -> None:
+        """Add an event of its own kind to the audit log."""
+        with locked(self.folder(name) / "lock"):
+            self._record(name, event)
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
         """Return a version's manifest, checked against its digest."""
@@ -173,6 +209,7 @@ class LocalStore:
         progress: Progress | None = None,
         *,
         created_at: str = "",
+        actor: str = "",
     ) -> Pointer:
         """Make the files of ``staged`` a version, unless one has the same content already."""
         # Shared with other pushes, but not with the end of a gc: a blob that is here already may be
@@ -180,7 +217,7 @@ class LocalStore:
         with locked(self._root / GC_LOCK, shared=True):
             for entry in draft.files:
                 self._folders.blobs.put(staged / entry.path, entry.sha256, progress)
-            folder = self._folder(name)
+            folder = self.folder(name)
             with storage_errors(f"create {folder}"):
                 make_folder(folder / "versions")
             versions = self._of(name)
@@ -189,12 +226,22 @@ class LocalStore:
                 for pointer in reversed(list(versions.readable())):
                     is_it = pointer.digest == draft.digest and pointer.version not in deleted
                     if is_it and self._restore(pointer):
+                        with storage_errors(f"sync {folder}"):
+                            sync_folder(folder / "versions")  # its pusher may have died too early
                         return pointer
-                return self._take_next(versions, staged, draft, created_at or utc_now())
+                self._check_complete(name, versions.newest())
+                pointer = self._take_next(versions, staged, draft, created_at or utc_now())
+                self._record(name, pusher=actor, pushed=pointer.version)
+                self._summarize(name, pointer)
+                return pointer
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, each checked against its digest just now."""
         return self._folders.fetch(pointer, progress)
+
+    def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+        """Return a folder with the version's files, not checked."""
+        return self._folders.locate(pointer)
 
     def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
         """Check every blob of a version and its unpacked folder; return its manifest."""
@@ -224,6 +271,67 @@ class LocalStore:
                 raise Conflict(f"version {version} of '{draft.name}' was just created; push again")
         return pointer
 
+    def _check_complete(self, name: str, newest: int) -> None:
+        """Refuse to give a number again whose version file somebody took away.
+
+        Raises:
+            CorruptArtifact: one is missing, or the audit log is damaged.
+        """
+        last = self._audit(name).last()
+        with storage_errors(f"list versions of '{name}'"):
+            known = newest_file(self.folder(name) / "versions")
+        known = max(known, last.versions if last else 0)
+        if known > newest:
+            raise CorruptArtifact(
+                f"'{name}' had version {known}, and the file of version {newest + 1} is gone; no number "
+                "is ever given twice. Run registry fsck --repair."
+            )
+
+    def _record(self, name: str, *events: AuditEvent, pusher: str = "", pushed: int = 0) -> None:
+        """Write what the audit log lacks, and ``events``; the caller holds the lock."""
+        log = self._audit(name)
+        last = log.last()
+        missing = self._unrecorded(name, last, pusher=pusher, pushed=pushed)
+        newest = missing[-1] if missing else last
+        for event in events:
+            if newest is not None:
+                event = dataclasses.replace(
+                    event, versions=newest.versions, moves=newest.moves, marks=newest.marks
+                )
+            missing.append(event)
+        log.append(missing)
+
+    def _unrecorded(
+        self, name: str, last: AuditEvent | None, *, pusher: str = "", pushed: int = 0
+    ) -> list[AuditEvent]:
+        moves: tuple[AliasMove, ...] = ()
+        marks: tuple[Mark, ...] = ()
+        try:
+            moves = self.alias_moves(name)
+            marks = self.marks(name).entries
+        except CorruptArtifact as error:
+            logger.warning(
+                "changes of '%s' are not recorded until its logs are repaired: %s", name, error
+            )
+        pointers = self._of(name).readable(after=last.versions if last else 0)
+        return unrecorded(last, pointers, moves, marks, pusher=pusher, pushed=pushed)
+
+    def _summarize(self, name: str, pointer: Pointer) -> None:
+        summaries = self._summaries(name)
+        try:
+            pointers = [pointer] if summaries.exists() else list(self.pointers(name))
+            summaries.append([(p, self._folders.manifest(p)) for p in pointers])
+        except (OSError, CorruptArtifact) as error:
+            logger.warning(
+                "lists will be slower: no summary of %s@%d: %s", name, pointer.version, error
+            )
+
+    def _summaries(self, name: str) -> Summaries:
+        return Summaries(self.folder(name), self._root / "blobs" / "sha256")
+
+    def _audit(self, name: str) -> AuditLog:
+        return AuditLog(self.folder(name) / AUDIT_FILE)
+
     def _restore(self, pointer: Pointer) -> bool:
         """Unpack a version whose file blobs are whole; tell whether its manifest is, too."""
         try:
@@ -249,7 +357,25 @@ class LocalStore:
             seen[name] = newest
         return needed
 
-    def _folder(self, name: str) -> Path:
+    @property
+    def root(self) -> Path:
+        """The registry's folder."""
+        return self._root
+
+    @property
+    def folders(self) -> VersionFolders:
+        """Its blobs and unpacked versions."""
+        return self._folders
+
+    def forget(self, name: str) -> None:
+        """Read an adapter's files anew: a repair changed what never changes otherwise."""
+        with self._mutex:
+            self._versions.pop(name, None)
+            self._aliases.pop(name, None)
+            self._mark_logs.pop(name, None)
+
+    def folder(self, name: str) -> Path:
+        """Return where an adapter's versions and logs are, or would be."""
         return self._root / _ADAPTERS / check_name(name).replace("/", "%2F")
 
     def _of(self, name: str) -> Versions:
@@ -258,7 +384,7 @@ class LocalStore:
     def _log(self, name: str) -> AliasLog:
         log = self._aliases.get(name)
         if log is None:
-            folder = self._folder(name)
+            folder = self.folder(name)
             log = AliasLog(folder / "aliases.jsonl", folder / "lock")
             log = self._aliases.setdefault(name, log)
         return log
@@ -266,13 +392,13 @@ class LocalStore:
     def _marks_of(self, name: str) -> MarkLog:
         log = self._mark_logs.get(name)
         if log is None:
-            folder = self._folder(name)
+            folder = self.folder(name)
             log = MarkLog(folder / "marks.jsonl", folder / "lock")
             log = self._mark_logs.setdefault(name, log)
         return log
 
     def _remember(self, name: str) -> Versions:
-        versions = Versions(self._folder(name) / "versions")
+        versions = Versions(self.folder(name) / "versions")
         if not versions.newest():
             return versions  # not kept: anybody may ask for names that do not exist
         with self._mutex:

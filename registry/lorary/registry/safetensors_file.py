@@ -40,6 +40,7 @@ _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 _MAX_DIMS = 8
 _MAX_NAME = 512
 _LENGTH_BYTES = 8
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,12 +180,18 @@ def _header_of(
 
 def is_finite(array: Array) -> bool:
     """Tell whether no value is NaN or infinite, by exponent bits (no cast, no warning)."""
+    bits: Array
+    mask: Any
     if array.dtype == NUMPY_DTYPES["F32"]:
-        bits, mask = array.view(np.uint32), np.uint32(0x7F800000)
+        bits, mask = array.reshape(-1).view(np.uint32), np.uint32(0x7F800000)
     else:
-        mask16 = 0x7C00 if array.dtype == NUMPY_DTYPES["F16"] else 0x7F80
-        return not bool(np.any((array.view(np.uint16) & np.uint16(mask16)) == np.uint16(mask16)))
-    return not bool(np.any((bits & mask) == mask))
+        is_half = array.dtype == NUMPY_DTYPES["F16"]
+        bits, mask = array.reshape(-1).view(np.uint16), np.uint16(0x7C00 if is_half else 0x7F80)
+    # A piece at a time: it stays in a core's cache, and nothing as large as the array is made.
+    return not any(
+        bool(np.any((bits[start : start + _PIECE] & mask) == mask))
+        for start in range(0, bits.size, _PIECE)
+    )
 
 
 def _header_bytes(file: BinaryIO, size: int, path: Path, limits: Limits) -> tuple[bytes, int]:

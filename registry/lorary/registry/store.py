@@ -18,15 +18,17 @@ import builtins
 import getpass
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef, InvalidRequest, Refused
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
+from lorary.registry.audit import AuditEvent
 from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
 from lorary.registry.blobs import Progress
+from lorary.registry.fsck import GRACE_S, FsckReport, fsck
 from lorary.registry.gates import deletable, gate
 from lorary.registry.gc import DEFAULT_GRACE_S
 from lorary.registry.local import utc_now
@@ -37,6 +39,7 @@ from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
 from lorary.registry.requirements import parse_requirement
 from lorary.registry.results import Freed, Resolved, VerifyReport, VersionInfo
+from lorary.registry.summaries import Summary, summarized
 from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
 
@@ -118,7 +121,7 @@ class Registry:
                 allow_zero=allow_zero,
                 progress=progress,
             )
-            pointer = self._store.commit(name, staged, draft, progress)
+            pointer = self._store.commit(name, staged, draft, progress, actor=actor or _user())
         for alias in aliases:
             try:
                 self._move(name, alias, pointer.version, actor=actor, reason="push")
@@ -198,32 +201,68 @@ class Registry:
         resolved = self.resolve(ref)
         dest = Path(dest).absolute()
         check_free(dest)
-        folder = self.fetch(resolved, progress)
-        return copy_version(folder, self.manifest(resolved), dest, progress)
+        pointer, manifest = self._pointer(resolved), self.manifest(resolved)
+        left = sum(entry.size for entry in manifest.files)
+
+        def fetched(count: int) -> None:
+            nonlocal left
+            left -= count
+            if progress is not None:
+                progress(count)
+
+        # What is written is hashed on the way, so it need not be read before, too.
+        folder = self._store.locate(resolved.name, pointer, fetched)
+        if left > 0:
+            fetched(left)  # it was here already
+        try:
+            return copy_version(folder, pointer, manifest, dest, progress)
+        except CorruptArtifact:
+            folder = self._store.fetch(resolved.name, pointer)  # heals what it can, or says why not
+            return copy_version(folder, pointer, manifest, dest)
 
     def list(self) -> builtins.list[VersionInfo]:
         """Return every version of every adapter that is not deleted, by name and number.
 
         A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
         """
-        return [info for info, _ in self.described()]
+        infos: builtins.list[VersionInfo] = []
+        for name in self._store.names():
+            marks = self._marks_or_none(name)
+            if marks is None:
+                continue
+            aliases = _aliases_by_version(self._store.alias_state(name))
+            infos.extend(
+                _version_info(name, pointer, summary, aliases, marks)
+                for pointer, summary in self._store.summaries(name)
+                if pointer.version not in marks.deleted
+            )
+        return infos
 
     def described(self) -> Iterator[tuple[VersionInfo, Manifest]]:
         """Yield what ``list`` returns, each with its manifest."""
         for name in self._store.names():
-            try:
-                marks = self._store.marks(name)
-            except CorruptArtifact as error:
-                logger.warning("leaving out %s: %s", name, error)
+            marks = self._marks_or_none(name)
+            if marks is None:
                 continue
+            aliases = _aliases_by_version(self._store.alias_state(name))
             for pointer in self._store.pointers(name):
                 if pointer.version in marks.deleted:
                     continue
                 try:
                     manifest = self._store.manifest(name, pointer)
-                    yield self._describe(name, pointer, manifest, marks), manifest
                 except CorruptArtifact as error:
                     logger.warning("leaving out %s@%d: %s", name, pointer.version, error)
+                    continue
+                summary = summarized(manifest)
+                yield _version_info(name, pointer, summary, aliases, marks), manifest
+
+    def _marks_or_none(self, name: str) -> Marks | None:
+        """Return an adapter's marks; None, with a warning, when they are damaged."""
+        try:
+            return self._store.marks(name)
+        except CorruptArtifact as error:
+            logger.warning("leaving out %s: %s", name, error)
+            return None
 
     def info(self, resolved: Resolved) -> VersionInfo:
         """Return one version's description for people."""
@@ -444,6 +483,16 @@ class Registry:
         """
         return self._store.gc(grace_s=grace_s, is_dry=is_dry)
 
+    def audit(self, name: str) -> builtins.list[AuditEvent]:
+        """Return every change of an adapter, oldest first: who, when, what, and why.
+
+        Raises:
+            AdapterNotFound: no such adapter.
+            CorruptArtifact: the log was tampered with.
+        """
+        self._known(name)
+        return [*self._store.audit(name)]
+
     def verify(
         self, ref: str | AdapterRef | None = None, progress: Progress | None = None
     ) -> VerifyReport:
@@ -457,6 +506,36 @@ class Registry:
         resolved = self.resolve(ref)
         check = verify_version(self._store, resolved.name, self._pointer(resolved), progress)
         return VerifyReport(checks=(check,))
+
+    def fsck(
+        self,
+        *,
+        repair: bool = False,
+        sources: Sequence[Registry] = (),
+        grace_s: float = GRACE_S,
+        actor: str = "",
+        progress: Progress | None = None,
+    ) -> FsckReport:
+        """Look for everything that can be wrong, and put right what can be.
+
+        Args:
+            repair: whether to change anything.
+            sources: registries that damaged files may be restored from.
+            grace_s: age from which work in progress is taken for a left-over, in seconds.
+            actor: who repairs; the system's user if empty.
+            progress: told of bytes read.
+
+        Raises:
+            StorageError: a folder cannot be read, or with ``repair`` not be written.
+        """
+        return fsck(
+            self._store,
+            repair=repair,
+            sources=[source._store for source in sources],
+            grace_s=grace_s,
+            actor=actor or _user(),
+            progress=progress,
+        )
 
     def _known(self, name: str) -> int:
         newest = self._store.newest(check_name(name))
@@ -520,27 +599,39 @@ class Registry:
         return self._store.move_alias(name, move, expect=expect, admit=admit)
 
     def _info(self, name: str, pointer: Pointer) -> VersionInfo:
-        manifest = self._store.manifest(name, pointer)
-        return self._describe(name, pointer, manifest, self._store.marks(name))
+        summary = summarized(self._store.manifest(name, pointer))
+        aliases = _aliases_by_version(self._store.alias_state(name))
+        return _version_info(name, pointer, summary, aliases, self._store.marks(name))
 
-    def _describe(
-        self, name: str, pointer: Pointer, manifest: Manifest, marks: Marks
-    ) -> VersionInfo:
-        state = self._store.alias_state(name)
-        return VersionInfo(
-            name=name,
-            version=pointer.version,
-            digest=pointer.digest,
-            aliases=tuple(sorted(a for a, version in state.items() if version == pointer.version)),
-            created_at=pointer.created_at,
-            size_bytes=sum(entry.size for entry in manifest.files),
-            rank=manifest.method.rank,
-            base_name=manifest.base.name,
-            base_fingerprint=manifest.base.fingerprint,
-            task_kind=manifest.task.kind,
-            metrics=manifest.metrics,
-            deprecated=_deprecated(marks, pointer.version),
-        )
+
+def _aliases_by_version(state: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
+    found: dict[int, tuple[str, ...]] = {}
+    for alias, version in sorted(state.items()):
+        found[version] = (*found.get(version, ()), alias)
+    return found
+
+
+def _version_info(
+    name: str,
+    pointer: Pointer,
+    summary: Summary,
+    aliases: Mapping[int, tuple[str, ...]],
+    marks: Marks,
+) -> VersionInfo:
+    return VersionInfo(
+        name=name,
+        version=pointer.version,
+        digest=pointer.digest,
+        aliases=aliases.get(pointer.version, ()),
+        created_at=pointer.created_at,
+        size_bytes=summary.size_bytes,
+        rank=summary.rank,
+        base_name=summary.base_name,
+        base_fingerprint=summary.base_fingerprint,
+        task_kind=summary.task_kind,
+        metrics=summary.metrics,
+        deprecated=_deprecated(marks, pointer.version),
+    )
 
 
 def _latest(name: str, newest: int, marks: Marks) -> int:

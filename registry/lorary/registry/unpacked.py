@@ -85,10 +85,19 @@ class VersionFolders:
         Raises:
             CorruptArtifact: a file is missing or damaged.
         """
+        folder = self.locate(pointer)
+        self._check(folder, pointer, progress)
+        return folder
+
+    def locate(self, pointer: Pointer) -> Path:
+        """Return the version's folder, made from its blobs if need be; its files are not checked.
+
+        Raises:
+            CorruptArtifact: its manifest is missing or damaged.
+        """
         folder = self._folder(pointer)
         if not folder.exists():
             self.unpack(pointer)
-        self._check(folder, pointer, progress)
         return folder
 
     def check(self, pointer: Pointer, progress: Progress | None = None) -> Manifest:

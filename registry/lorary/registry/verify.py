@@ -20,7 +20,7 @@ def verify_version(
     """Check a version's files, its manifest and its digest."""
     problem = ""
     try:
-        _check_identity(name, pointer, store.check(name, pointer, progress))
+        check_identity(name, pointer, store.check(name, pointer, progress))
     except LoraryError as error:
         problem = str(error)
     return VersionCheck(name=name, version=pointer.version, digest=pointer.digest, problem=problem)
@@ -53,7 +53,12 @@ def verify_all(store: Store, progress: Progress | None = None) -> VerifyReport:
     return VerifyReport(checks=tuple(checks), problems=tuple(problems))
 
 
-def _check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
+def check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
+    """Compare what a version's file and its manifest say with each other, and with its content.
+
+    Raises:
+        CorruptArtifact: they differ.
+    """
     if (manifest.name, manifest.version) != (name, pointer.version):
         raise CorruptArtifact(
             f"manifest is of {manifest.name}@{manifest.version}, not of {name}@{pointer.version}"

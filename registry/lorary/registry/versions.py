@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,8 +69,13 @@ class Versions:
         with storage_errors(f"look into {self._folder}"):
             if newest and not self._file(newest).exists():
                 newest = 0  # somebody deleted files; count again
-            while self._file(newest + 1).exists():
-                newest += 1
+            if not newest and self._folder.is_dir():
+                names = set(os.listdir(self._folder))
+                while f"{newest + 1}.json" in names:
+                    newest += 1
+            elif newest:
+                while self._file(newest + 1).exists():
+                    newest += 1
         self._newest = newest
         return newest
 
@@ -85,9 +91,9 @@ class Versions:
             known = self._pointers[version] = self._read(version)
         return known
 
-    def readable(self) -> Iterator[Pointer]:
+    def readable(self, *, after: int = 0, until: int | None = None) -> Iterator[Pointer]:
         """Yield the pointers that can be read, oldest first; a damaged one is logged and left out."""
-        for version in range(1, self.newest() + 1):
+        for version in range(after + 1, (self.newest() if until is None else until) + 1):
             try:
                 pointer = self.pointer(version)
             except CorruptArtifact as error:
@@ -109,6 +115,12 @@ class Versions:
         with storage_errors(f"read {file}"):
             raw = parse_json(file.read_bytes(), str(file))
         return parse_pointer(raw, version, str(file))
+
+
+def newest_file(folder: Path) -> int:
+    """Return the highest number that has a file, whether or not those before it have one."""
+    numbers = (entry.name.removesuffix(".json") for entry in os.scandir(folder))
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def parse_pointer(raw: dict[str, Any], version: int, where: str) -> Pointer:
