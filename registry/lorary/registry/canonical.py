@@ -3,7 +3,7 @@
 The form is plain LoRA: each module's scale is folded into B, so ``lora_alpha == r`` and the factor on
 B·A is 1 everywhere. Servers that ignore ``alpha_pattern`` or rsLoRA then compute the same as PEFT.
 
-Semantics: ``B'[m] = scale[m] * B[m]``, ``A'[m] = A[m]``. B keeps its dtype when every product is
+Semantics: ``B'[m] = scale[m] * B[m]``, ``A'[m] = A[m]``; DoRA's magnitudes stay what they are. B keeps its dtype when every product is
 exactly representable in it (powers of two nearly always); otherwise B' is float32, rounded once.
 
 The digest is a sha256 over the canonical configuration and tensors, the base's fingerprint and the task
@@ -95,7 +95,7 @@ def canonical_config(spec: AdapterSpec, card: BaseCard) -> dict[str, Any]:
         "revision": spec.config.revision,
         "target_modules": target_modules(spec.modules, card),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": spec.magnitudes,
         "use_rslora": False,
     }
 

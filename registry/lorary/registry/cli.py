@@ -14,7 +14,7 @@ from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.cli_support import console, print_json, progress_bar, run
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
-from lorary.registry.manifest import Manifest
+from lorary.registry.manifest import MAX_RATIO, Manifest
 from lorary.registry.refs import check_name, parse_ref, parse_selector
 
 if TYPE_CHECKING:
@@ -62,6 +62,16 @@ def push(
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Accept an adapter that changes nothing.")
     ] = False,
+    max_ratio: Annotated[
+        float,
+        typer.Option(min=0, help="Largest change of a module, in norms of the base's weight."),
+    ] = MAX_RATIO,
+    residual_base: Annotated[
+        bool,
+        typer.Option(
+            "--residual-base", help="The base is what PiSSA or its kin left: take it as it is."
+        ),
+    ] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,6 +89,8 @@ def push(
             aliases=alias or (),
             description=description,
             allow_zero=allow_zero,
+            max_ratio=max_ratio,
+            residual_base=residual_base,
             progress=progress,
         )
     if as_json:

@@ -36,6 +36,9 @@ from lorary.errors import CorruptArtifact
 from lorary.registry.strict_json import parse_json, show
 
 FORMAT_VERSION = 1
+MAX_RATIO = 10.0
+"""Largest ‖scale·BA‖/‖W‖ of a module, Frobenius norms, unless a push says otherwise. What training gives
+is below 1, nearly always below 0.3; a scale applied twice, or an alpha of another rank, is beyond 10."""
 _MAX_NUMBER = 1e300
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -118,6 +121,19 @@ class GoldenProbe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What the registry was told to let pass at the push; servers let the same pass.
+
+    Attributes:
+        allow_zero: an adapter that changes nothing.
+        max_ratio: the largest change of a module, as a multiple of the Frobenius norm of its weight.
+    """
+
+    allow_zero: bool = False
+    max_ratio: float = MAX_RATIO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A version's description. ``name``, ``version``, ``digest``, ``files`` are set by ``push``."""
 
@@ -128,6 +144,7 @@ class Manifest:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     golden_probes: tuple[GoldenProbe, ...] = ()
+    accepted: Accepted = field(default_factory=Accepted)
     created_at: str = ""
     description: str = ""
     name: str = ""

@@ -15,8 +15,8 @@ from lorary.registry.blobs import Progress, copy_file, hash_file
 from lorary.registry.canonical import content_digest, target_modules, write_canonical
 from lorary.registry.durable import storage_errors
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, AdapterFolder, scan_folder
-from lorary.registry.manifest import BaseIdentity, FileEntry, Manifest, Method, Task
-from lorary.registry.validate import AdapterSpec, read_manifest, validate_adapter, validate_files
+from lorary.registry.manifest import Accepted, BaseIdentity, FileEntry, Manifest, Method, Task
+from lorary.registry.validate import AdapterSpec, Limits, read_manifest, validate_files
 
 
 def stage_version(
@@ -26,7 +26,8 @@ def stage_version(
     name: str,
     base: BaseCard,
     description: str,
-    allow_zero: bool,
+    accepted: Accepted,
+    residual_base: bool,
     progress: Progress | None,
 ) -> Manifest:
     """Validate ``folder`` and write a version's files to ``staged``.
@@ -37,26 +38,28 @@ def stage_version(
         name: the adapter.
         base: the base it was trained on.
         description: replaces the manifest's own, unless empty.
-        allow_zero: accept an adapter without effect.
+        accepted: what may pass though it is unusual; kept in the manifest.
+        residual_base: ``base`` is the model that PiSSA or its kin left behind.
         progress: told of bytes read.
 
     Returns:
         The version's manifest, complete but for its number.
 
     Raises:
-        CorruptArtifact: see ``validate_adapter``.
-        IncompatibleAdapter: see ``validate_adapter``.
+        CorruptArtifact: see ``validate_files``.
+        IncompatibleAdapter: see ``validate_files``.
         StorageError: a file cannot be read or written.
     """
     files = scan_folder(folder)
-    spec = validate_files(files, base, allow_zero=allow_zero)
+    limits = Limits(accepted=accepted, allow_dora=True, residual_base=residual_base)
+    spec = validate_files(files, base, limits)
     manifest = read_manifest(files) if files.has_manifest else _new_manifest(spec, base)
     with storage_errors(f"write to {staged}"):
         write_canonical(files, spec, base, staged)
         for relative in files.kept:
             (staged / relative).parent.mkdir(exist_ok=True)
             copy_file(files.path / relative, staged / relative, progress)
-    canonical = validate_adapter(staged, base, allow_zero=allow_zero)
+    canonical = validate_files(scan_folder(staged), base, limits)
     entries = _entries(staged, files, progress)
     sha256s = {entry.path: entry.sha256 for entry in entries}
     return dataclasses.replace(
@@ -70,6 +73,7 @@ def stage_version(
             tensors=sha256s[TENSORS_FILE],
         ),
         files=entries,
+        accepted=accepted,
         description=description or manifest.description,
         method=dataclasses.replace(manifest.method, rank=canonical.rank),
     )

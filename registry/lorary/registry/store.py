@@ -20,15 +20,15 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
-from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef
+from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef, InvalidRequest
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
 from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
 from lorary.registry.blobs import Progress
 from lorary.registry.local import utc_now
-from lorary.registry.manifest import Manifest
+from lorary.registry.manifest import MAX_RATIO, Accepted, Manifest
 from lorary.registry.publish import stage_version
 from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
@@ -37,6 +37,8 @@ from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
 
 logger = logging.getLogger(__name__)
+
+MAX_MAX_RATIO: Final = 1e30
 
 
 class Registry:
@@ -74,6 +76,8 @@ class Registry:
         aliases: Sequence[str] = (),
         description: str = "",
         allow_zero: bool = False,
+        max_ratio: float = MAX_RATIO,
+        residual_base: bool = False,
         actor: str = "",
         progress: Progress | None = None,
     ) -> VersionInfo:
@@ -86,11 +90,14 @@ class Registry:
             aliases: to be moved to the version.
             description: replaces the manifest's own.
             allow_zero: accept an adapter that changes nothing.
+            max_ratio: largest change of a module, as a multiple of the norm of its weight.
+            residual_base: ``base`` is the model that PiSSA, OLoRA, CorDA or LoRA-GA left behind.
             actor: who pushes; the system's user if empty.
             progress: called with the number of bytes just read.
 
         Raises:
             InvalidRef: the name or an alias is not valid.
+            InvalidRequest: ``max_ratio`` makes no sense.
             CorruptArtifact: the files are not what they claim.
             IncompatibleAdapter: sound, but not for this base, or not plain LoRA.
             StorageError: the registry cannot be written, or the folder cannot be read.
@@ -98,6 +105,11 @@ class Registry:
         check_name(name)
         for alias in aliases:
             _check_movable(alias)
+        if not 0 < max_ratio < MAX_MAX_RATIO:
+            raise InvalidRequest(
+                f"max_ratio is {max_ratio}; it must be above 0 and below {MAX_MAX_RATIO:g}",
+                field="max_ratio",
+            )
         with self._store.staging() as staged:
             draft = stage_version(
                 Path(folder),
@@ -105,7 +117,8 @@ class Registry:
                 name=name,
                 base=base,
                 description=description,
-                allow_zero=allow_zero,
+                accepted=Accepted(allow_zero=allow_zero, max_ratio=max_ratio),
+                residual_base=residual_base,
                 progress=progress,
             )
             pointer = self._store.commit(name, staged, draft, progress)
