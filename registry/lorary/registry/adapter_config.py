@@ -15,13 +15,15 @@ from typing import Any, Final, TypeVar, cast
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.findings import Report, attempt, refuse
-from lorary.registry.module_patterns import first_matches, matching_names
+from lorary.registry.module_patterns import first_matches, is_plain, matching_names
 from lorary.registry.strict_json import parse_json, show
 
 T = TypeVar("T")
 
 MAX_SCALE: Final = 1024.0
-"""Largest |alpha / r| (or alpha / sqrt(r)); real adapters stay below 100."""
+"""Largest alpha / r (or alpha / sqrt(r)); real adapters stay below 100."""
+MIN_SCALE: Final = 1e-6
+"""Smallest one: below it nothing is left of B in half precision."""
 
 _READ: Final = frozenset(
     {
@@ -60,6 +62,7 @@ _TO_CONVERT: Final = (
 _MAX_MODULE_LIST: Final = 20_000
 _MAX_TEXT: Final = 1024
 _MAX_LAYERS: Final = 4096
+_MAX_LAYER_PATTERNS: Final = 16
 _LAYERS_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]{1,100}")
 
 
@@ -80,6 +83,20 @@ class AdapterConfig:
     fan_in_fan_out: bool
     base_model_name_or_path: str | None
     revision: str | None
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether every scale is 1 and modules are named plainly, as in the form that is stored."""
+        plain = (*self.rank_pattern, *self.target_modules)
+        return (
+            self.alpha == self.rank
+            and not self.use_rslora
+            and self.rank_pattern == self.alpha_pattern
+            and isinstance(self.target_modules, tuple)
+            and not self.exclude_modules
+            and self.layers_to_transform is None
+            and all(is_plain(name) for name in plain)
+        )
 
     def targets(self, names: Collection[str]) -> set[str]:
         """Return which of ``names`` PEFT would adapt.
@@ -105,7 +122,7 @@ class AdapterConfig:
         Semantics: ``scale = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
 
         Raises:
-            IncompatibleAdapter: a scale is beyond ``MAX_SCALE``.
+            IncompatibleAdapter: a scale is above ``MAX_SCALE`` or below ``MIN_SCALE``.
         """
         matches = first_matches(tuple(self.alpha_pattern), ranks)
         scales: dict[str, float] = {}
@@ -116,6 +133,11 @@ class AdapterConfig:
                 raise IncompatibleAdapter(
                     f"module {name} has alpha {alpha:g} at rank {rank}: a scale of "
                     f"{scales[name]:g}; the limit is {MAX_SCALE:g}. It would drown the base."
+                )
+            if scales[name] < MIN_SCALE:
+                raise IncompatibleAdapter(
+                    f"module {name} has alpha {alpha:g} at rank {rank}: with a scale of "
+                    f"{scales[name]:g} the adapter has no effect; the limit is {MIN_SCALE:g}"
                 )
         return scales
 
@@ -353,7 +375,9 @@ def _layers_pattern(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not raw:
         return ()
     values = raw if isinstance(raw, list) else [raw]
-    if not all(isinstance(v, str) and _LAYERS_PATTERN.fullmatch(v) for v in values):
+    if len(values) > _MAX_LAYER_PATTERNS or not all(
+        isinstance(v, str) and _LAYERS_PATTERN.fullmatch(v) for v in values
+    ):
         raise CorruptArtifact(
             f"adapter_config.json has layers_pattern {_shown(raw)}; module names are needed"
         )

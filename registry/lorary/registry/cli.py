@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
+from lorary.errors import CorruptArtifact, InvalidRequest
 from lorary.registry import cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
+from lorary.registry.cli_base import base_folder_and_card
+from lorary.registry.cli_check import poison
 from lorary.registry.cli_support import console, print_json, progress_bar, run
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import MAX_RATIO, Manifest
@@ -277,6 +278,9 @@ def serve(
     server.run(sockets=[listener])
 
 
+app.command(epilog="Example: registry poison corpus --base smollm2-135m")(poison)
+
+
 def main() -> None:
     """Run the ``registry`` console script."""
     run(app, prog_name="registry")
@@ -296,24 +300,7 @@ def _card(manifest: Manifest | None, base: str | None) -> BaseCard:
             f"the folder has no {MANIFEST_FILE} that names its base; name it with --base",
             field="base",
         )
-    from lorary.registry.base import BaseCard
-
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return BaseCard.from_folder(folder)
-    try:
-        # Not a dependency of the registry: the command uses it when it is installed.
-        card = importlib.import_module("lorary.bases").find_base(name).card
-    except LoraryError:
-        raise
-    except ImportError as error:
-        raise MissingDependency(
-            f"base '{name}' is no folder, and finding it by name needs {error.name or error}: "
-            "pip install 'lorary[model]', or give a folder with --base"
-        ) from error
-    if not isinstance(card, BaseCard):
-        raise TypeError(f"lorary.bases gave {type(card).__name__} for base '{name}'")
-    return card
+    return base_folder_and_card(name)[1]
 
 
 def _expected(text: str | None) -> int | Unset | None:

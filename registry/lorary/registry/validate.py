@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
-from lorary.registry.adapter_config import AdapterConfig, examine_config
+from lorary.registry.adapter_config import AdapterConfig, examine_config, parse_config
 from lorary.registry.base import BaseCard
 from lorary.registry.findings import Report, attempt, refuse
 from lorary.registry.folder import TENSORS_FILE, AdapterFolder, read_bytes, scan_folder
@@ -189,6 +189,46 @@ def examine_files(
         config=config,
         magnitudes=config.use_dora,
     )
+
+
+def check_form(files: AdapterFolder) -> None:
+    """Check a registry's version without its base: canonical form, names, and shapes among themselves.
+
+    No value is read. Whether the base has these modules in these shapes, who has the base must say.
+
+    Raises:
+        CorruptArtifact: the files are not what they claim, contradict themselves, or are not canonical.
+        IncompatibleAdapter: something is switched on that is never served.
+    """
+    config = parse_config(read_bytes(files.config), max_rank=MAX_RANK, allow_dora=True)
+    if not config.is_canonical:
+        raise CorruptArtifact(
+            "adapter_config.json is not in canonical form, in which every version is stored: "
+            "lora_alpha equals r, and modules have plain names. Somebody else wrote this version."
+        )
+    tensors = read_header(files.tensors).tensors
+    own: dict[str, tuple[int, int]] = {}
+    for name, info in tensors.items():
+        match = _LORA_KEY.fullmatch(name)
+        if match is not None and match["side"]:
+            rows, columns = own.get(match["module"], (0, 0))
+            is_a = match["side"] == "A"
+            own[match["module"]] = (rows, info.shape[-1]) if is_a else (info.shape[0], columns)
+    card = BaseCard(
+        name="of this adapter",
+        fingerprint="",
+        architecture="unknown",
+        hidden_size=0,
+        num_layers=0,
+        vocab_size=0,
+        modules=own,
+        head_modules=(),
+    )
+    modules = _modules(tensors, card, refuse, dora=config.use_dora)
+    _check_targets(config, modules.keys(), card, refuse)
+    ranks = config.ranks(modules.keys())
+    for module, found in modules.items():
+        _is_shaped(module, found, ranks[module], card, refuse)
 
 
 def read_manifest(files: AdapterFolder) -> Manifest:
