@@ -40,7 +40,7 @@ _METADATA: Final = {"format": "pt"}
 _IDENTITY_VERSION: Final = 1
 
 
-def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, dest: Path) -> None:
+def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, dest: Path) -> float:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` of the canonical form.
 
     Args:
@@ -48,6 +48,9 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
         spec: what validation found.
         card: its base.
         dest: an existing folder; the two files are new in it and synced to disk.
+
+    Returns:
+        The largest ‖B' − scale·B‖ / ‖scale·B‖ of a module: 0 where every product was exact.
 
     Raises:
         IncompatibleAdapter: a folded value is beyond float32.
@@ -62,9 +65,16 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
     infos = read_header(source).tensors
     scales = {lora_key(m, "B"): lora.scale for m, lora in spec.modules.items() if lora.scale != 1.0}
 
+    worst = 0.0
+
     def load(name: str) -> Array:
+        nonlocal worst
         array = read_tensor(source, infos[name])
-        return _fold(name, array, scales[name]) if name in scales else array
+        if name not in scales:
+            return array
+        folded, error = _fold(name, array, scales[name])
+        worst = max(worst, error)
+        return folded
 
     layout = {
         name: (load(name).dtype if name in scales else NUMPY_DTYPES[info.dtype], info.shape)
@@ -74,6 +84,7 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
         write_safetensors(file, layout, load, _METADATA)
         file.flush()
         os.fsync(file.fileno())
+    return worst
 
 
 def canonical_config(spec: AdapterSpec, card: BaseCard) -> dict[str, Any]:
@@ -133,7 +144,8 @@ def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: s
     return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
 
 
-def _fold(name: str, b: Array, scale: float) -> Array:
+def _fold(name: str, b: Array, scale: float) -> tuple[Array, float]:
+    """Return ``scale * b`` and the relative error that rounding it made."""
     with np.errstate(over="ignore", under="ignore"):
         exact = b.astype(np.float64) * scale
         folded: Array = exact.astype(b.dtype)
@@ -143,4 +155,5 @@ def _fold(name: str, b: Array, scale: float) -> Array:
         raise IncompatibleAdapter(
             f"tensor {name} times its scale {scale:g} is beyond float32; the adapter would give NaN"
         )
-    return folded
+    lost = float(np.linalg.norm(folded.astype(np.float64) - exact))
+    return folded, lost / float(np.linalg.norm(exact)) if lost else 0.0

@@ -73,6 +73,13 @@ def push(
             "--residual-base", help="The base is what PiSSA or its kin left: take it as it is."
         ),
     ] = False,
+    originals: Annotated[
+        bool | None,
+        typer.Option(
+            "--originals/--no-originals",
+            help="Keep the files as given, too; by default those of other methods than LoRA.",
+        ),
+    ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,6 +99,7 @@ def push(
             allow_zero=allow_zero,
             max_ratio=max_ratio,
             residual_base=residual_base,
+            originals=originals,
             progress=progress,
         )
     if as_json:

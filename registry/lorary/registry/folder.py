@@ -8,6 +8,7 @@ first bytes are those of a pickle, an archive or a program is refused whatever i
 ``adapter_model.safetensors``              needed
 ``manifest.json``                          written by the trainer or the registry
 ``README.md``, ``report/…``                kept with the version
+``original/…``                             what a version was made of; left out of another push
 tokenizer files, ``.gitattributes``,       left out: the base has its own tokenizer,
 ``.cache/``, ``.lorary/``                  and the rest is a downloader's or a Hub's
 =========================================  ==========================================
@@ -31,6 +32,7 @@ TENSORS_FILE: Final = "adapter_model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 README_FILE: Final = "README.md"
 REPORT_FOLDER: Final = "report"
+ORIGINAL_FOLDER: Final = "original"
 
 MAX_FILES: Final = 256
 MAX_TENSORS_BYTES: Final = 8 << 30
@@ -56,6 +58,7 @@ _LEFT_OUT: Final = frozenset(
         "vocab.json",
     }
 )
+_ORIGINALS: Final = tuple(f"{ORIGINAL_FOLDER}/{name}" for name in (CONFIG_FILE, TENSORS_FILE))
 _PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAGIC: Final = (
     (b"PK\x03\x04", "a zip archive (or a PyTorch checkpoint)"),
@@ -133,7 +136,7 @@ def scan_folder(path: Path, *, allow_hardlinks: bool = False) -> AdapterFolder:
         _check_entry(entry, relative, allow_hardlinks=allow_hardlinks)
         if relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE):
             found.add(relative)
-        elif relative in _LEFT_OUT:
+        elif relative in _LEFT_OUT or relative in _ORIGINALS:
             left_out.append(relative)
         else:
             kept.append(relative)
@@ -169,9 +172,9 @@ def _walk(path: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry[str], s
     for entry in _entries(path):
         if entry.is_symlink() or not entry.is_dir(follow_symlinks=False):
             yield entry, entry.name
-        elif entry.name == REPORT_FOLDER:
+        elif entry.name in (REPORT_FOLDER, ORIGINAL_FOLDER):
             for inner in _entries(Path(entry.path)):
-                yield inner, f"{REPORT_FOLDER}/{inner.name}"
+                yield inner, f"{entry.name}/{inner.name}"
         elif entry.name in _LEFT_OUT:
             left_out.append(f"{entry.name}/")
         else:
@@ -228,13 +231,14 @@ def _is_allowed(relative: str) -> bool:
         return False
     if pure.parts[0] == REPORT_FOLDER and len(pure.parts) > 1:
         return pure.suffix in _REPORT_SUFFIXES
-    return relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE, README_FILE)
+    return relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE, README_FILE, *_ORIGINALS)
 
 
 def _size_limit(relative: str) -> int:
-    if relative == TENSORS_FILE:
+    name = PurePosixPath(relative).name
+    if name == TENSORS_FILE:
         return MAX_TENSORS_BYTES
-    return MAX_JSON_BYTES if relative in (CONFIG_FILE, MANIFEST_FILE) else MAX_OTHER_BYTES
+    return MAX_JSON_BYTES if name in (CONFIG_FILE, MANIFEST_FILE) else MAX_OTHER_BYTES
 
 
 def _check_magic(file: Path, relative: str) -> None:
@@ -246,7 +250,10 @@ def _check_magic(file: Path, relative: str) -> None:
             os.close(descriptor)
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror}") from error
-    if relative == TENSORS_FILE and head[_SAFETENSORS_BRACE : _SAFETENSORS_BRACE + 1] == b"{":
+    if (
+        PurePosixPath(relative).name == TENSORS_FILE
+        and head[_SAFETENSORS_BRACE : _SAFETENSORS_BRACE + 1] == b"{"
+    ):
         return  # the first eight bytes are a length, which may look like anything
     kind = next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
     if len(head) > 1 and head[0] == _PICKLE_MARK and head[1] in _PICKLE_PROTOCOLS:

@@ -134,6 +134,20 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How the canonical form was made of what was pushed.
+
+    Attributes:
+        source: what it was: PEFT's name of the method, such as ``LORA`` or ``VERA``.
+        max_error: the largest ‖BA − ΔW‖ / ‖ΔW‖ of a module, measured; 0 where nothing was rounded. Where
+            a scale was folded into B alone, it is that of B.
+    """
+
+    source: str
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A version's description. ``name``, ``version``, ``digest``, ``files`` are set by ``push``."""
 
@@ -145,6 +159,7 @@ class Manifest:
     training: dict[str, Any] = field(default_factory=dict)
     golden_probes: tuple[GoldenProbe, ...] = ()
     accepted: Accepted = field(default_factory=Accepted)
+    conversion: Conversion | None = None
     created_at: str = ""
     description: str = ""
     name: str = ""

@@ -78,6 +78,7 @@ class Registry:
         allow_zero: bool = False,
         max_ratio: float = MAX_RATIO,
         residual_base: bool = False,
+        originals: bool | None = None,
         actor: str = "",
         progress: Progress | None = None,
     ) -> VersionInfo:
@@ -92,6 +93,8 @@ class Registry:
             allow_zero: accept an adapter that changes nothing.
             max_ratio: largest change of a module, as a multiple of the norm of its weight.
             residual_base: ``base`` is the model that PiSSA, OLoRA, CorDA or LoRA-GA left behind.
+            originals: keep the files as they were given beside the canonical ones; ``None``: only those
+                that were another method than LoRA.
             actor: who pushes; the system's user if empty.
             progress: called with the number of bytes just read.
 
@@ -119,6 +122,7 @@ class Registry:
                 description=description,
                 accepted=Accepted(allow_zero=allow_zero, max_ratio=max_ratio),
                 residual_base=residual_base,
+                originals=originals,
                 progress=progress,
             )
             pointer = self._store.commit(name, staged, draft, progress)
