@@ -16,15 +16,17 @@ tokenizer files, ``.gitattributes``,       left out: the base has its own tokeni
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, cast
 
-from lorary.errors import CorruptArtifact, StorageError
+from lorary.errors import CorruptArtifact, LoraryError, StorageError
+from lorary.registry.findings import Report, attempt, refuse
 from lorary.registry.strict_json import show
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -128,12 +130,35 @@ def scan_folder(path: Path, *, allow_hardlinks: bool = False) -> AdapterFolder:
         CorruptArtifact: a file that may not be there, or that is not what its name claims.
         StorageError: the folder does not exist or cannot be read.
     """
+    found = examine_folder(path, refuse, allow_hardlinks=allow_hardlinks)
+    return cast("AdapterFolder", found)  # `refuse` raises where there would be none
+
+
+def examine_folder(
+    path: Path, report: Report, *, allow_hardlinks: bool = False
+) -> AdapterFolder | None:
+    """Do ``scan_folder`` and report everything that is wrong; ``None`` if a needed file cannot be used.
+
+    Raises:
+        StorageError: the folder does not exist or cannot be read.
+    """
     path = Path(path)
     kept: list[str] = []
     left_out: list[str] = []
     found: set[str] = set()
-    for entry, relative in _walk(path, left_out):
-        _check_entry(entry, relative, allow_hardlinks=allow_hardlinks)
+    unusable: set[str] = set()
+
+    def report_entry(problem: LoraryError) -> None:
+        unusable.add(relative)
+        report(problem)
+
+    for entry, relative in _walk(path, left_out, report):
+        attempt(
+            report_entry,
+            functools.partial(_check_entry, entry, relative, allow_hardlinks=allow_hardlinks),
+        )
+        if relative in unusable:
+            continue
         if relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE):
             found.add(relative)
         elif relative in _LEFT_OUT or relative in _ORIGINALS:
@@ -141,13 +166,18 @@ def scan_folder(path: Path, *, allow_hardlinks: bool = False) -> AdapterFolder:
         else:
             kept.append(relative)
         if len(found) + len(kept) + len(left_out) > MAX_FILES:
-            raise CorruptArtifact(f"{path} has more than {MAX_FILES} files")
+            report(CorruptArtifact(f"{path} has more than {MAX_FILES} files"))
+            break
     for needed in (CONFIG_FILE, TENSORS_FILE):
-        if needed not in found:
-            raise CorruptArtifact(
-                f"{path} has no {needed}; a PEFT adapter saved as safetensors has one "
-                "(save_pretrained(..., safe_serialization=True))"
+        if needed not in found | unusable:
+            report(
+                CorruptArtifact(
+                    f"{path} has no {needed}; a PEFT adapter saved as safetensors has one "
+                    "(save_pretrained(..., safe_serialization=True))"
+                )
             )
+    if not {CONFIG_FILE, TENSORS_FILE} <= found:
+        return None
     return AdapterFolder(
         path=path,
         has_manifest=MANIFEST_FILE in found,
@@ -168,23 +198,27 @@ def read_bytes(path: Path) -> bytes:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _walk(path: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:
-    for entry in _entries(path):
+def _walk(
+    path: Path, left_out: list[str], report: Report
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    for entry in _entries(path, report):
         if entry.is_symlink() or not entry.is_dir(follow_symlinks=False):
             yield entry, entry.name
         elif entry.name in (REPORT_FOLDER, ORIGINAL_FOLDER):
-            for inner in _entries(Path(entry.path)):
+            for inner in _entries(Path(entry.path), report):
                 yield inner, f"{entry.name}/{inner.name}"
         elif entry.name in _LEFT_OUT:
             left_out.append(f"{entry.name}/")
         else:
-            raise CorruptArtifact(
-                f"folder {show(entry.name)} may not be in an adapter folder; "
-                f"only {REPORT_FOLDER}/ may. Push a folder that holds the adapter alone."
+            report(
+                CorruptArtifact(
+                    f"folder {show(entry.name)} may not be in an adapter folder; "
+                    f"only {REPORT_FOLDER}/ may. Push a folder that holds the adapter alone."
+                )
             )
 
 
-def _entries(path: Path) -> list[os.DirEntry[str]]:
+def _entries(path: Path, report: Report) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -194,7 +228,7 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
         raise StorageError(f"cannot read adapter folder {path}: {error.strerror}") from error
     folded = [entry.name.casefold() for entry in listed]
     if len(set(folded)) != len(folded):
-        raise CorruptArtifact(f"{path} has names that differ only in case")
+        report(CorruptArtifact(f"{path} has names that differ only in case"))
     return listed
 
 
