@@ -13,6 +13,7 @@ from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.cli_base import base_folder_and_card
 from lorary.registry.cli_check import check, poison
+from lorary.registry.cli_export import export
 from lorary.registry.cli_support import console, print_json, progress_bar, run
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import MAX_RATIO, Manifest
@@ -289,6 +290,7 @@ def serve(
 app.command(epilog="Example: registry check runs/sentiment --base smollm2-135m --server vllm")(
     check
 )
+app.command(epilog="Example: registry export sentiment@prod ./gguf --to gguf")(export)
 app.command(epilog="Example: registry poison corpus --base smollm2-135m")(poison)
 
 
