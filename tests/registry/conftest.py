@@ -39,7 +39,7 @@ class Forge:
         for module, (rows, columns) in self.card.modules.items():
             if module.endswith("." + last):
                 for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                    values = generator.standard_normal(shape).astype(dtype)
+                    values = (generator.standard_normal(shape) / 2).astype(dtype)
                     tensors[f"base_model.model.{module}.lora_{side}.weight"] = values
         return tensors
 

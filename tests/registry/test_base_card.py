@@ -40,6 +40,26 @@ def test_modules_are_those_of_the_live_model(base: Path) -> None:
     assert (card.name, card.architecture, card.num_layers) == ("tiny", "LlamaForCausalLM", 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_norms_are_those_of_the_weights(base: Path, dtype: torch.dtype) -> None:
+    weights = base / "model.safetensors"
+    state = {n: t.to(dtype) for n, t in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(state, weights)
+    card = BaseCard.from_folder(base)
+    assert card.norms.keys() == card.modules.keys()
+    for module, norm in card.norms.items():
+        assert norm == pytest.approx(float(state[f"{module}.weight"].double().norm()), rel=1e-5)
+
+
+def test_a_kept_card_without_norms_is_read_anew(base: Path) -> None:
+    first = BaseCard.from_folder(base)
+    kept = json.loads((base / CARD_FILE).read_text())
+    del kept["card"]["norms"]
+    (base / CARD_FILE).write_text(json.dumps(kept))
+    assert BaseCard.from_folder(base) == first
+    assert "norms" in json.loads((base / CARD_FILE).read_text())["card"]
+
+
 def test_gpt2_weights_are_transposed_and_prefixed(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

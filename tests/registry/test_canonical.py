@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,9 @@ import pytest
 from lorary.errors import IncompatibleAdapter
 from lorary.registry.canonical import content_digest, write_canonical
 from lorary.registry.folder import scan_folder
-from lorary.registry.manifest import Task
+from lorary.registry.manifest import Accepted, Task
 from lorary.registry.safetensors_file import Array, read_header, read_tensor
-from lorary.registry.validate import AdapterSpec, validate_files
+from lorary.registry.validate import AdapterSpec, Limits, validate_files
 
 if TYPE_CHECKING:
     from tests.registry.conftest import Forge
@@ -25,8 +26,9 @@ def canonicalise(forge: Forge, folder: Path, dest: str) -> tuple[Path, AdapterSp
     files = scan_folder(folder)
     path = forge.root / dest
     path.mkdir()
-    write_canonical(files, validate_files(files, forge.card), forge.card, path)
-    return path, validate_files(scan_folder(path), forge.card)
+    anything = Limits(accepted=Accepted(max_ratio=math.inf))
+    write_canonical(files, validate_files(files, forge.card, anything), forge.card, path)
+    return path, validate_files(scan_folder(path), forge.card, anything)
 
 
 def load(folder: Path) -> dict[str, Array]:

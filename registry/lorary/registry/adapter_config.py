@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
-from lorary.registry.module_patterns import first_matches, matching_names
+from lorary.registry.findings import Report, attempt, refuse
+from lorary.registry.module_patterns import first_matches, is_plain, matching_names
 from lorary.registry.strict_json import parse_json, show
 
+T = TypeVar("T")
+
 MAX_SCALE: Final = 1024.0
-"""Largest |alpha / r| (or alpha / sqrt(r)); real adapters stay below 100."""
+"""Largest alpha / r (or alpha / sqrt(r)); real adapters stay below 100."""
+MIN_SCALE: Final = 1e-6
+"""Smallest one: below it nothing is left of B in half precision."""
 
 _READ: Final = frozenset(
     {
         "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "layers_pattern",
         "layers_to_transform", "lora_alpha", "alpha_pattern", "peft_type", "r", "rank_pattern",
-        "revision", "target_modules", "task_type", "use_rslora", "bias", "init_lora_weights",
+        "revision", "target_modules", "task_type", "use_dora", "use_rslora", "bias",
+        "init_lora_weights",
     }
 )  # fmt: skip
 # They steer training, name a library, or belong to an option that must be off; when an adapter is
@@ -39,11 +45,24 @@ _WHY: Final = {
     "modules_to_save": "it replaces whole modules of the base; train the LoRA matrices alone",
     "target_parameters": "LoRA on bare parameters (fused experts) cannot be served",
     "trainable_token_indices": "it changes the token table of the base",
-    "use_dora": "DoRA's magnitude vectors are not plain LoRA; convert it first",
 }
+_DORA_IS_KEPT: Final = (
+    "adapter_config.json switches on 'use_dora': DoRA's magnitude vectors are no plain LoRA, so a "
+    "registry keeps it and no server serves it. Train with use_dora=False, or merge it into a model of "
+    "its own: registry export NAME --to merged DIR"
+)
 _PLAIN_INITS: Final = (True, False, None, "gaussian", "orthogonal")
+# These subtract the adapter's start from the base: exact once converted to a difference.
+_RESIDUAL_INITS: Final = ("pissa", "olora", "corda", "lora_ga")
+_TO_CONVERT: Final = (
+    "Convert it: model.save_pretrained(DIR, path_initial_model_for_weight_conversion=START), where "
+    "START is the adapter as it was saved before training; or, if --base names the residual model that "
+    "it was trained on, say so with --residual-base"
+)
 _MAX_MODULE_LIST: Final = 20_000
 _MAX_TEXT: Final = 1024
+_MAX_LAYERS: Final = 4096
+_MAX_LAYER_PATTERNS: Final = 16
 _LAYERS_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]{1,100}")
 
 
@@ -59,10 +78,25 @@ class AdapterConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    use_dora: bool
     use_rslora: bool
     fan_in_fan_out: bool
     base_model_name_or_path: str | None
     revision: str | None
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether every scale is 1 and modules are named plainly, as in the form that is stored."""
+        plain = (*self.rank_pattern, *self.target_modules)
+        return (
+            self.alpha == self.rank
+            and not self.use_rslora
+            and self.rank_pattern == self.alpha_pattern
+            and isinstance(self.target_modules, tuple)
+            and not self.exclude_modules
+            and self.layers_to_transform is None
+            and all(is_plain(name) for name in plain)
+        )
 
     def targets(self, names: Collection[str]) -> set[str]:
         """Return which of ``names`` PEFT would adapt.
@@ -88,7 +122,7 @@ class AdapterConfig:
         Semantics: ``scale = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
 
         Raises:
-            IncompatibleAdapter: a scale is beyond ``MAX_SCALE``.
+            IncompatibleAdapter: a scale is above ``MAX_SCALE`` or below ``MIN_SCALE``.
         """
         matches = first_matches(tuple(self.alpha_pattern), ranks)
         scales: dict[str, float] = {}
@@ -99,6 +133,11 @@ class AdapterConfig:
                 raise IncompatibleAdapter(
                     f"module {name} has alpha {alpha:g} at rank {rank}: a scale of "
                     f"{scales[name]:g}; the limit is {MAX_SCALE:g}. It would drown the base."
+                )
+            if scales[name] < MIN_SCALE:
+                raise IncompatibleAdapter(
+                    f"module {name} has alpha {alpha:g} at rank {rank}: with a scale of "
+                    f"{scales[name]:g} the adapter has no effect; the limit is {MIN_SCALE:g}"
                 )
         return scales
 
@@ -111,70 +150,150 @@ class AdapterConfig:
         return False
 
 
-def parse_config(raw: bytes, *, max_rank: int) -> AdapterConfig:
-    """Parse and check the bytes of an ``adapter_config.json``.
+def parse_config(
+    raw: bytes, *, max_rank: int, allow_dora: bool = False, residual_base: bool = False
+) -> AdapterConfig:
+    """Parse and check the bytes of an ``adapter_config.json``; see ``examine_config``.
 
     Raises:
         CorruptArtifact: not JSON, a missing key, or a value of the wrong type.
         IncompatibleAdapter: a kind of adapter, an option or a size that is not served.
     """
-    config = parse_json(raw, "adapter_config.json")
-    _check_switched_off(config)
-    rank = _whole(config, "r")
-    rank_pattern = _numbers(config, "rank_pattern", whole=True)
-    for where, value in {"r": rank, **rank_pattern}.items():
-        if not 1 <= value <= max_rank:
-            raise IncompatibleAdapter(
-                f"adapter_config.json has rank {_shown(value)} for {show(where)}; 1 to {max_rank} are accepted"
-            )
-    alpha = _positive("lora_alpha", config.get("lora_alpha"))
-    return AdapterConfig(
-        rank=rank,
-        alpha=alpha,
-        rank_pattern={key: int(value) for key, value in rank_pattern.items()},
-        alpha_pattern=_numbers(config, "alpha_pattern", whole=False),
-        target_modules=_modules(config, "target_modules", is_needed=True),
-        exclude_modules=_modules(config, "exclude_modules", is_needed=False),
-        layers_to_transform=_layers(config),
-        layers_pattern=_layers_pattern(config),
-        use_rslora=_flag(config, "use_rslora"),
-        fan_in_fan_out=_flag(config, "fan_in_fan_out"),
-        base_model_name_or_path=_text(config, "base_model_name_or_path"),
-        revision=_text(config, "revision"),
+    found = examine_config(
+        raw, refuse, max_rank=max_rank, allow_dora=allow_dora, residual_base=residual_base
     )
+    return cast("AdapterConfig", found)  # `refuse` raises where there would be none
 
 
-def _check_switched_off(config: Mapping[str, Any]) -> None:
+def examine_config(
+    raw: bytes,
+    report: Report,
+    *,
+    max_rank: int,
+    allow_dora: bool = False,
+    residual_base: bool = False,
+) -> AdapterConfig | None:
+    """Parse an ``adapter_config.json`` and report everything that is wrong with it.
+
+    Args:
+        raw: the file's bytes.
+        report: told of every problem.
+        max_rank: largest rank of any module.
+        allow_dora: accept ``use_dora``; its magnitude vectors are kept, and not served.
+        residual_base: the base is the one that PiSSA and its kin left behind, so that the adapter is
+            right as it is.
+
+    Returns:
+        The configuration; ``None`` if something was reported without which it cannot be understood.
+    """
+    parsed = attempt(report, lambda: parse_json(raw, "adapter_config.json"))
+    if parsed is None:
+        return None
+    config = parsed
+    _check_switched_off(config, report, allow_dora=allow_dora, residual_base=residual_base)
+    is_whole = True
+
+    def field(read: Callable[[], T]) -> T:
+        nonlocal is_whole
+        try:
+            return read()
+        except (CorruptArtifact, IncompatibleAdapter) as problem:
+            report(problem)
+            is_whole = False
+            return cast("T", None)  # never seen: without the field there is no configuration
+
+    found = AdapterConfig(
+        rank=field(lambda: _rank("r", _whole(config, "r"), max_rank)),
+        alpha=field(lambda: _positive("lora_alpha", config.get("lora_alpha"))),
+        rank_pattern=field(lambda: _rank_pattern(config, max_rank)),
+        alpha_pattern=field(lambda: _numbers(config, "alpha_pattern", whole=False)),
+        target_modules=field(lambda: _modules(config, "target_modules", is_needed=True)),
+        exclude_modules=field(lambda: _modules(config, "exclude_modules", is_needed=False)),
+        layers_to_transform=field(lambda: _layers(config)),
+        layers_pattern=field(lambda: _layers_pattern(config)),
+        use_dora=field(lambda: _flag(config, "use_dora")),
+        use_rslora=field(lambda: _flag(config, "use_rslora")),
+        fan_in_fan_out=field(lambda: _flag(config, "fan_in_fan_out")),
+        base_model_name_or_path=field(lambda: _text(config, "base_model_name_or_path")),
+        revision=field(lambda: _text(config, "revision")),
+    )
+    return found if is_whole else None
+
+
+def _rank(where: str, value: int, max_rank: int) -> int:
+    if not 1 <= value <= max_rank:
+        raise IncompatibleAdapter(
+            f"adapter_config.json has rank {_shown(value)} for {show(where)}; "
+            f"1 to {max_rank} are accepted"
+        )
+    return value
+
+
+def _rank_pattern(config: Mapping[str, Any], max_rank: int) -> dict[str, int]:
+    pattern = _numbers(config, "rank_pattern", whole=True)
+    return {key: _rank(key, int(value), max_rank) for key, value in pattern.items()}
+
+
+def _check_switched_off(
+    config: Mapping[str, Any], report: Report, *, allow_dora: bool, residual_base: bool
+) -> None:
     peft_type, task_type = config.get("peft_type"), config.get("task_type")
     if peft_type != "LORA":
-        raise IncompatibleAdapter(
-            f"adapter_config.json has peft_type {_shown(peft_type)}; only 'LORA' is served. "
-            "Convert the adapter to LoRA."
+        report(
+            IncompatibleAdapter(
+                f"adapter_config.json has peft_type {_shown(peft_type)}; only 'LORA' is served. "
+                "Convert the adapter to LoRA."
+            )
         )
     if task_type not in ("CAUSAL_LM", None):
-        raise IncompatibleAdapter(
-            f"adapter_config.json has task_type {_shown(task_type)}; only 'CAUSAL_LM' is served"
+        report(
+            IncompatibleAdapter(
+                f"adapter_config.json has task_type {_shown(task_type)}; only 'CAUSAL_LM' is served"
+            )
         )
     if config.get("bias", "none") != "none":
-        raise IncompatibleAdapter(
-            f"adapter_config.json has bias {_shown(config['bias'])}: trained biases replace those of "
-            "the base; only 'none' is served"
+        report(
+            IncompatibleAdapter(
+                f"adapter_config.json has bias {_shown(config['bias'])}: trained biases replace those "
+                "of the base; only 'none' is served"
+            )
         )
-    init = config.get("init_lora_weights", True)
-    if not any(
-        init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS
-    ):
-        raise IncompatibleAdapter(
-            f"adapter_config.json has init_lora_weights {_shown(init)}, which changes the base. Convert "
-            "the adapter: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
+    if config.get("use_dora") is True and not allow_dora:
+        report(IncompatibleAdapter(_DORA_IS_KEPT))
+    problem = _init_problem(config.get("init_lora_weights", True), residual_base=residual_base)
+    if problem:
+        report(IncompatibleAdapter(problem))
     for key, value in config.items():
         if key not in _READ and key not in _IGNORED and value not in (None, False, [], {}):
             known = _WHY.get(key, "it may change what the adapter computes")
-            raise IncompatibleAdapter(
-                f"adapter_config.json switches on {show(key)} ({_shown(value)}), which is not served: "
-                f"{known}"
+            if key.startswith("megatron"):
+                known = "it hands the base's layers to Megatron; save the adapter without it"
+            report(
+                IncompatibleAdapter(
+                    f"adapter_config.json switches on {show(key)} ({_shown(value)}), which is not "
+                    f"served: {known}"
+                )
             )
+
+
+def _init_problem(init: Any, *, residual_base: bool) -> str:
+    """Return why an ``init_lora_weights`` is refused, empty if it is not."""
+    if any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
+        return ""
+    problem = f"adapter_config.json has init_lora_weights {_shown(init)}, which changes the base. "
+    if isinstance(init, str) and init.startswith(_RESIDUAL_INITS):
+        return "" if residual_base else problem + _TO_CONVERT
+    if init == "loftq":
+        return problem + (
+            "LoftQ trains on a base that it quantized in its own way: push with that base as --base "
+            "and init_lora_weights true, or merge the adapter"
+        )
+    if init == "eva":
+        return problem + (
+            "EVA only chooses where A starts and may be given as trained: save it with "
+            "init_lora_weights true and the rank_pattern that EVA chose"
+        )
+    return problem + "Save the adapter with init_lora_weights true once its values are final"
 
 
 def _select(pattern: str | tuple[str, ...], names: Collection[str]) -> set[str]:
@@ -241,9 +360,12 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if raw is None or raw == []:
         return None
     values = raw if isinstance(raw, list) else [raw]
-    if not all(type(value) is int and value >= 0 for value in values):
+    if len(values) > _MAX_LAYERS or not all(
+        type(v) is int and 0 <= v < _MAX_LAYERS for v in values
+    ):
         raise CorruptArtifact(
-            f"adapter_config.json has layers_to_transform {_shown(raw)}; whole numbers are needed"
+            f"adapter_config.json has layers_to_transform {_shown(raw)}; whole numbers are needed, "
+            f"each below {_MAX_LAYERS}"
         )
     return tuple(values)
 
@@ -253,7 +375,9 @@ def _layers_pattern(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not raw:
         return ()
     values = raw if isinstance(raw, list) else [raw]
-    if not all(isinstance(v, str) and _LAYERS_PATTERN.fullmatch(v) for v in values):
+    if len(values) > _MAX_LAYER_PATTERNS or not all(
+        isinstance(v, str) and _LAYERS_PATTERN.fullmatch(v) for v in values
+    ):
         raise CorruptArtifact(
             f"adapter_config.json has layers_pattern {_shown(raw)}; module names are needed"
         )

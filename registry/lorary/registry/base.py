@@ -3,14 +3,16 @@
 A card is read from a folder in Hugging Face layout (``config.json``, ``*.safetensors``, tokenizer
 files) without loading the model. Its *fingerprint* is a sha256 over the configuration, the tokenizer
 files, the chat template and every weight tensor's dtype, shape and bytes; it does not depend on how
-the tensors are spread over shards, nor on their order.
+the tensors are spread over shards, nor on their order. The same pass over the weights gives each linear
+module's Frobenius norm, which an adapter's change is compared with.
 
 Hashing reads every weight, so the finished card is kept beside them, in ``.lorary-card.json``, and
 used again while name, size and modification time of every file that counts are unchanged::
 
     {"format_version": 1, "stamp": [["config.json", 712, 1763800000000000000], …], "card": {…}}
 
-In a folder that cannot be written the card is computed each time.
+A kept card that lacks what this Lorary keeps (the norms, once) is computed again. In a folder that
+cannot be written the card is computed each time.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 
 from lorary.errors import BaseNotFound, CorruptArtifact, StorageError
 from lorary.registry.safetensors_file import BASE_LIMITS, TensorInfo, read_header
@@ -47,7 +54,14 @@ _TOKENIZER_FILES: Final = (
 )
 # Keys that a re-save changes and that say nothing about the computation.
 _VOLATILE_CONFIG: Final = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
-_LINEAR_DTYPES: Final = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
+_LINEAR_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 _HEAD_NAMES: Final = frozenset({"lm_head", "embed_out", "output"})
 # Position and token tables whose names do not contain "embed".
 _TABLE_NAMES: Final = frozenset({"wte", "wpe"})
@@ -73,6 +87,8 @@ class BaseCard:
         modules: linear module name, as in the live model, to ``(out_features, in_features)``; output
             heads and embeddings are not among them.
         head_modules: names of the output head, tied or not.
+        norms: linear module name to the Frobenius norm of its stored weight. Block scales of FP8
+            checkpoints are not in it, so such a norm is that of the stored numbers.
     """
 
     name: str
@@ -83,6 +99,7 @@ class BaseCard:
     vocab_size: int
     modules: Mapping[str, tuple[int, int]]
     head_modules: tuple[str, ...]
+    norms: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, path: Path, name: str | None = None) -> Self:
@@ -119,17 +136,20 @@ def _compute(path: Path) -> dict[str, Any]:
     architecture = str(architectures[0])
     tensors = _tensors(path)
     vocab_size = _size(text_config, path, "vocab_size")
-    modules, heads = _linear_modules(tensors, architecture, vocab_size)
+    modules, sources, heads = _linear_modules(tensors, architecture, vocab_size)
     if not heads and config.get("tie_word_embeddings", True):
         heads = ("lm_head",)
+    weights = _read_weights(tensors, set(sources.values()))
+    hashes = {name: [*weight[:3]] for name, weight in weights.items()}
     return {
-        "fingerprint": _fingerprint(path, config, tensors),
+        "fingerprint": _fingerprint(path, config, hashes),
         "architecture": architecture,
         "hidden_size": _size(text_config, path, "hidden_size", "n_embd", "d_model"),
         "num_layers": _size(text_config, path, "num_hidden_layers", "n_layer", "num_layers"),
         "vocab_size": vocab_size,
         "modules": modules,
         "head_modules": heads,
+        "norms": {module: weights[source].norm for module, source in sources.items()},
     }
 
 
@@ -155,10 +175,11 @@ def _tensors(path: Path) -> dict[str, tuple[Path, TensorInfo]]:
 
 def _linear_modules(
     tensors: Mapping[str, tuple[Path, TensorInfo]], architecture: str, vocab_size: int
-) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    """Split the two-dimensional weights into linear modules and output heads."""
+) -> tuple[dict[str, tuple[int, int]], dict[str, str], tuple[str, ...]]:
+    """Return the linear modules' shapes, the tensor that each is stored in, and the output heads."""
     prefix = _PREFIXES.get(architecture, "")
     modules: dict[str, tuple[int, int]] = {}
+    sources: dict[str, str] = {}
     heads: list[str] = []
     for name, (_, info) in sorted(tensors.items()):
         module, _, kind = name.rpartition(".")
@@ -175,12 +196,11 @@ def _linear_modules(
         rows, columns = info.shape
         is_transposed = architecture in _TRANSPOSED_ARCHITECTURES
         modules[module] = (columns, rows) if is_transposed else (rows, columns)
-    return modules, tuple(heads)
+        sources[module] = name
+    return modules, sources, tuple(heads)
 
 
-def _fingerprint(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[Path, TensorInfo]]
-) -> str:
+def _fingerprint(path: Path, config: Mapping[str, Any], weights: Mapping[str, list[Any]]) -> str:
     identity = {
         "config": {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG},
         "tokenizer": {
@@ -188,36 +208,62 @@ def _fingerprint(
             for name in _TOKENIZER_FILES
             if (path / name).exists()
         },
-        "weights": _hash_tensors(tensors),
+        "weights": weights,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
     return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
 
 
-def _hash_tensors(tensors: Mapping[str, tuple[Path, TensorInfo]]) -> dict[str, list[Any]]:
-    def digest(entry: tuple[Path, TensorInfo]) -> list[Any]:
-        file, info = entry
-        return [info.dtype, list(info.shape), _hash_range(file, info.start, info.end)]
+class _Weight(NamedTuple):
+    """What one pass over a tensor's bytes gives; ``norm`` is 0 where nobody asked."""
 
-    # hashlib releases the GIL, so threads hash on all cores.
+    dtype: str
+    shape: list[int]
+    sha256: str
+    norm: float
+
+
+def _read_weights(
+    tensors: Mapping[str, tuple[Path, TensorInfo]], linear: Set[str]
+) -> dict[str, _Weight]:
+    def read(name: str) -> _Weight:
+        file, info = tensors[name]
+        sha256, squares = hashlib.sha256(), 0.0
+        dtype = _LINEAR_DTYPES[info.dtype] if name in linear else None
+        for chunk in _chunks(file, info.start, info.end):
+            sha256.update(chunk)
+            if dtype is not None:
+                squares += _sum_of_squares(np.frombuffer(chunk, dtype))
+        return _Weight(info.dtype, list(info.shape), sha256.hexdigest(), math.sqrt(squares))
+
+    # hashlib and NumPy's products release the GIL, so threads work on all cores.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(read, tensors), strict=True))
 
 
-def _hash_range(file: Path, start: int, end: int) -> str:
-    sha256 = hashlib.sha256()
+def _sum_of_squares(values: npt.NDArray[Any]) -> float:
+    if values.dtype == _LINEAR_DTYPES["BF16"]:
+        # bfloat16 is the upper half of a float32: shifting is ten times faster than a cast.
+        values = (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(values, values))
+
+
+def _chunks(file: Path, start: int, end: int) -> Iterator[bytearray]:
+    """Yield the bytes ``[start, end)`` of a file in pieces of ``_CHUNK_BYTES``, the last one shorter."""
     try:
-        with file.open("rb", buffering=0) as stream:
+        with file.open("rb") as stream:
             stream.seek(start)
             while start < end:
-                chunk = stream.read(min(_CHUNK_BYTES, end - start))
-                if not chunk:
+                chunk = bytearray(min(_CHUNK_BYTES, end - start))
+                if stream.readinto(chunk) != len(chunk):
                     raise CorruptArtifact(f"{file} was cut short while it was read")
-                sha256.update(chunk)
+                yield chunk
                 start += len(chunk)
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror or error}") from error
-    return sha256.hexdigest()
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 The form is plain LoRA: each module's scale is folded into B, so ``lora_alpha == r`` and the factor on
 B·A is 1 everywhere. Servers that ignore ``alpha_pattern`` or rsLoRA then compute the same as PEFT.
 
-Semantics: ``B'[m] = scale[m] * B[m]``, ``A'[m] = A[m]``. B keeps its dtype when every product is
+Semantics: ``B'[m] = scale[m] * B[m]``, ``A'[m] = A[m]``; DoRA's magnitudes stay what they are. B keeps its dtype when every product is
 exactly representable in it (powers of two nearly always); otherwise B' is float32, rounded once.
 
 The digest is a sha256 over the canonical configuration and tensors, the base's fingerprint and the task
@@ -37,7 +37,7 @@ _METADATA: Final = {"format": "pt"}
 _IDENTITY_VERSION: Final = 1
 
 
-def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, dest: Path) -> None:
+def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, dest: Path) -> float:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` of the canonical form.
 
     Args:
@@ -45,6 +45,9 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
         spec: what validation found.
         card: its base.
         dest: an existing folder; the two files are new in it and synced to disk.
+
+    Returns:
+        The largest ‖B' − scale·B‖ / ‖scale·B‖ of a module: 0 where every product was exact.
 
     Raises:
         IncompatibleAdapter: a folded value is beyond float32.
@@ -59,9 +62,16 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
     infos = read_header(source).tensors
     scales = {lora_key(m, "B"): lora.scale for m, lora in spec.modules.items() if lora.scale != 1.0}
 
+    worst = 0.0
+
     def load(name: str) -> Array:
+        nonlocal worst
         array = read_tensor(source, infos[name])
-        return fold(name, array, scales[name])[0] if name in scales else array
+        if name not in scales:
+            return array
+        folded, error = fold(name, array, scales[name])
+        worst = max(worst, error)
+        return folded
 
     layout = {
         # Float32 stays float32; what half precision becomes, only the products tell.
@@ -77,6 +87,7 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
         write_safetensors(file, layout, load, _METADATA)
         file.flush()
         os.fsync(file.fileno())
+    return worst
 
 
 def canonical_config(spec: AdapterSpec, card: BaseCard) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def canonical_config(spec: AdapterSpec, card: BaseCard) -> dict[str, Any]:
         "revision": spec.config.revision,
         "target_modules": target_modules(spec.modules, card),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": spec.magnitudes,
         "use_rslora": False,
     }
 

@@ -51,6 +51,18 @@ COMMANDS: Final[dict[str, Entry]] = {
         "Say what changed between two versions: configuration, data, metrics, every module's weights.",
         "diff sentiment@6 @7",
     ),
+    "check": Entry(
+        VERSIONS,
+        "lorary.registry.cli_check:check",
+        "Say everything that is wrong with an adapter, and who can load it with which deviation.",
+        "check runs/sentiment --base smollm2-135m --server vllm",
+    ),
+    "export": Entry(
+        VERSIONS,
+        "lorary.registry.cli_export:export",
+        "Write a version as a PEFT folder, a GGUF adapter for llama.cpp, or a merged model.",
+        "export sentiment@prod ./gguf --to gguf",
+    ),
     "import": Entry(
         VERSIONS,
         "lorary.registry.cli_hubs:import_adapter",
@@ -128,6 +140,12 @@ COMMANDS: Final[dict[str, Entry]] = {
         "lorary.registry.cli_versions:verify",
         "Read every byte and compare it with what was promised; exit code 5 if anything differs.",
         "verify",
+    ),
+    "poison": Entry(
+        UPKEEP,
+        "lorary.registry.cli_check:poison",
+        "Write a corpus of hostile and broken adapters, to try a loader with.",
+        "poison corpus --base smollm2-135m",
     ),
     "mirror": Entry(
         HUBS,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lorary.registry.aliases import AliasMove
 from lorary.registry.cli_support import table
-from lorary.registry.manifest import Manifest, Metrics
+from lorary.registry.manifest import Conversion, Manifest, Metrics
 from lorary.registry.marks import Mark
 from lorary.registry.results import Freed, VerifyReport, VersionInfo
 
@@ -67,6 +67,7 @@ def manifest(info: VersionInfo, described: Manifest) -> Table:
         "base": f"{base.name} ({base.architecture}, quantization {base.quantization})",
         "base fingerprint": base.fingerprint,
         "method": f"{method.name}, rank {method.rank}, alpha {method.alpha:g}",
+        "converted": _conversion(described.conversion),
         "modules": ", ".join(method.target_modules),
         "task": task.kind,
         "labels": ", ".join(task.labels),
@@ -200,6 +201,12 @@ def size(num_bytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def _conversion(found: Conversion | None) -> str:
+    if found is None or (found.source == "LORA" and not found.max_error):
+        return ""
+    return f"from {found.source}, relative error {found.max_error:.2g}"
 
 
 def _primary(metrics: Metrics | None) -> str:

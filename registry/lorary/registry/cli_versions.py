@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
+from lorary.errors import CorruptArtifact, InvalidRequest
 from lorary.registry import cli_complete, cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY, is_hub
+from lorary.registry.cli_base import base_folder_and_card
 from lorary.registry.cli_options import (
     JsonOption,
     NameArgument,
@@ -20,7 +20,7 @@ from lorary.registry.cli_options import (
 )
 from lorary.registry.cli_support import console, print_json, progress_bar, warn
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
-from lorary.registry.manifest import Manifest
+from lorary.registry.manifest import MAX_RATIO, Manifest
 from lorary.registry.refs import check_name, parse_ref
 
 if TYPE_CHECKING:
@@ -42,6 +42,23 @@ def push(
     allow_zero: Annotated[
         bool, typer.Option("--allow-zero", help="Accept an adapter that changes nothing.")
     ] = False,
+    max_ratio: Annotated[
+        float,
+        typer.Option(min=0, help="Largest change of a module, in norms of the base's weight."),
+    ] = MAX_RATIO,
+    residual_base: Annotated[
+        bool,
+        typer.Option(
+            "--residual-base", help="The base is what PiSSA or its kin left: take it as it is."
+        ),
+    ] = False,
+    originals: Annotated[
+        bool | None,
+        typer.Option(
+            "--originals/--no-originals",
+            help="Keep the files as given, too; by default those of other methods than LoRA.",
+        ),
+    ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,6 +78,9 @@ def push(
             aliases=alias or (),
             description=description,
             allow_zero=allow_zero,
+            max_ratio=max_ratio,
+            residual_base=residual_base,
+            originals=originals,
             progress=progress,
         )
     if as_json:
@@ -158,24 +178,7 @@ def find_card(manifest: Manifest | None, base: str | None) -> BaseCard:
             f"the folder has no {MANIFEST_FILE} that names its base; name it with --base",
             field="base",
         )
-    from lorary.registry.base import BaseCard
-
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return BaseCard.from_folder(folder)
-    try:
-        # Not a dependency of the registry: the command uses it when it is installed.
-        card = importlib.import_module("lorary.bases").find_base(name).card
-    except LoraryError:
-        raise
-    except ImportError as error:
-        raise MissingDependency(
-            f"base '{name}' is no folder, and finding it by name needs {error.name or error}: "
-            "pip install 'lorary[model]', or give a folder with --base"
-        ) from error
-    if not isinstance(card, BaseCard):
-        raise TypeError(f"lorary.bases gave {type(card).__name__} for base '{name}'")
-    return card
+    return base_folder_and_card(name)[1]
 
 
 def _warn_if_deprecated(info: VersionInfo) -> None:

@@ -8,6 +8,7 @@ first bytes are those of a pickle, an archive or a program is refused whatever i
 ``adapter_model.safetensors``              needed
 ``manifest.json``                          written by the trainer or the registry
 ``README.md``, ``report/…``                kept with the version
+``original/…``                             what a version was made of; left out of another push
 tokenizer files, ``.gitattributes``,       left out: the base has its own tokenizer,
 ``.cache/``, ``.lorary/``                  and the rest is a downloader's or a Hub's
 =========================================  ==========================================
@@ -15,15 +16,17 @@ tokenizer files, ``.gitattributes``,       left out: the base has its own tokeni
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, cast
 
-from lorary.errors import CorruptArtifact, StorageError
+from lorary.errors import CorruptArtifact, LoraryError, StorageError
+from lorary.registry.findings import Report, attempt, refuse
 from lorary.registry.strict_json import show
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -31,6 +34,7 @@ TENSORS_FILE: Final = "adapter_model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 README_FILE: Final = "README.md"
 REPORT_FOLDER: Final = "report"
+ORIGINAL_FOLDER: Final = "original"
 
 MAX_FILES: Final = 256
 MAX_TENSORS_BYTES: Final = 8 << 30
@@ -56,6 +60,7 @@ _LEFT_OUT: Final = frozenset(
         "vocab.json",
     }
 )
+_ORIGINALS: Final = tuple(f"{ORIGINAL_FOLDER}/{name}" for name in (CONFIG_FILE, TENSORS_FILE))
 _PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAGIC: Final = (
     (b"PK\x03\x04", "a zip archive (or a PyTorch checkpoint)"),
@@ -125,26 +130,54 @@ def scan_folder(path: Path, *, allow_hardlinks: bool = False) -> AdapterFolder:
         CorruptArtifact: a file that may not be there, or that is not what its name claims.
         StorageError: the folder does not exist or cannot be read.
     """
+    found = examine_folder(path, refuse, allow_hardlinks=allow_hardlinks)
+    return cast("AdapterFolder", found)  # `refuse` raises where there would be none
+
+
+def examine_folder(
+    path: Path, report: Report, *, allow_hardlinks: bool = False
+) -> AdapterFolder | None:
+    """Do ``scan_folder`` and report everything that is wrong; ``None`` if a needed file cannot be used.
+
+    Raises:
+        StorageError: the folder does not exist or cannot be read.
+    """
     path = Path(path)
     kept: list[str] = []
     left_out: list[str] = []
     found: set[str] = set()
-    for entry, relative in _walk(path, left_out):
-        _check_entry(entry, relative, allow_hardlinks=allow_hardlinks)
+    unusable: set[str] = set()
+
+    def report_entry(problem: LoraryError) -> None:
+        unusable.add(relative)
+        report(problem)
+
+    for entry, relative in _walk(path, left_out, report):
+        attempt(
+            report_entry,
+            functools.partial(_check_entry, entry, relative, allow_hardlinks=allow_hardlinks),
+        )
+        if relative in unusable:
+            continue
         if relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE):
             found.add(relative)
-        elif relative in _LEFT_OUT:
+        elif relative in _LEFT_OUT or relative in _ORIGINALS:
             left_out.append(relative)
         else:
             kept.append(relative)
         if len(found) + len(kept) + len(left_out) > MAX_FILES:
-            raise CorruptArtifact(f"{path} has more than {MAX_FILES} files")
+            report(CorruptArtifact(f"{path} has more than {MAX_FILES} files"))
+            break
     for needed in (CONFIG_FILE, TENSORS_FILE):
-        if needed not in found:
-            raise CorruptArtifact(
-                f"{path} has no {needed}; a PEFT adapter saved as safetensors has one "
-                "(save_pretrained(..., safe_serialization=True))"
+        if needed not in found | unusable:
+            report(
+                CorruptArtifact(
+                    f"{path} has no {needed}; a PEFT adapter saved as safetensors has one "
+                    "(save_pretrained(..., safe_serialization=True))"
+                )
             )
+    if not {CONFIG_FILE, TENSORS_FILE} <= found:
+        return None
     return AdapterFolder(
         path=path,
         has_manifest=MANIFEST_FILE in found,
@@ -165,23 +198,27 @@ def read_bytes(path: Path) -> bytes:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _walk(path: Path, left_out: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:
-    for entry in _entries(path):
+def _walk(
+    path: Path, left_out: list[str], report: Report
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    for entry in _entries(path, report):
         if entry.is_symlink() or not entry.is_dir(follow_symlinks=False):
             yield entry, entry.name
-        elif entry.name == REPORT_FOLDER:
-            for inner in _entries(Path(entry.path)):
-                yield inner, f"{REPORT_FOLDER}/{inner.name}"
+        elif entry.name in (REPORT_FOLDER, ORIGINAL_FOLDER):
+            for inner in _entries(Path(entry.path), report):
+                yield inner, f"{entry.name}/{inner.name}"
         elif entry.name in _LEFT_OUT:
             left_out.append(f"{entry.name}/")
         else:
-            raise CorruptArtifact(
-                f"folder {show(entry.name)} may not be in an adapter folder; "
-                f"only {REPORT_FOLDER}/ may. Push a folder that holds the adapter alone."
+            report(
+                CorruptArtifact(
+                    f"folder {show(entry.name)} may not be in an adapter folder; "
+                    f"only {REPORT_FOLDER}/ may. Push a folder that holds the adapter alone."
+                )
             )
 
 
-def _entries(path: Path) -> list[os.DirEntry[str]]:
+def _entries(path: Path, report: Report) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -191,7 +228,7 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
         raise StorageError(f"cannot read adapter folder {path}: {error.strerror}") from error
     folded = [entry.name.casefold() for entry in listed]
     if len(set(folded)) != len(folded):
-        raise CorruptArtifact(f"{path} has names that differ only in case")
+        report(CorruptArtifact(f"{path} has names that differ only in case"))
     return listed
 
 
@@ -228,13 +265,14 @@ def _is_allowed(relative: str) -> bool:
         return False
     if pure.parts[0] == REPORT_FOLDER and len(pure.parts) > 1:
         return pure.suffix in _REPORT_SUFFIXES
-    return relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE, README_FILE)
+    return relative in (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE, README_FILE, *_ORIGINALS)
 
 
 def _size_limit(relative: str) -> int:
-    if relative == TENSORS_FILE:
+    name = PurePosixPath(relative).name
+    if name == TENSORS_FILE:
         return MAX_TENSORS_BYTES
-    return MAX_JSON_BYTES if relative in (CONFIG_FILE, MANIFEST_FILE) else MAX_OTHER_BYTES
+    return MAX_JSON_BYTES if name in (CONFIG_FILE, MANIFEST_FILE) else MAX_OTHER_BYTES
 
 
 def _check_magic(file: Path, relative: str) -> None:
@@ -246,7 +284,10 @@ def _check_magic(file: Path, relative: str) -> None:
             os.close(descriptor)
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror}") from error
-    if relative == TENSORS_FILE and head[_SAFETENSORS_BRACE : _SAFETENSORS_BRACE + 1] == b"{":
+    if (
+        PurePosixPath(relative).name == TENSORS_FILE
+        and head[_SAFETENSORS_BRACE : _SAFETENSORS_BRACE + 1] == b"{"
+    ):
         return  # the first eight bytes are a length, which may look like anything
     kind = next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
     if len(head) > 1 and head[0] == _PICKLE_MARK and head[1] in _PICKLE_PROTOCOLS:

@@ -36,6 +36,9 @@ from lorary.errors import CorruptArtifact
 from lorary.registry.strict_json import parse_json, show
 
 FORMAT_VERSION = 1
+MAX_RATIO = 10.0
+"""Largest ‖scale·BA‖/‖W‖ of a module, Frobenius norms, unless a push says otherwise. What training gives
+is below 1, nearly always below 0.3; a scale applied twice, or an alpha of another rank, is beyond 10."""
 _MAX_NUMBER = 1e300
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -118,6 +121,33 @@ class GoldenProbe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What the registry was told to let pass at the push; servers let the same pass.
+
+    Attributes:
+        allow_zero: an adapter that changes nothing.
+        max_ratio: the largest change of a module, as a multiple of the Frobenius norm of its weight.
+    """
+
+    allow_zero: bool = False
+    max_ratio: float = MAX_RATIO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How the canonical form was made of what was pushed.
+
+    Attributes:
+        source: what it was: PEFT's name of the method, such as ``LORA`` or ``VERA``.
+        max_error: the largest ‖BA − ΔW‖ / ‖ΔW‖ of a module, measured; 0 where nothing was rounded. Where
+            a scale was folded into B alone, it is that of B.
+    """
+
+    source: str
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A version's description. ``name``, ``version``, ``digest``, ``files`` are set by ``push``."""
 
@@ -128,6 +158,8 @@ class Manifest:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     golden_probes: tuple[GoldenProbe, ...] = ()
+    accepted: Accepted = field(default_factory=Accepted)
+    conversion: Conversion | None = None
     created_at: str = ""
     description: str = ""
     name: str = ""

@@ -19,12 +19,18 @@ from lorary.errors import CorruptArtifact
 from lorary.registry.strict_json import show
 
 MATCH_TIMEOUT_S: Final = 5.0
+_MAX_PATTERNS: Final = 256
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.-]+")
 _MATCHER: Final = """
 import json, re, sys
 job = json.load(sys.stdin)
 json.dump([[n for n in job["names"] if re.fullmatch(p, n)] for p in job["patterns"]], sys.stdout)
 """
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a key is a name and no pattern."""
+    return _PLAIN.fullmatch(name) is not None
 
 
 def matching_names(pattern: str, names: Collection[str]) -> set[str]:
@@ -67,6 +73,11 @@ def first_matches(keys: Sequence[str], names: Collection[str]) -> dict[str, str]
 def _match_apart(
     patterns: list[str], names: Collection[str], originals: Sequence[str]
 ) -> list[list[str]]:
+    if len(originals) > _MAX_PATTERNS:
+        raise CorruptArtifact(
+            f"adapter_config.json has {len(originals)} patterns in one key; {_MAX_PATTERNS} are "
+            "accepted. Write plain module names."
+        )
     for original in originals:
         try:
             re.compile(original)

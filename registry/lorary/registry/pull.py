@@ -1,4 +1,8 @@
-"""Copy a version out of a registry: whole and checked, or not at all."""
+"""Copy a version out of a registry: whole and checked, or not at all.
+
+Bytes are compared with their digests, and then looked at as if a stranger had sent them: a registry
+that somebody else could write to may promise anything. What needs the base is checked by who has one.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from pathlib import Path
 from lorary.errors import AlreadyExists, CorruptArtifact
 from lorary.registry.blobs import Progress, copy_file
 from lorary.registry.durable import storage_errors, sync_folder, unused_name
-from lorary.registry.folder import MANIFEST_FILE
+from lorary.registry.folder import MANIFEST_FILE, scan_folder
 from lorary.registry.manifest import Manifest
+from lorary.registry.validate import check_form
 from lorary.registry.versions import Pointer
 
 
@@ -43,7 +48,9 @@ def copy_version(
         check: looks at the copy before it is named ``dest``; what it raises leaves nothing behind.
 
     Raises:
-        CorruptArtifact: a file is missing, or is not what was promised.
+        CorruptArtifact: a file is missing, is not what was promised, may not be in an adapter's folder,
+            or is not what it claims.
+        IncompatibleAdapter: the configuration switches on what is never served.
         StorageError: ``dest`` cannot be written.
     """
     promised = {entry.path: entry.sha256 for entry in manifest.files}
@@ -58,6 +65,7 @@ def copy_version(
                 _copy(source / path, staged / path, sha256, progress)
             for folder in {staged, *((staged / path).parent for path in promised)}:
                 sync_folder(folder)
+            check_form(scan_folder(staged))
             if check is not None:
                 check(staged)
             staged.rename(dest)

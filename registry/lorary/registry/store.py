@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef, InvalidRequest, Refused
 from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
@@ -32,7 +32,7 @@ from lorary.registry.fsck import GRACE_S, FsckReport, fsck
 from lorary.registry.gates import deletable, gate
 from lorary.registry.gc import DEFAULT_GRACE_S
 from lorary.registry.local import utc_now
-from lorary.registry.manifest import Manifest
+from lorary.registry.manifest import MAX_RATIO, Accepted, Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.publish import stage_version
 from lorary.registry.pull import check_free, copy_version
@@ -44,6 +44,8 @@ from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
 
 logger = logging.getLogger(__name__)
+
+MAX_MAX_RATIO: Final = 1e30
 
 
 class Registry:
@@ -86,6 +88,9 @@ class Registry:
         aliases: Sequence[str] = (),
         description: str = "",
         allow_zero: bool = False,
+        max_ratio: float = MAX_RATIO,
+        residual_base: bool = False,
+        originals: bool | None = None,
         actor: str = "",
         progress: Progress | None = None,
     ) -> VersionInfo:
@@ -98,11 +103,16 @@ class Registry:
             aliases: to be moved to the version.
             description: replaces the manifest's own.
             allow_zero: accept an adapter that changes nothing.
+            max_ratio: largest change of a module, as a multiple of the norm of its weight.
+            residual_base: ``base`` is the model that PiSSA, OLoRA, CorDA or LoRA-GA left behind.
+            originals: keep the files as they were given beside the canonical ones; ``None``: only those
+                that were another method than LoRA.
             actor: who pushes; the system's user if empty.
             progress: called with the number of bytes just read.
 
         Raises:
             InvalidRef: the name or an alias is not valid.
+            InvalidRequest: ``max_ratio`` makes no sense.
             CorruptArtifact: the files are not what they claim.
             IncompatibleAdapter: sound, but not for this base, or not plain LoRA.
             Refused: an alias is protected; the version is kept all the same.
@@ -111,6 +121,11 @@ class Registry:
         check_name(name)
         for alias in aliases:
             _check_movable(alias)
+        if not 0 < max_ratio < MAX_MAX_RATIO:
+            raise InvalidRequest(
+                f"max_ratio is {max_ratio}; it must be above 0 and below {MAX_MAX_RATIO:g}",
+                field="max_ratio",
+            )
         with self._store.staging() as staged:
             draft = stage_version(
                 Path(folder),
@@ -118,7 +133,9 @@ class Registry:
                 name=name,
                 base=base,
                 description=description,
-                allow_zero=allow_zero,
+                accepted=Accepted(allow_zero=allow_zero, max_ratio=max_ratio),
+                residual_base=residual_base,
+                originals=originals,
                 progress=progress,
             )
             pointer = self._store.commit(name, staged, draft, progress, actor=actor or _user())

@@ -1,0 +1,127 @@
+"""Check the numbers of a module's matrices: finite, with an effect, and not louder than the base.
+
+An adapter of the wrong scale is well-formed, and drowns its base. What tells it is the size of its
+change beside that of the weight it changes; the product B·A is never formed for it, because only the
+two small products AAᵀ and BᵀB are needed:
+
+    ‖BA‖² = trace((BᵀB)(AAᵀ)),    ‖BA‖ ≤ ‖B‖‖A‖.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lorary.errors import CorruptArtifact, IncompatibleAdapter
+from lorary.registry.base import BaseCard
+from lorary.registry.findings import Report
+from lorary.registry.safetensors_file import Array, TensorInfo, is_finite, read_tensor
+
+
+class ModuleTensors(NamedTuple):
+    """Where one module's matrices lie; ``magnitude`` is DoRA's vector."""
+
+    a: TensorInfo
+    b: TensorInfo
+    magnitude: TensorInfo | None = None
+
+
+def check_values(
+    path: Path,
+    modules: Mapping[str, ModuleTensors],
+    scales: Mapping[str, float],
+    card: BaseCard,
+    report: Report,
+    *,
+    allow_zero: bool,
+    max_ratio: float,
+) -> None:
+    """Read every matrix once and report what is wrong with its values.
+
+    Args:
+        path: the tensors' file.
+        modules: module name to its tensors, shapes already checked.
+        scales: the factor on B·A of each module.
+        card: the base; a module without a norm in it is not compared with anything.
+        report: told of every problem.
+        allow_zero: accept an adapter that changes nothing.
+        max_ratio: largest ‖scale·BA‖/‖W‖ of a module.
+    """
+    has_effect = False
+    for module, found in modules.items():
+        arrays = []
+        for info in found:
+            if info is None:
+                continue
+            array = read_tensor(path, info)
+            if is_finite(array):
+                arrays.append(array)
+            else:
+                report(
+                    CorruptArtifact(
+                        f"tensor {info.name} holds NaN or infinite values; training diverged, or the "
+                        "file is damaged. Train again with a smaller learning rate."
+                    )
+                )
+        if len(arrays) != 2 + (found.magnitude is not None):
+            has_effect = True  # of what kind, nobody can say
+            continue
+        has_effect = has_effect or bool(arrays[0].any() and arrays[1].any())
+        size = abs(scales[module]) * _norm_within(
+            arrays[0], arrays[1], module, scales, card, max_ratio
+        )
+        _check_ratio(module, size, "its change", card, report, max_ratio)
+        if found.magnitude is not None:
+            _check_ratio(module, _norm(arrays[2]), "its magnitude vector", card, report, max_ratio)
+    if modules and not has_effect and not allow_zero:
+        report(
+            IncompatibleAdapter(
+                "adapter has no effect: in every module A or B is all zeros, as before training. "
+                "Push a trained adapter, or allow it with --allow-zero."
+            )
+        )
+
+
+def product_norm(b: Array, a: Array) -> float:
+    """Return ‖B·A‖ (Frobenius) in double precision, without forming the product.
+
+    Semantics: ``sqrt(sum_ij (BᵀB)_ij (AAᵀ)_ij)``; b is [out, r], a is [r, in].
+    """
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)))
+    return math.sqrt(max(squares, 0.0)) if not math.isnan(squares) else math.inf
+
+
+def _norm_within(
+    a: Array, b: Array, module: str, scales: Mapping[str, float], card: BaseCard, max_ratio: float
+) -> float:
+    """Return ‖BA‖, or the cheaper bound ‖B‖‖A‖ where that is within the limit already."""
+    bound = _norm(a) * _norm(b)
+    if abs(scales[module]) * bound <= max_ratio * card.norms.get(module, math.inf):
+        return bound
+    return product_norm(b, a)
+
+
+def _norm(array: Array) -> float:
+    return float(np.linalg.norm(array.astype(np.float64).reshape(-1)))
+
+
+def _check_ratio(
+    module: str, size: float, what: str, card: BaseCard, report: Report, max_ratio: float
+) -> None:
+    weight = card.norms.get(module, math.inf)
+    if size <= max_ratio * weight:
+        return
+    ratio = size / weight if weight else math.inf
+    report(
+        IncompatibleAdapter(
+            f"module {module}: {what} is {ratio:.3g} times as large as the base's weight (Frobenius "
+            f"norms {size:.3g} and {weight:.3g}); the limit is {max_ratio:g}. Its scale is wrong, or "
+            "its training diverged. If it is meant, push it with a larger --max-ratio."
+        )
+    )
