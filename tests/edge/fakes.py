@@ -24,9 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from lorary.errors import AdapterNotFound, Cancelled, DeadlineExceeded, LoraryError, Unavailable
+from lorary.errors import (
+    AdapterNotFound,
+    Cancelled,
+    DeadlineExceeded,
+    IncompatibleAdapter,
+    LoraryError,
+    Unavailable,
+)
 from lorary.registry import parse_ref
-from lorary.registry.manifest import BaseIdentity, Task
+from lorary.registry.manifest import BaseIdentity, Method, Task
 from lorary.server.answers import ServerFacts
 from lorary.server.app import Server
 from lorary.server.build import Backend
@@ -60,6 +67,7 @@ class FakeResolved:
 class FakeManifest:
     base: BaseIdentity
     task: Task
+    method: Method
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,9 @@ class FakeRegistry:
             else Task(template="100 {{ text }}", max_new_tokens=5, stop=("900",))
         )
         return FakeManifest(
-            BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"), task
+            BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"),
+            task,
+            Method(name="lora", rank=8, alpha=8.0, target_modules=("q_proj",)),
         )
 
     def list(self) -> list[FakeVersion]:
@@ -183,6 +193,10 @@ class FakeResidency:
         for lease in self.leases:
             if lease.name == name:
                 lease.error = error
+
+    def check_fits(self, ranks: Mapping[str, int]) -> None:
+        if sum(ranks.values()) > 24:
+            raise IncompatibleAdapter(f"{len(ranks)} adapters do not fit together")
 
     def load(self, resolved: FakeResolved, *, pin: bool = False) -> None:
         self._put(resolved, pinned=pin)

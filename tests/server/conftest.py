@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 
 from lorary.registry import BaseCard, Registry
+from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.residency import BaseLease
+from lorary.server.composition import composition_digest
 from lorary.server.engine.assemble import EngineLimits, assemble
 from lorary.server.engine.request import Finish, Output, Request, Sampling, StepStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from lorary.errors import LoraryError
+    from lorary.server.adapters.composed import ComposedLease
+    from lorary.server.ports import ResidencyLike
 
 
 class Collector:
@@ -111,6 +115,7 @@ class EngineWorld:
             assembled.lora,
         )
         self.fused = assembled.fused
+        self.compositions = Compositions(cast("ResidencyLike", self.residency))
         if start:
             self.engine.start()
         self._count = 0
@@ -124,6 +129,7 @@ class EngineWorld:
         request_id: str = "",
         deadline_s: float | None = None,
         labels: tuple[tuple[int, ...], ...] = (),
+        weights: Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> str:
         self._count += 1
@@ -131,6 +137,8 @@ class EngineWorld:
         lease: Any = BaseLease()
         if adapter:
             lease = self.residency.acquire(self.registry.resolve(adapter))
+        if weights:
+            lease = self.compose(weights)
         self.engine.submit(
             Request(
                 request_id=request_id,
@@ -143,6 +151,14 @@ class EngineWorld:
             )
         )
         return request_id
+
+    def compose(self, weights: Mapping[str, float]) -> ComposedLease:
+        """Hold the adapters of these names together."""
+        found = {name: self.registry.resolve(name) for name in weights}
+        by_digest = {found[name].digest: weight for name, weight in weights.items()}
+        return self.compositions.acquire(
+            composition_digest(by_digest.items()), {r.digest: r for r in found.values()}, by_digest
+        )
 
     def close(self) -> None:
         self.engine.shutdown()

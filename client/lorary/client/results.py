@@ -28,8 +28,22 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ComposedAdapter:
+    """One adapter of a composition, and what its change of the base was multiplied by."""
+
+    ref: str
+    name: str
+    version: int
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base."""
+    """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base.
+
+    A composition's ``digest`` is ``mix:sha256:…``, computed from those of its ``parts`` and their weights.
+    """
 
     ref: str
     name: str
@@ -39,6 +53,7 @@ class Receipt:
     quantization: str
     request_id: str
     timings: Timings
+    parts: tuple[ComposedAdapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,7 +125,12 @@ class ServerConfig:
         low=16,
         high=2**20,
     )
-    max_rank: int = _option(128, "Largest rank an adapter may have.", low=1, high=512)
+    max_rank: int = _option(
+        128,
+        "Largest rank an adapter may have, and that adapters of one call may add up to.",
+        low=1,
+        high=512,
+    )
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )

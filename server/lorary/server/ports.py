@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorary.errors import LoraryError
-    from lorary.registry.manifest import BaseIdentity, Task
+    from lorary.registry.manifest import BaseIdentity, Method, Task
     from lorary.server.engine.request import Lease, Output, Request, StepStats
 
     Deliver = Callable[[list[Output]], None]
@@ -48,6 +48,11 @@ class ManifestLike(Protocol):
     @property
     def task(self) -> Task:
         """Template, labels, stop strings, default number of tokens."""
+        ...
+
+    @property
+    def method(self) -> Method:
+        """How it was made; ``rank`` is the largest of its modules."""
         ...
 
 
@@ -160,6 +165,14 @@ class ResidencyLike(Protocol):
         Raises:
             LoraryError: what a load of this digest failed with a moment ago.
             Unavailable: the server is going down.
+        """
+        ...
+
+    def check_fits(self, ranks: Mapping[str, int]) -> None:
+        """Check that versions, ranks by digest, can be on the device together.
+
+        Raises:
+            IncompatibleAdapter: they cannot.
         """
         ...
 

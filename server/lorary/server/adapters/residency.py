@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from lorary.errors import IncompatibleAdapter, LoraryError, StorageError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -190,6 +190,27 @@ class Residency:
             resident.num_holders += 1
             resident.last_used_s = time.monotonic()
             return AdapterLease(self, resident)
+
+    def check_fits(self, ranks: Mapping[str, int]) -> None:
+        """Check that versions can be on the device together; ``ranks`` by digest.
+
+        Raises:
+            IncompatibleAdapter: they take more than the pool has beside what else is pinned.
+        """
+        needed = sum(self._pool.pages_for(rank) for rank in ranks.values())
+        with self._lock:
+            pinned = sum(
+                len(r.pages)
+                for r in self._residents.values()
+                if r.pinned and r.resolved.digest not in ranks
+            )
+        if needed > self._pool.num_pages - pinned:
+            raise IncompatibleAdapter(
+                f"{len(ranks)} adapters together take {needed * self._pool.page_bytes} bytes; this "
+                f"server gives adapters {self._pool.memory_bytes} bytes, of which "
+                f"{pinned * self._pool.page_bytes} are pinned by others. Name fewer, raise "
+                "--adapter-memory, or unload a pinned adapter."
+            )
 
     def load(
         self, resolved: Resolved, *, pin: bool = False, timeout_s: float | None = None

@@ -80,7 +80,7 @@ class Request:
     """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
 
     ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``. A higher ``priority`` gets a
-    place sooner.
+    place sooner. ``account`` is the digest whose share of the server pays for it; empty: the lease's.
     """
 
     request_id: str
@@ -90,6 +90,7 @@ class Request:
     index: int = 0
     labels: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
+    account: str = ""
     arrived_s: float = 0.0
     deadline_s: float | None = None
 
