@@ -47,6 +47,7 @@ from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+    from lorary.server.adapters.verification import Verdict
     from lorary.server.ports import Observer
 
 VOCAB = 1000
@@ -171,12 +172,16 @@ class FakeResidency:
     leases: list[FakeLease] = field(default_factory=list)
     num_released: int = 0
     resident: dict[str, FakeResident] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    refused: dict[str, LoraryError] = field(default_factory=dict)
 
     @property
     def num_held(self) -> int:
         return len(self.leases) - self.num_released
 
     def acquire(self, resolved: FakeResolved) -> FakeLease:
+        if resolved.digest in self.refused:
+            raise self.refused[resolved.digest]
         is_ready = resolved.name not in self.slow
         lease = FakeLease(self, resolved.name, resolved.digest, is_ready)
         self.leases.append(lease)
@@ -207,6 +212,15 @@ class FakeResidency:
         self.resident[resolved.digest] = FakeResident(
             resolved.name, resolved.version, resolved.digest, state, pinned, 8, 4096, 0
         )
+
+    def readmit(self, digest: str) -> None:
+        self.refused.pop(digest, None)
+
+    def verdict(self, digest: str) -> Verdict | None:
+        return self.verdicts.get(digest)
+
+    def quarantined(self) -> tuple[str, ...]:
+        return tuple(self.refused)
 
     def unload(self, digest: str) -> None:
         self.resident.pop(digest, None)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lorary.errors import LoraryError
     from lorary.server.adapters.composed import ComposedLease
+    from lorary.server.adapters.verification import VerificationObserver
     from lorary.server.ports import ResidencyLike
 
 
@@ -89,6 +90,8 @@ class EngineWorld:
         start: bool = True,
         model: Any = None,
         int8: bool | frozenset[str] = False,
+        dtype: torch.dtype = torch.float32,
+        verification_observer: VerificationObserver | None = None,
         **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,10 +107,11 @@ class EngineWorld:
             card=BaseCard.from_folder(base),
             registry=registry,
             limits=EngineLimits(**{"max_batch": 8, "max_context": 256, **limits}),
-            dtype=torch.float32,
+            dtype=dtype,
             int8=int8,
             deliver=self.collector.deliver,
             engine_observer=self.collector,
+            verification_observer=verification_observer,
         )
         self.engine, self.residency, self.lora = (
             assembled.engine,

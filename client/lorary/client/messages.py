@@ -311,4 +311,8 @@ def adapter_info(message: control_pb2.Adapter) -> AdapterInfo:
         device_bytes=message.device_bytes,
         num_running=message.num_running,
         task=message.task,
+        verified=message.verified,
+        verified_divergence=message.verified_divergence,
+        verified_limit=message.verified_limit,
+        quarantined=message.quarantined,
     )

@@ -144,3 +144,10 @@ class AdapterInfo:
     device_bytes: int
     num_running: int
     task: str
+    verified: str = ""
+    """``passed``, ``failed`` or ``no probes``; empty while its golden probes have not run."""
+    verified_divergence: float = 0.0
+    """Mean divergence of its probes in nats; ``verified_limit`` is the most that is allowed."""
+    verified_limit: float = 0.0
+    quarantined: bool = False
+    """Refused until ``load_adapter`` names it: it failed its checks."""

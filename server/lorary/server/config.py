@@ -139,6 +139,12 @@ class ServerConfig:
         "Type that adapters are kept in; auto is that of dtype. 8 bits hold twice as many (fp8: GPUs only).",
         choices=("auto", "bfloat16", "int8", "fp8"),
     )
+    verify: Literal["off", "warn", "enforce"] = _option(
+        "warn",
+        "What to do about golden probes of an adapter that is loaded: nothing, run them and say so, or "
+        "serve it only once it has passed.",
+        choices=("off", "warn", "enforce"),
+    )
     kv_memory: int = _option(
         0,
         "Device memory for keys and values, such as 4GiB; 0 takes what --max-batch answers of "

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lorary.errors import LoraryError
     from lorary.registry.manifest import BaseIdentity, Method, Task
+    from lorary.server.adapters.verification import Verdict
     from lorary.server.engine.request import Lease, Output, Request, StepStats
 
     Deliver = Callable[[list[Output]], None]
@@ -184,6 +185,18 @@ class ResidencyLike(Protocol):
         """
         ...
 
+    def readmit(self, digest: str) -> None:
+        """Forget what was found wrong with a version, so that the next call loads it anew."""
+        ...
+
+    def verdict(self, digest: str) -> Verdict | None:
+        """Return what came of a version's golden probes; None when they have not run."""
+        ...
+
+    def quarantined(self) -> Sequence[str]:
+        """Return the digests that are refused until they are readmitted."""
+        ...
+
     def unload(self, digest: str) -> object:
         """Unpin it and free it once nobody holds it; idempotent."""
         ...
@@ -261,6 +274,10 @@ class Observer(Protocol):
 
     def on_load(self, name: str, seconds: float, error: LoraryError | None) -> None:
         """One load has ended, well or not."""
+        ...
+
+    def on_verify(self, name: str, verdict: Verdict) -> None:
+        """One version's golden probes have run, or it has none."""
         ...
 
     def on_evict(self, cause: str) -> None:
