@@ -192,6 +192,8 @@ def test_with_enforce_nobody_is_served_by_what_has_not_passed(
     # Nothing of the probes leaves the verifier, and nothing of them stays.
     assert {key[0] for key in world.collector.outputs} == {*ids.values(), *bad}
     assert world.engine.num_running == world.engine.num_waiting == 0
+    cached = vars(world.engine)["_blocks"]._roots
+    assert not any(digest.startswith("probe/") for digest in cached)
 
 
 def test_a_full_queue_does_not_keep_probes_out(make_probed: Callable[..., EngineWorld]) -> None:
@@ -224,6 +226,27 @@ def test_warn_serves_and_says_so(
     world.residency.unload(world.registry.resolve("alpha").digest)
     load(world, "alpha")
     assert world.collector.wait(world.submit([7, 8, 9], "alpha", max_tokens=3))[2] is None
+
+
+def test_probes_that_cannot_be_replayed_count_as_failed(
+    make_probed: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest with ids beyond the vocabulary: with ``warn`` served and said, with ``enforce`` refused."""
+    world, strict = make_probed(verify="warn"), make_probed(verify="enforce")
+    for one in (world, strict):
+        verifier = one.residency._verifier
+        assert verifier is not None
+        monkeypatch.setattr(verifier, "_vocab_size", 10)
+    resolved = world.registry.resolve("alpha")
+    load(world, "alpha")
+    wait_until(lambda: world.residency.verdict(resolved.digest) is not None)
+    verdict = world.residency.verdict(resolved.digest)
+    assert verdict is not None
+    assert verdict.state == "failed"
+    assert world.collector.wait(world.submit([7], "alpha", max_tokens=1))[2] is None
+    with pytest.raises(CorruptArtifact, match="golden probe 0"):
+        load(strict, "alpha")
+    assert strict.residency.quarantined() == (resolved.digest,)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -194,28 +194,22 @@ class Verifier:
         """With ``warn``, begin to run the probes of a version that is resident; returns at once."""
         if self._mode != "warn" or self.verdict(resolved.digest) is not None:
             return
-        lease: AdapterLease | None = None
         try:
             probes, limit = self._probes(resolved)
-            if not probes:
-                self._publish(resolved, Verdict(state="no probes"))
-                return
-            lease = acquire(resolved)
-            entry = lease.entry
-            if entry is None:
-                # Evicted or unloaded in the meantime; its next load comes here again.
-                lease.release()
-                return
-            held = lease
-            self._start(resolved, probes, limit, entry, lambda run: self._on_warned(run, held))
+            lease = acquire(resolved) if probes else None
         except LoraryError as error:
-            if lease is not None:
-                lease.release()
-            logger.warning(
-                "the golden probes of '%s@%s' could not be run: %s",
-                resolved.name,
-                resolved.version,
-                error,
+            if isinstance(error, CorruptArtifact):
+                self._publish(resolved, Verdict(state="failed"))
+            _warn_not_run(resolved, error)
+            return
+        if lease is None:
+            self._publish(resolved, Verdict(state="no probes"))
+        elif lease.entry is None:
+            # Evicted or unloaded in the meantime; its next load comes here again.
+            lease.release()
+        else:
+            self._start(
+                resolved, probes, limit, lease.entry, lambda run: self._on_warned(run, lease)
             )
 
     def on_load_error(self, resolved: Resolved, error: LoraryError) -> None:
@@ -261,12 +255,7 @@ class Verifier:
     def _on_warned(self, run: _Run, lease: AdapterLease) -> None:
         lease.release()
         if run.error is not None:
-            logger.warning(
-                "the golden probes of '%s@%s' could not be run: %s",
-                run.resolved.name,
-                run.resolved.version,
-                run.error,
-            )
+            _warn_not_run(run.resolved, run.error)
         else:
             self._publish(run.resolved, run.verdict)
 
@@ -293,7 +282,7 @@ class Verifier:
         assert self._submit is not None
         run = _Run(resolved, probes, limit, on_end, num_open=len(probes))
         for i, probe in enumerate(probes):
-            # A name that no other request has: nothing is read from the cache, or left there for others.
+            # Named as no other: nothing that was cached for the version is read in place of its pages.
             name = f"probe/{secrets.token_hex(8)}"
             with self._lock:
                 self._pending[name] = (run, probe)
@@ -306,6 +295,7 @@ class Verifier:
                         lease=_ProbeLease(name, entry),
                         labels=tuple((token,) for token in probe.top_token_ids),
                         priority=PRIORITY[self._mode],
+                        keep_prefix=False,
                         arrived_s=time.monotonic(),
                         deadline_s=time.monotonic() + PROBE_DEADLINE_S,
                     )
@@ -336,7 +326,7 @@ class Verifier:
                 resolved.name,
                 resolved.version,
             )
-        else:
+        elif verdict.num_probes:
             log = logger.info if verdict.state == "passed" else logger.warning
             log(
                 "'%s@%s' has %s its %d golden probes: divergence %.3g nats, limit %g",
@@ -347,6 +337,12 @@ class Verifier:
                 verdict.divergence,
                 verdict.limit,
             )
+
+
+def _warn_not_run(resolved: Resolved, error: LoraryError) -> None:
+    logger.warning(
+        "the golden probes of '%s@%s' could not be run: %s", resolved.name, resolved.version, error
+    )
 
 
 def _failure(resolved: Resolved, verdict: Verdict) -> CorruptArtifact:

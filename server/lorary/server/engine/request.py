@@ -81,6 +81,7 @@ class Request:
 
     ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``. A higher ``priority`` gets a
     place sooner. ``account`` is the digest whose share of the server pays for it; empty: the lease's.
+    Without ``keep_prefix`` its keys and values are nobody's once it has ended.
     """
 
     request_id: str
@@ -91,6 +92,7 @@ class Request:
     labels: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     account: str = ""
+    keep_prefix: bool = True
     arrived_s: float = 0.0
     deadline_s: float | None = None
 
