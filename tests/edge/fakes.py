@@ -24,9 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from lorary.errors import AdapterNotFound, Cancelled, DeadlineExceeded, LoraryError, Unavailable
+from lorary.errors import (
+    AdapterNotFound,
+    Cancelled,
+    DeadlineExceeded,
+    IncompatibleAdapter,
+    LoraryError,
+    Unavailable,
+)
 from lorary.registry import parse_ref
-from lorary.registry.manifest import BaseIdentity, Task
+from lorary.registry.manifest import BaseIdentity, Method, Task
 from lorary.server.answers import ServerFacts
 from lorary.server.app import Server
 from lorary.server.build import Backend
@@ -40,6 +47,7 @@ from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+    from lorary.server.adapters.verification import Verdict
     from lorary.server.ports import Observer
 
 VOCAB = 1000
@@ -61,6 +69,7 @@ class FakeResolved:
 class FakeManifest:
     base: BaseIdentity
     task: Task
+    method: Method
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ class FakeRegistry:
             else Task(template="100 {{ text }}", max_new_tokens=5, stop=("900",))
         )
         return FakeManifest(
-            BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"), task
+            BaseIdentity(name="tiny", fingerprint=fingerprint, architecture="x"),
+            task,
+            Method(name="lora", rank=8, alpha=8.0, target_modules=("q_proj",)),
         )
 
     def list(self) -> list[FakeVersion]:
@@ -162,12 +173,16 @@ class FakeResidency:
     leases: list[FakeLease] = field(default_factory=list)
     num_released: int = 0
     resident: dict[str, FakeResident] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    refused: dict[str, LoraryError] = field(default_factory=dict)
 
     @property
     def num_held(self) -> int:
         return len(self.leases) - self.num_released
 
     def acquire(self, resolved: FakeResolved) -> FakeLease:
+        if resolved.digest in self.refused:
+            raise self.refused[resolved.digest]
         is_ready = resolved.name not in self.slow
         lease = FakeLease(self, resolved.name, resolved.digest, is_ready)
         self.leases.append(lease)
@@ -185,6 +200,10 @@ class FakeResidency:
             if lease.name == name:
                 lease.error = error
 
+    def check_fits(self, ranks: Mapping[str, int]) -> None:
+        if sum(ranks.values()) > 24:
+            raise IncompatibleAdapter(f"{len(ranks)} adapters do not fit together")
+
     def load(self, resolved: FakeResolved, *, pin: bool = False) -> None:
         self._put(resolved, pinned=pin)
 
@@ -194,6 +213,15 @@ class FakeResidency:
         self.resident[resolved.digest] = FakeResident(
             resolved.name, resolved.version, resolved.digest, state, pinned, 8, 4096, 0
         )
+
+    def readmit(self, digest: str) -> None:
+        self.refused.pop(digest, None)
+
+    def verdict(self, digest: str) -> Verdict | None:
+        return self.verdicts.get(digest)
+
+    def quarantined(self) -> tuple[str, ...]:
+        return tuple(self.refused)
 
     def unload(self, digest: str) -> None:
         self.resident.pop(digest, None)

@@ -10,6 +10,7 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorary.errors import ConfigError, CorruptArtifact
+from lorary.server.adapters.verification import Verdict
 from lorary.server.app import check_ports_free
 from lorary.server.config import ServerConfig
 from lorary.v1 import control_pb2 as pb
@@ -53,6 +54,32 @@ async def test_a_load_is_answered_when_it_arrives(edge: Edge) -> None:
     edge.residency.arrive("alpha")
     assert (await call).load_ns > 0
     assert edge.residency.num_held == 0
+
+
+async def test_what_came_of_the_probes_is_shown_and_a_load_tries_again(edge: Edge) -> None:
+    """A quarantined version is refused in calls, listed among what is resident, and lifted by a load."""
+    digest = digest_of("alpha")
+    edge.residency.refused[digest] = CorruptArtifact("alpha is 3 nats off; it is quarantined.")
+    edge.residency.verdicts[digest] = Verdict(
+        state="failed", divergence=3.0, limit=0.02, num_probes=2
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in edge.inference.Generate(
+            inference_pb2.GenerateRequest(adapter="alpha", input=inference_pb2.Input(prompt="2"))
+        ):
+            pass
+    assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+    listed = await edge.control.ListAdapters(pb.ListAdaptersRequest(resident_only=True))
+    (alpha,) = listed.adapters
+    assert (alpha.name, alpha.verified, alpha.quarantined) == ("alpha", "failed", True)
+    assert (alpha.verified_divergence, alpha.verified_limit) == (3.0, 0.02)
+    assert alpha.residency == pb.RESIDENCY_REGISTRY
+
+    edge.residency.verdicts[digest] = Verdict(
+        state="passed", divergence=0.01, limit=0.02, num_probes=2
+    )
+    loaded = await edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"))
+    assert (loaded.adapter.verified, loaded.adapter.quarantined) == ("passed", False)
 
 
 async def test_a_load_that_fails_or_is_given_up_holds_nothing(edge: Edge) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 
 from lorary.registry import BaseCard, Registry
+from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.residency import BaseLease
+from lorary.server.composition import composition_digest
 from lorary.server.engine.assemble import EngineLimits, assemble
 from lorary.server.engine.request import Finish, Output, Request, Sampling, StepStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from lorary.errors import LoraryError
+    from lorary.server.adapters.composed import ComposedLease
+    from lorary.server.adapters.verification import VerificationObserver
+    from lorary.server.ports import ResidencyLike
 
 
 class Collector:
@@ -85,6 +90,8 @@ class EngineWorld:
         start: bool = True,
         model: Any = None,
         int8: bool | frozenset[str] = False,
+        dtype: torch.dtype = torch.float32,
+        verification_observer: VerificationObserver | None = None,
         **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,10 +107,11 @@ class EngineWorld:
             card=BaseCard.from_folder(base),
             registry=registry,
             limits=EngineLimits(**{"max_batch": 8, "max_context": 256, **limits}),
-            dtype=torch.float32,
+            dtype=dtype,
             int8=int8,
             deliver=self.collector.deliver,
             engine_observer=self.collector,
+            verification_observer=verification_observer,
         )
         self.engine, self.residency, self.lora = (
             assembled.engine,
@@ -111,6 +119,7 @@ class EngineWorld:
             assembled.lora,
         )
         self.fused = assembled.fused
+        self.compositions = Compositions(cast("ResidencyLike", self.residency))
         if start:
             self.engine.start()
         self._count = 0
@@ -124,6 +133,7 @@ class EngineWorld:
         request_id: str = "",
         deadline_s: float | None = None,
         labels: tuple[tuple[int, ...], ...] = (),
+        weights: Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> str:
         self._count += 1
@@ -131,6 +141,8 @@ class EngineWorld:
         lease: Any = BaseLease()
         if adapter:
             lease = self.residency.acquire(self.registry.resolve(adapter))
+        if weights:
+            lease = self.compose(weights)
         self.engine.submit(
             Request(
                 request_id=request_id,
@@ -143,6 +155,14 @@ class EngineWorld:
             )
         )
         return request_id
+
+    def compose(self, weights: Mapping[str, float]) -> ComposedLease:
+        """Hold the adapters of these names together."""
+        found = {name: self.registry.resolve(name) for name in weights}
+        by_digest = {found[name].digest: weight for name, weight in weights.items()}
+        return self.compositions.acquire(
+            composition_digest(by_digest.items()), {r.digest: r for r in found.values()}, by_digest
+        )
 
     def close(self) -> None:
         self.engine.shutdown()

@@ -100,3 +100,26 @@ def test_it_is_a_queue(items: list[tuple[str, int]]) -> None:
     for item in set(items):
         alike = [i for i in out if items[i] == item]
         assert alike == sorted(alike)
+
+
+def test_compositions_share_what_their_leading_adapter_is_due() -> None:
+    """Many weights of one adapter are many lines and one share; else each weight would be a new one."""
+    queue = FairQueue(clock=Clock())
+    mixes = [make(f"mix{i}", 1, digest=f"mix:{i}") for i in range(4)]
+    for mix in mixes:
+        mix.request.account = "a"
+    others = [make(f"b{i}", 1, digest="b") for i in range(3)]
+    for sequence in (*mixes, *others):
+        queue.add(sequence)
+    order = []
+    for _ in range(6):
+        taken = next(queue.heads())
+        queue.take(taken)
+        queue.charge(taken, 10)
+        order.append(taken.request.request_id[0])
+    assert order == ["m", "b", "m", "b", "m", "b"]
+    for sequence in (*mixes[:3], *others):
+        queue.end(sequence)
+    queue.remove(mixes[3])
+    assert not vars(queue)["_counters"]
+    assert not vars(queue)["_num_lines"]

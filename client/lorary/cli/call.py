@@ -28,7 +28,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command(epilog='Example: lorary call sentiment@prod "the film was a delight" --classify')
 def call(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="name, name@prod, name@3 …; '' is the base.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="name, name@prod, name@3 …; several with weights: 'a@prod*0.7+b@2*0.3'; '' is the base.",
+        ),
     ],
     text: Annotated[
         str, typer.Argument(metavar="TEXT", help="What to send; '-' reads standard input.")
@@ -68,7 +72,7 @@ def call(
         raise InvalidRequest("--classify gives one answer at once; leave out --stream and -n.")
     if stream and num_answers > 1:
         raise InvalidRequest("--stream prints one answer; leave out -n.")
-    asked: dict[str, Any] = {**given, "adapter": adapter, "priority": priority}
+    asked: dict[str, Any] = {**given, **adapter_arguments(adapter), "priority": priority}
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -134,8 +138,36 @@ def _print_labels(scored: Classification, *, as_json: bool) -> None:
     _print_receipt(scored.receipt, 0)
 
 
+def adapter_arguments(text: str) -> dict[str, Any]:
+    """Return what to call a client with for ``ref``, ``ref*weight`` or several of them joined by ``+``.
+
+    Raises:
+        InvalidRequest: a weight is not a number.
+    """
+    parts = [part.rpartition("*") for part in text.split("+")]
+    if len(parts) == 1 and not parts[0][1]:
+        return {"adapter": text}
+    weights = []
+    for ref, star, weight in parts:
+        try:
+            weights.append((ref.strip(), float(weight)) if star else (weight.strip(), 1.0))
+        except ValueError as error:
+            raise InvalidRequest(
+                f"'{weight}' in '{text}' is no weight; write 'ref*0.7+other*0.3'."
+            ) from error
+    if len(weights) == 1:
+        return {"adapter": weights[0][0], "scale": weights[0][1]}
+    return {"adapters": weights}
+
+
+def _answerer(receipt: Receipt) -> str:
+    if not receipt.parts:
+        return f"{receipt.name}@{receipt.version}"
+    return "+".join(f"{part.name}@{part.version}*{part.weight:g}" for part in receipt.parts)
+
+
 def _print_receipt(receipt: Receipt, num_tokens: int) -> None:
-    name = f"{receipt.name}@{receipt.version} {receipt.digest[:19]}" if receipt.name else "base"
+    name = f"{_answerer(receipt)} {receipt.digest[:19]}" if receipt.name else "base"
     times = receipt.timings
     seconds = times.queue_s + times.prefill_s + times.decode_s
     tokens = f", {num_tokens} tokens" if num_tokens else ""

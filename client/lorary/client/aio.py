@@ -105,6 +105,8 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        adapters: m.Adapters = (),
+        scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
@@ -119,6 +121,9 @@ class AsyncClient:
             messages: chat messages for the base's chat template.
             token_ids: token ids, taken as they are.
             adapter: ``name``, ``name@alias``, ``name@3``, ``name@sha256:…``; empty: the bare base.
+            adapters: several at once instead, with weights: ``[("sentiment@prod", 0.7), ("polite@2", 0.3)]``
+                or a mapping. The first one's template, labels and stop strings apply.
+            scale: what the change of the single ``adapter`` is multiplied by; default 1.
             priority: -10 to 10; higher is served sooner while requests wait for a place.
             request_id: an id for the server's log; the server makes one when empty.
             timeout_s: deadline of this call; default: the client's.
@@ -133,7 +138,17 @@ class AsyncClient:
             await client.generate(prompt="Once upon a time", max_tokens=32, temperature=0.8, seed=1)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            1,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            adapters,
+            scale,
         )
         (answer,) = await self._all(request, timeout_s)
         return answer
@@ -147,6 +162,8 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        adapters: m.Adapters = (),
+        scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
@@ -154,7 +171,17 @@ class AsyncClient:
     ) -> list[GenerateResult]:
         """Return ``n`` answers to the same input, by index; see ``generate``."""
         request = m.generate_request(
-            n, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            n,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            adapters,
+            scale,
         )
         return await self._all(request, timeout_s)
 
@@ -166,6 +193,8 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        adapters: m.Adapters = (),
+        scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
         timeout_s: float | None = None,
@@ -185,7 +214,17 @@ class AsyncClient:
                         print(receipt.digest)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            1,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            adapters,
+            scale,
         )
         return self._stream(request, timeout_s)
 
@@ -197,6 +236,8 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        adapters: m.Adapters = (),
+        scale: float | None = None,
         labels: Sequence[str] = (),
         priority: int = 0,
         request_id: str = "",
@@ -211,7 +252,16 @@ class AsyncClient:
             (await client.classify("the film was a delight", adapter="sentiment@prod")).label
         """
         request = m.classify_request(
-            text, prompt, messages, token_ids, adapter, labels, priority, request_id
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            labels,
+            priority,
+            request_id,
+            adapters,
+            scale,
         )
         return m.classification(await self._call(self._inference.Classify, request, timeout_s))
 
@@ -223,11 +273,14 @@ class AsyncClient:
         messages: Sequence[m.Message] | None = None,
         token_ids: Sequence[int] | None = None,
         adapter: str = "",
+        adapters: m.Adapters = (),
         timeout_s: float | None = None,
     ) -> Tokens:
         """Return the token ids that ``generate`` would read."""
         request = inference_pb2.TokenizeRequest(
-            adapter=adapter, input=m.make_input(text, prompt, messages, token_ids)
+            adapter=adapter,
+            adapters=m.weighted(adapters),
+            input=m.make_input(text, prompt, messages, token_ids),
         )
         return m.tokens(await self._call(self._inference.Tokenize, request, timeout_s))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict, cast
 
 from lorary.client.results import (
     AdapterInfo,
     Chunk,
     Classification,
+    ComposedAdapter,
     FinishReason,
     GenerateResult,
     PositionLogprobs,
@@ -21,8 +23,8 @@ from lorary.client.results import (
 from lorary.errors import InvalidRequest
 from lorary.v1 import control_pb2, inference_pb2
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+Adapters: TypeAlias = Sequence[tuple[str, float]] | Mapping[str, float]
+"""Refs with weights."""
 
 FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -114,6 +116,8 @@ def generate_request(
     priority: int,
     request_id: str,
     sampling: Mapping[str, Any],
+    adapters: Adapters = (),
+    scale: float | None = None,
 ) -> inference_pb2.GenerateRequest:
     """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
     request = inference_pb2.GenerateRequest(
@@ -121,8 +125,11 @@ def generate_request(
         input=make_input(text, prompt, messages, token_ids),
         sampling=make_sampling({**sampling, "n": n}),
         request_id=request_id,
+        adapters=weighted(adapters),
     )
     _set("priority", setattr, request, "priority", priority)
+    if scale is not None:
+        _set("scale", setattr, request, "scale", scale)
     return request
 
 
@@ -135,6 +142,8 @@ def classify_request(
     labels: Sequence[str],
     priority: int,
     request_id: str,
+    adapters: Adapters = (),
+    scale: float | None = None,
 ) -> inference_pb2.ClassifyRequest:
     """Return the request for labels' probabilities; raises as ``make_input``."""
     request = inference_pb2.ClassifyRequest(
@@ -142,9 +151,27 @@ def classify_request(
         input=make_input(text, prompt, messages, token_ids),
         labels=labels,
         request_id=request_id,
+        adapters=weighted(adapters),
     )
     _set("priority", setattr, request, "priority", priority)
+    if scale is not None:
+        _set("scale", setattr, request, "scale", scale)
     return request
+
+
+def weighted(adapters: Adapters) -> list[inference_pb2.WeightedAdapter]:
+    """Return the messages of a composition's parts; limits are the server's affair.
+
+    Raises:
+        InvalidRequest: a weight is not a number.
+    """
+    pairs = adapters.items() if isinstance(adapters, Mapping) else adapters
+    parts = []
+    for i, (ref, weight) in enumerate(pairs):
+        part = inference_pb2.WeightedAdapter(adapter=ref)
+        _set(f"adapters[{i}].weight", setattr, part, "weight", weight)
+        parts.append(part)
+    return parts
 
 
 def _assign(params: inference_pb2.SamplingParams, name: str, value: Any) -> None:
@@ -234,6 +261,16 @@ def receipt(message: inference_pb2.Receipt) -> Receipt:
             prefill_s=timings.prefill_ns / 1e9,
             decode_s=timings.decode_ns / 1e9,
         ),
+        parts=tuple(
+            ComposedAdapter(
+                ref=part.ref,
+                name=part.name,
+                version=part.version,
+                digest=part.digest,
+                weight=part.weight,
+            )
+            for part in message.parts
+        ),
     )
 
 
@@ -274,4 +311,8 @@ def adapter_info(message: control_pb2.Adapter) -> AdapterInfo:
         device_bytes=message.device_bytes,
         num_running=message.num_running,
         task=message.task,
+        verified=message.verified,
+        verified_divergence=message.verified_divergence,
+        verified_limit=message.verified_limit,
+        quarantined=message.quarantined,
     )

@@ -28,8 +28,22 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ComposedAdapter:
+    """One adapter of a composition, and what its change of the base was multiplied by."""
+
+    ref: str
+    name: str
+    version: int
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base."""
+    """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base.
+
+    A composition's ``digest`` is ``mix:sha256:…``, computed from those of its ``parts`` and their weights.
+    """
 
     ref: str
     name: str
@@ -39,6 +53,7 @@ class Receipt:
     quantization: str
     request_id: str
     timings: Timings
+    parts: tuple[ComposedAdapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,3 +144,10 @@ class AdapterInfo:
     device_bytes: int
     num_running: int
     task: str
+    verified: str = ""
+    """``passed``, ``failed`` or ``no probes``; empty while its golden probes have not run."""
+    verified_divergence: float = 0.0
+    """Mean divergence of its probes in nats; ``verified_limit`` is the most that is allowed."""
+    verified_limit: float = 0.0
+    quarantined: bool = False
+    """Refused until ``load_adapter`` names it: it failed its checks."""

@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lorary/v1/control.proto\x12\tlorary.v1\"\xc9\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\x12\'\n\tresidency\x18\x05 \x01(\x0e\x32\x14.lorary.v1.Residency\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x0c\n\x04task\x18\n \x01(\t\",\n\x13ListAdaptersRequest\x12\x15\n\rresident_only\x18\x01 \x01(\x08\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.lorary.v1.Adapter\"2\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0b\n\x03pin\x18\x02 \x01(\x08\"K\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\x12\x0f\n\x07load_ns\x18\x02 \x01(\x04\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"<\n\x15UnloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter*\x86\x01\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x16\n\x12RESIDENCY_REGISTRY\x10\x01\x12\x15\n\x11RESIDENCY_LOADING\x10\x02\x12\x16\n\x12RESIDENCY_RESIDENT\x10\x03\x12\x17\n\x13RESIDENCY_UNLOADING\x10\x04\x32\xfc\x01\n\x07\x43ontrol\x12O\n\x0cListAdapters\x12\x1e.lorary.v1.ListAdaptersRequest\x1a\x1f.lorary.v1.ListAdaptersResponse\x12L\n\x0bLoadAdapter\x12\x1d.lorary.v1.LoadAdapterRequest\x1a\x1e.lorary.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.lorary.v1.UnloadAdapterRequest\x1a .lorary.v1.UnloadAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lorary/v1/control.proto\x12\tlorary.v1\"\xa5\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\x12\'\n\tresidency\x18\x05 \x01(\x0e\x32\x14.lorary.v1.Residency\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x0c\n\x04task\x18\n \x01(\t\x12\x10\n\x08verified\x18\x14 \x01(\t\x12\x1b\n\x13verified_divergence\x18\x15 \x01(\x01\x12\x16\n\x0everified_limit\x18\x16 \x01(\x01\x12\x13\n\x0bquarantined\x18\x17 \x01(\x08\",\n\x13ListAdaptersRequest\x12\x15\n\rresident_only\x18\x01 \x01(\x08\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.lorary.v1.Adapter\"2\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0b\n\x03pin\x18\x02 \x01(\x08\"K\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\x12\x0f\n\x07load_ns\x18\x02 \x01(\x04\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"<\n\x15UnloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter*\x86\x01\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x16\n\x12RESIDENCY_REGISTRY\x10\x01\x12\x15\n\x11RESIDENCY_LOADING\x10\x02\x12\x16\n\x12RESIDENCY_RESIDENT\x10\x03\x12\x17\n\x13RESIDENCY_UNLOADING\x10\x04\x32\xfc\x01\n\x07\x43ontrol\x12O\n\x0cListAdapters\x12\x1e.lorary.v1.ListAdaptersRequest\x1a\x1f.lorary.v1.ListAdaptersResponse\x12L\n\x0bLoadAdapter\x12\x1d.lorary.v1.LoadAdapterRequest\x1a\x1e.lorary.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.lorary.v1.UnloadAdapterRequest\x1a .lorary.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorary.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESIDENCY']._serialized_start=583
-  _globals['_RESIDENCY']._serialized_end=717
+  _globals['_RESIDENCY']._serialized_start=675
+  _globals['_RESIDENCY']._serialized_end=809
   _globals['_ADAPTER']._serialized_start=39
-  _globals['_ADAPTER']._serialized_end=240
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=242
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=286
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=288
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=348
-  _globals['_LOADADAPTERREQUEST']._serialized_start=350
-  _globals['_LOADADAPTERREQUEST']._serialized_end=400
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=402
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=477
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=479
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=518
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=520
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=580
-  _globals['_CONTROL']._serialized_start=720
-  _globals['_CONTROL']._serialized_end=972
+  _globals['_ADAPTER']._serialized_end=332
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=334
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=378
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=380
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=440
+  _globals['_LOADADAPTERREQUEST']._serialized_start=442
+  _globals['_LOADADAPTERREQUEST']._serialized_end=492
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=494
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=569
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=571
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=610
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=612
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=672
+  _globals['_CONTROL']._serialized_start=812
+  _globals['_CONTROL']._serialized_end=1064
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,7 @@ RESIDENCY_RESIDENT: Residency
 RESIDENCY_UNLOADING: Residency
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "aliases", "residency", "pinned", "rank", "device_bytes", "num_running", "task")
+    __slots__ = ("name", "version", "digest", "aliases", "residency", "pinned", "rank", "device_bytes", "num_running", "task", "verified", "verified_divergence", "verified_limit", "quarantined")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,10 @@ class Adapter(_message.Message):
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -42,7 +46,11 @@ class Adapter(_message.Message):
     device_bytes: int
     num_running: int
     task: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., rank: _Optional[int] = ..., device_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., task: _Optional[str] = ...) -> None: ...
+    verified: str
+    verified_divergence: float
+    verified_limit: float
+    quarantined: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., rank: _Optional[int] = ..., device_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., task: _Optional[str] = ..., verified: _Optional[str] = ..., verified_divergence: _Optional[float] = ..., verified_limit: _Optional[float] = ..., quarantined: bool = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ("resident_only",)

@@ -64,7 +64,7 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Load an adapter and answer when it is resident; idempotent.
+        """Load an adapter and answer when it is resident; idempotent. One that is quarantined is tried again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

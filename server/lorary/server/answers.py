@@ -85,6 +85,16 @@ def receipt(facts: ServerFacts, target: Target, request_id: str, finish: Finish)
             prefill_ns=finish.prefill_ns,
             decode_ns=finish.decode_ns,
         ),
+        parts=[
+            pb.ComposedAdapter(
+                ref=part.ref,
+                name=part.name,
+                version=part.version,
+                digest=part.digest,
+                weight=part.weight,
+            )
+            for part in target.parts
+        ],
     )
 
 

@@ -115,6 +115,7 @@ def build_backend(
         limits,
         dtype,
         int8=chosen.natively,
+        quantization=chosen.label,
         startup=startup,
         deliver=deliver,
         observer=observer,
@@ -157,6 +158,7 @@ def build_engine(
     dtype: torch.dtype,
     *,
     int8: bool | Collection[str],
+    quantization: str,
     startup: Startup,
     deliver: Deliver,
     observer: Observer,
@@ -184,6 +186,8 @@ def build_engine(
             prefix_cache=config.prefix_cache,
             draft_rows=config.draft_rows,
             pin_threads=config.pin_threads,
+            verify=config.verify,
+            quantization=quantization,
         ),
         dtype=dtype,
         int8=int8,
@@ -191,6 +195,7 @@ def build_engine(
         deliver=deliver,
         engine_observer=observer,
         residency_observer=observer,
+        verification_observer=observer,
     )
 
 

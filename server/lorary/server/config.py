@@ -139,7 +139,12 @@ class ServerConfig:
         low=16,
         high=2**20,
     )
-    max_rank: int = _option(128, "Largest rank an adapter may have.", low=1, high=512)
+    max_rank: int = _option(
+        128,
+        "Largest rank an adapter may have, and that adapters of one call may add up to.",
+        low=1,
+        high=512,
+    )
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )
@@ -147,6 +152,12 @@ class ServerConfig:
         "auto",
         "Type that adapters are kept in; auto is that of dtype. 8 bits hold twice as many (fp8: GPUs only).",
         choices=("auto", "bfloat16", "int8", "fp8"),
+    )
+    verify: Literal["off", "warn", "enforce"] = _option(
+        "warn",
+        "What to do about golden probes of an adapter that is loaded: nothing, run them and say so, or "
+        "serve it only once it has passed.",
+        choices=("off", "warn", "enforce"),
     )
     kv_memory: int = _option(
         0,

@@ -42,15 +42,19 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """List versions, by name and number, with their residency."""
         versions = await self._targets.run(self._registry.list)
         residents = {resident.digest: resident for resident in self._residency.snapshot()}
+        # What is refused is not resident, and is what somebody who looks should see.
+        shown = residents.keys() | set(self._residency.quarantined())
         adapters = [
             _adapter(version, residents.get(version.digest))
             for version in versions
-            if version.digest in residents or not request.resident_only
+            if version.digest in shown or not request.resident_only
         ]
         # A version that was deleted while it is resident goes on serving, and is shown.
         orphans = residents.keys() - {version.digest for version in versions}
         adapters.extend(_adapter(None, residents[digest]) for digest in orphans)
         adapters.sort(key=lambda adapter: (adapter.name, adapter.version))
+        for adapter in adapters:
+            self._add_verdict(adapter)
         return pb.ListAdaptersResponse(adapters=adapters)
 
     async def LoadAdapter(  # noqa: N802
@@ -59,6 +63,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """Load a version and answer once it is resident."""
         target = await self._target(request.adapter)
         started = time.monotonic_ns()
+        if target.digest in self._residency.quarantined():
+            self._residency.readmit(target.digest)
         lease = self._residency.acquire(target.resolved)
         was_resident = lease.is_ready
         try:
@@ -99,7 +105,17 @@ class ControlService(control_pb2_grpc.ControlServicer):
         adapter.digest = target.digest
         if target.task is not None:
             adapter.task = target.task.kind
+        self._add_verdict(adapter)
         return adapter
+
+    def _add_verdict(self, adapter: pb.Adapter) -> None:
+        """Say what came of a version's golden probes."""
+        verdict = self._residency.verdict(adapter.digest)
+        if verdict is not None:
+            adapter.verified = verdict.state
+            adapter.verified_divergence = verdict.divergence
+            adapter.verified_limit = verdict.limit
+        adapter.quarantined = adapter.digest in self._residency.quarantined()
 
 
 def _adapter(version: VersionLike | None, resident: ResidentLike | None) -> pb.Adapter:

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lorary.errors import LoraryError
+    from lorary.server.adapters.verification import Verdict
     from lorary.server.answers import ServerFacts
     from lorary.server.engine.request import Finish, Output, StepStats
     from lorary.server.ports import EngineLike, ResidencyLike
 
+DIVERGENCE_NATS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # vLLM's and SGLang's bounds joined at their low ends, so that small models show, too.
 TTFT_S = (
     0.001,
@@ -208,6 +210,20 @@ class ServerMetrics:
         )
         for cause in ("memory", "unload"):
             self._evictions.labels(cause)  # a rate needs the zero before the first one
+        self._verifications = Counter(
+            "lorary_adapter_verifications",
+            "Versions whose golden probes were replayed, or that have none.",
+            ["result"],
+            registry=r,
+        )
+        for result in ("passed", "failed", "no_probes"):
+            self._verifications.labels(result)
+        self._divergence = Histogram(
+            "lorary_adapter_divergence_nats",
+            "Mean divergence of a version's golden probes from what was recorded.",
+            buckets=DIVERGENCE_NATS,
+            registry=r,
+        )
         self.adapters = TopAdapters(num_tracked, registry=r)
 
     def describe(self, facts: ServerFacts) -> None:
@@ -278,6 +294,12 @@ class ServerMetrics:
             return
         self._loads_ok.inc()
         self._load_seconds.observe(seconds)
+
+    def on_verify(self, name: str, verdict: Verdict) -> None:
+        """One version's golden probes have run; ``name`` is a real adapter's."""
+        self._verifications.labels(verdict.state.replace(" ", "_")).inc()
+        if verdict.num_probes:
+            self._divergence.observe(verdict.divergence)
 
     def on_evict(self, cause: str) -> None:
         """One adapter left the device."""

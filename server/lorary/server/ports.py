@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorary.errors import LoraryError
-    from lorary.registry.manifest import BaseIdentity, Task
+    from lorary.registry.manifest import BaseIdentity, Method, Task
+    from lorary.server.adapters.verification import Verdict
     from lorary.server.engine.request import Lease, Output, Request, StepStats
 
     Deliver = Callable[[list[Output]], None]
@@ -48,6 +49,11 @@ class ManifestLike(Protocol):
     @property
     def task(self) -> Task:
         """Template, labels, stop strings, default number of tokens."""
+        ...
+
+    @property
+    def method(self) -> Method:
+        """How it was made; ``rank`` is the largest of its modules."""
         ...
 
 
@@ -163,12 +169,32 @@ class ResidencyLike(Protocol):
         """
         ...
 
+    def check_fits(self, ranks: Mapping[str, int]) -> None:
+        """Check that versions, ranks by digest, can be on the device together.
+
+        Raises:
+            IncompatibleAdapter: they cannot.
+        """
+        ...
+
     def load(self, resolved: Any, *, pin: bool = False) -> object:
         """Return when an adapter is resident, at once if it is held and ready; pin it if asked.
 
         Raises:
             LoraryError: why it cannot be loaded.
         """
+        ...
+
+    def readmit(self, digest: str) -> None:
+        """Forget what was found wrong with a version, so that the next call loads it anew."""
+        ...
+
+    def verdict(self, digest: str) -> Verdict | None:
+        """Return what came of a version's golden probes; None when they have not run."""
+        ...
+
+    def quarantined(self) -> Sequence[str]:
+        """Return the digests that are refused until they are readmitted."""
         ...
 
     def unload(self, digest: str) -> object:
@@ -248,6 +274,10 @@ class Observer(Protocol):
 
     def on_load(self, name: str, seconds: float, error: LoraryError | None) -> None:
         """One load has ended, well or not."""
+        ...
+
+    def on_verify(self, name: str, verdict: Verdict) -> None:
+        """One version's golden probes have run, or it has none."""
         ...
 
     def on_evict(self, cause: str) -> None:

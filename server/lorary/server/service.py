@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 from lorary.errors import DeadlineExceeded, LoraryError
 from lorary.server import answers, validate
 from lorary.server.access.caller import tenant_name
+from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.residency import BaseLease
+from lorary.server.composition import read_adapters, resolve_adapters, summed
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.interceptors import add_trailing, request_id, set_request_id
 from lorary.v1 import inference_pb2 as pb
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
     from lorary.server.answers import ServerFacts
     from lorary.server.calls import Calls
+    from lorary.server.composition import HasAdapters
     from lorary.server.engine.request import Lease, Output
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import EngineLike, ResidencyLike
@@ -69,6 +72,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._compositions = Compositions(parts.residency)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Stream chunks and one complete event per answer."""
@@ -76,7 +80,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with self._parts.calls.admitted():
             kind = self._check(request, context)
             sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
-            target = await self._target(request.adapter, context)
+            target = await self._target(request, context)
             prompt_ids = await self._prompt_ids(request.input, kind, target)
             sampling = validate.complete(
                 sampling, request.sampling, target.task, len(prompt_ids), self._parts.limits
@@ -93,7 +97,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
             kind = self._check(request, context)
-            target = await self._target(request.adapter, context)
+            target = await self._target(request, context)
             labels = validate.read_labels(request.labels, target.task)
             label_ids = await self._parts.prompts.label_ids(labels)
             # All labels but their last tokens lie behind the prompt in the cache, side by side.
@@ -119,7 +123,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Return the ids that Generate would read."""
         with self._parts.calls.admitted():
             kind = validate.check_input(request.input, self._parts.limits)
-            target = await self._target(request.adapter, context)
+            target = await self._target(request, context)
             ids = await self._parts.prompts.token_ids(request.input, kind, target)
             return pb.TokenizeResponse(token_ids=ids, pieces=await self._parts.prompts.pieces(ids))
 
@@ -155,8 +159,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         validate.check_priority(request.priority)
         return validate.check_input(request.input, self._parts.limits)
 
-    async def _target(self, ref: str, context: Context) -> Target:
-        target = await self._parts.targets.resolve(ref)
+    async def _target(self, request: HasAdapters, context: Context) -> Target:
+        target = await resolve_adapters(
+            self._parts.targets,
+            read_adapters(request),
+            self._parts.residency,
+            max_rank=self._parts.facts.max_rank,
+        )
         add_trailing(context, DIGEST_KEY, target.digest)
         return target
 
@@ -200,6 +209,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         engine = self._parts.engine
         with self._parts.calls.listening(prototype.request_id) as outputs:
             try:
+                prototype.account = target.lead
                 for index in range(num_answers):
                     self._submit(replace(prototype, lease=self._lease(target), index=index))
                 yield outputs
@@ -217,7 +227,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _lease(self, target: Target) -> Lease:
         if not target.digest:
             return BaseLease()
-        return self._parts.residency.acquire(target.resolved)
+        if target.resolved is not None:
+            return self._parts.residency.acquire(target.resolved)
+        resolved = {part.digest: part.resolved for part in target.parts}
+        return self._compositions.acquire(target.digest, resolved, summed(target.parts))
 
     async def _stream(
         self,

@@ -55,6 +55,11 @@ class StateCollector:
         for state in ("resident", "loading", "unloading"):
             states.add_metric([state], sum(r.state == state for r in residents))
         yield states
+        yield _gauge(
+            "lorary_adapters_quarantined",
+            "Versions that failed their checks and are refused.",
+            len(self._residency.quarantined()),
+        )
         num_bytes = sum(r.device_bytes for r in residents)
         yield _gauge("lorary_adapter_bytes", "Device bytes that adapters take.", num_bytes)
         info = GaugeMetricFamily(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lorary.registry.manifest import Task
+    from lorary.server.composition import Part
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
     from lorary.v1 import inference_pb2 as pb
 
@@ -34,7 +35,10 @@ MAX_CACHED_TASKS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a call's ``adapter`` turned out to be; all but ``ref`` is empty for the bare base."""
+    """What a call's ``adapter`` turned out to be; all but ``ref`` is empty for the bare base.
+
+    ``parts`` are a composition's. Its digest is its own, ``resolved`` is None, and ``rank`` is the sum.
+    """
 
     ref: str
     name: str = ""
@@ -42,6 +46,13 @@ class Target:
     digest: str = ""
     task: Task | None = None
     resolved: Any = None
+    parts: tuple[Part, ...] = ()
+    rank: int = 0
+
+    @property
+    def lead(self) -> str:
+        """The digest that the call counts against where adapters share the server."""
+        return self.parts[0].digest if self.parts else self.digest
 
 
 class Targets:
@@ -58,7 +69,8 @@ class Targets:
         self._base = base
         self._fingerprint = fingerprint
         self._pool = ThreadPoolExecutor(NUM_REGISTRY_THREADS, thread_name_prefix="lorary-registry")
-        self._tasks: OrderedDict[str, Task] = OrderedDict()
+        # Task and rank.
+        self._tasks: OrderedDict[str, tuple[Task, int]] = OrderedDict()
         self._said: set[str] = set()
 
     async def resolve(self, ref: str) -> Target:
@@ -76,13 +88,15 @@ class Targets:
         resolved = await self._find(ref)
         if resolved.deprecated:
             self._say_deprecated(resolved)
+        task, rank = await self._task(resolved)
         return Target(
             ref=ref,
             name=resolved.name,
             version=resolved.version,
             digest=resolved.digest,
-            task=await self._task(resolved),
+            task=task,
             resolved=resolved,
+            rank=rank,
         )
 
     async def _find(self, ref: str) -> Any:
@@ -119,17 +133,17 @@ class Targets:
             resolved.deprecated,
         )
 
-    async def _task(self, resolved: Any) -> Task:
-        task = self._tasks.get(resolved.digest)
-        if task is None:
+    async def _task(self, resolved: Any) -> tuple[Task, int]:
+        known = self._tasks.get(resolved.digest)
+        if known is None:
             manifest = await self.run(self._registry.manifest, resolved)
             self._check_base(resolved, manifest)
-            task = self._tasks[resolved.digest] = manifest.task
+            known = self._tasks[resolved.digest] = (manifest.task, manifest.method.rank)
             if len(self._tasks) > MAX_CACHED_TASKS:
                 self._tasks.popitem(last=False)
         else:
             self._tasks.move_to_end(resolved.digest)
-        return task
+        return known
 
     def _check_base(self, resolved: Any, manifest: ManifestLike) -> None:
         wanted = manifest.base

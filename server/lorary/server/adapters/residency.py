@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from lorary.errors import IncompatibleAdapter, LoraryError, StorageError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from lorary.registry import Resolved
     from lorary.server.adapters.pool import AdapterPool
     from lorary.server.adapters.segments import PoolEntry
+    from lorary.server.adapters.verification import Verdict, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class Residency:
         on_change: called after a load ended, from a worker thread (wakes the engine).
         observer: told of loads and evictions.
         num_workers: loads that may be under way at once.
+        verifier: replays golden probes of what was loaded; None does not.
     """
 
     def __init__(
@@ -165,7 +167,9 @@ class Residency:
         on_change: Callable[[], None],
         observer: ResidencyObserver | None = None,
         num_workers: int = 2,
+        verifier: Verifier | None = None,
     ) -> None:
+        self._verifier = verifier
         self._pool = pool
         self._load = load
         self._on_change = on_change
@@ -191,6 +195,27 @@ class Residency:
             resident.last_used_s = time.monotonic()
             return AdapterLease(self, resident)
 
+    def check_fits(self, ranks: Mapping[str, int]) -> None:
+        """Check that versions can be on the device together; ``ranks`` by digest.
+
+        Raises:
+            IncompatibleAdapter: they take more than the pool has beside what else is pinned.
+        """
+        needed = sum(self._pool.pages_for(rank) for rank in ranks.values())
+        with self._lock:
+            pinned = sum(
+                len(r.pages)
+                for r in self._residents.values()
+                if r.pinned and r.resolved.digest not in ranks
+            )
+        if needed > self._pool.num_pages - pinned:
+            raise IncompatibleAdapter(
+                f"{len(ranks)} adapters together take {needed * self._pool.page_bytes} bytes; this "
+                f"server gives adapters {self._pool.memory_bytes} bytes, of which "
+                f"{pinned * self._pool.page_bytes} are pinned by others. Name fewer, raise "
+                "--adapter-memory, or unload a pinned adapter."
+            )
+
     def load(
         self, resolved: Resolved, *, pin: bool = False, timeout_s: float | None = None
     ) -> ResidentAdapter:
@@ -212,6 +237,23 @@ class Residency:
             raise resident.error
         with self._lock:
             return self._describe(resident)
+
+    def readmit(self, digest: str) -> None:
+        """Forget what was found wrong with a version, so that the next call loads and checks it anew."""
+        if self._verifier is not None:
+            self._verifier.forget(digest)
+        with self._lock:
+            resident = self._residents.get(digest)
+            if resident is not None and resident.state == "failed":
+                del self._residents[digest]
+
+    def verdict(self, digest: str) -> Verdict | None:
+        """Return what came of a version's golden probes; None when they have not run."""
+        return None if self._verifier is None else self._verifier.verdict(digest)
+
+    def quarantined(self) -> tuple[str, ...]:
+        """Return the digests that are refused until they are readmitted."""
+        return () if self._verifier is None else self._verifier.quarantine.digests()
 
     def unload(self, digest: str) -> ResidentAdapter | None:
         """Free a version when its last holder ends; None when it is not here."""
@@ -252,6 +294,8 @@ class Residency:
         with self._lock:
             self._closed = True
             self._freed.notify_all()
+        if self._verifier is not None:
+            self._verifier.close()
         self._workers.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             for resident in self._residents.values():
@@ -266,6 +310,8 @@ class Residency:
     def _find_or_start(self, resolved: Resolved) -> _Resident:
         if self._closed:
             raise Unavailable("the server is shutting down; try another replica")
+        if self._verifier is not None:
+            self._verifier.quarantine.check(resolved.digest)
         resident = self._residents.get(resolved.digest)
         if resident is not None and resident.state == "failed":
             if time.monotonic() - resident.failed_at_s < FAILURE_MEMORY_S:
@@ -352,6 +398,8 @@ class Residency:
                 f"'{name}@{resident.resolved.version}' could not be loaded "
                 f"({type(raised).__name__}); the server's log has the details"
             )
+        if error is not None and self._verifier is not None:
+            self._verifier.on_load_error(resident.resolved, error)
         with self._lock:
             if error is not None:
                 resident.state, resident.error = "failed", error
@@ -361,12 +409,16 @@ class Residency:
         if self._observer is not None:
             self._observer.on_load(name, time.monotonic() - started, error)
         self._on_change()
+        if error is None and self._verifier is not None:
+            self._verifier.after_load(resident.resolved, self.acquire)
 
     def _bring(self, resident: _Resident) -> None:
         rank, tensors = self._load(resident.resolved)
         pages = self._allocate(rank)
         try:
             entry = self._pool.write(pages, rank, tensors)
+            if self._verifier is not None:
+                self._verifier.before_use(resident.resolved, entry)
         except BaseException:
             self._pool.free(pages)
             raise

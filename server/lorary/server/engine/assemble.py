@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from lorary.errors import ConfigError
 from lorary.server.adapters.layers import LoraModel
 from lorary.server.adapters.loader import load_adapter
 from lorary.server.adapters.residency import BaseLease, Residency
+from lorary.server.adapters.verification import Verifier
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.blocks import blocks_for
 from lorary.server.engine.engine import Engine
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from lorary.registry import BaseCard, Registry, Resolved
     from lorary.server.adapters.residency import ResidencyObserver
     from lorary.server.adapters.rounding import Storage
+    from lorary.server.adapters.verification import VerificationObserver
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
     from lorary.server.native.decoder import FusedModel
@@ -63,6 +66,8 @@ class EngineLimits:
         draft_rows: rows of a step up to which tokens are guessed from the text so far (prompt lookup);
             0 guesses nothing.
         pin_threads: give every CPU thread of the engine a core of its own.
+        verify: replay the golden probes of what is loaded: "off", "warn" or "enforce".
+        quantization: what the base is kept in, formats of a plan joined by ``+``.
     """
 
     max_batch: int = 32
@@ -79,6 +84,8 @@ class EngineLimits:
     prefix_cache: bool = True
     draft_rows: int = 8
     pin_threads: bool = True
+    verify: Literal["off", "warn", "enforce"] = "off"
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ def assemble(
     startup: Startup | None = None,
     engine_observer: EngineObserver | None = None,
     residency_observer: ResidencyObserver | None = None,
+    verification_observer: VerificationObserver | None = None,
 ) -> Assembled:
     """Build an engine around a loaded model; the model is changed in place.
 
@@ -148,6 +156,17 @@ def assemble(
     runner = Runner(model, fused)
     with startup.phase("warming up"):
         _warm_up(runner, cache, lora.long_from)
+    verifier: Verifier | None = None
+    if limits.verify != "off":
+        verifier = Verifier(
+            mode=limits.verify,
+            manifest=registry.manifest,
+            kinds=_kinds(limits, dtype, lora),
+            vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+            max_context=limits.max_context,
+            deliver=deliver,
+            observer=verification_observer,
+        )
     engine = Engine(
         runner=runner,
         cache=cache,
@@ -161,12 +180,14 @@ def assemble(
         tokenizer=tokenizer,
         eos_ids=end_tokens(model, tokenizer),
         long_from=lora.long_from,
-        deliver=deliver,
+        deliver=deliver if verifier is None else verifier.deliver,
         prefix_cache=limits.prefix_cache,
         draft_rows=limits.draft_rows,
         observer=engine_observer,
         on_thread_start=_thread_setup(device, pin=limits.pin_threads),
     )
+    if verifier is not None:
+        verifier.attach(functools.partial(engine.submit, is_own=True))
     modules = frozenset(name for group in lora.groups for name in group.spec.modules)
 
     def load(resolved: Resolved) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
@@ -174,9 +195,20 @@ def assemble(
         return load_adapter(folder, card, modules=modules, max_rank=limits.max_rank)
 
     residency = Residency(
-        pool=lora.pool, load=load, on_change=engine.wake, observer=residency_observer
+        pool=lora.pool,
+        load=load,
+        on_change=engine.wake,
+        observer=residency_observer,
+        verifier=verifier,
     )
     return Assembled(engine, residency, lora, fused)
+
+
+def _kinds(limits: EngineLimits, dtype: torch.dtype, lora: LoraModel) -> list[str]:
+    """Return what this engine rounds to: the kinds of ``probes.divergence_limit``."""
+    storage = lora.pool.storage
+    kept = "8-bit adapters" if storage.itemsize == 1 else str(storage).removeprefix("torch.")
+    return [*limits.quantization.split("+"), str(dtype).removeprefix("torch."), kept]
 
 
 def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:

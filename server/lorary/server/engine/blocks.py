@@ -205,7 +205,7 @@ class Blocks:
 
     def publish(self, sequence: Sequence) -> None:
         """Put into the tree what a sequence has filled since the last time."""
-        if not self.share:
+        if not (self.share and sequence.request.keep_prefix):
             return
         while (len(sequence.path) + 1) * BLOCK <= sequence.num_computed:
             start = len(sequence.path) * BLOCK

@@ -120,8 +120,10 @@ class Engine:
         """Start the engine thread."""
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, is_own: bool = False) -> None:
         """Queue a request; outputs come through ``deliver``. The engine releases its lease.
+
+        The server's own (``is_own``) finds room in a full queue: callers there may wait for it.
 
         Raises:
             Overloaded: the queue is full.
@@ -133,7 +135,8 @@ class Engine:
         with self._changed:
             if self._stopping is not None:
                 raise Unavailable(str(self._stopping))
-            self._scheduler.check_room(1, len(self._inbox))
+            if not is_own:
+                self._scheduler.check_room(1, len(self._inbox))
             self._inbox.append(request)
             self._changed.notify()
 

@@ -9,6 +9,10 @@ Sequences wait in *lines*, one for every adapter and priority. The next place go
    so that idling earns no credit; among equals to
 3. the head whose deadline is the earliest.
 
+A composition of adapters has a line of its own, for it may have to wait for a part of it, but no counter
+of its own: what is done for it counts for the adapter that leads it (``Request.account``). Else a caller
+would have a new share with every new weight.
+
 Within a line the earliest deadline goes first. What has none counts as due ``DUE_S`` after it came, and so
 does what has a later one: with equal time-outs, and with none, a line is first come, first served, and
 nothing is ever overtaken by what comes more than ``DUE_S`` after it.
@@ -34,8 +38,10 @@ if TYPE_CHECKING:
 
     from lorary.server.engine.sequence import Sequence
 
-    # The priority, and the digest of the adapter.
-    Key = tuple[int, str]
+    # The priority, and the digest of the adapter that pays.
+    Account = tuple[int, str]
+    # Likewise, and the digest of what is to be there.
+    Key = tuple[int, str, str]
 
 PROMPT_COST = 1
 """Of one prompt token that is read."""
@@ -72,7 +78,7 @@ class FairQueue:
     """Sequences that wait for a place.
 
     Invariant: an adapter has a line at a priority while at least one sequence of it waits there, and a
-    counter while it waits or has work running there.
+    counter while anything that it pays for waits or runs there.
 
     Args:
         patience_s: seconds after which a line without a place counts as passed over.
@@ -85,8 +91,9 @@ class FairQueue:
         self._patience_s = patience_s
         self._clock = clock
         self._lines: dict[Key, _Line] = {}
-        self._counters: dict[Key, int] = {}
-        self._num_running: dict[Key, int] = {}
+        self._counters: dict[Account, int] = {}
+        self._num_running: dict[Account, int] = {}
+        self._num_lines: dict[Account, int] = {}
         # By priority: what an adapter starts from that comes when nobody waits there, which is the
         # counter of the last one served.
         self._floors: dict[int, int] = {}
@@ -119,10 +126,11 @@ class FairQueue:
         deadline = sequence.request.deadline_s
         due = now + DUE_S if deadline is None else min(deadline, now + DUE_S)
         key = _key(sequence)
-        if key not in self._lines:
-            waiting = [self._counters[k] for k in self._lines if k[0] == key[0]]
+        account = key[:2]
+        if account not in self._num_lines:
+            waiting = [self._counters[a] for a in self._num_lines if a[0] == key[0]]
             least = min(waiting) if waiting else self._floors.get(key[0], 0)
-            self._counters[key] = max(self._counters.get(key, 0), least)
+            self._counters[account] = max(self._counters.get(account, 0), least)
         self._insert(key, (due, next(self._arrivals)), sequence)
 
     def put_back(self, sequence: Sequence) -> None:
@@ -132,7 +140,7 @@ class FairQueue:
         """
         key = _key(sequence)
         self._insert(key, (-math.inf, next(self._returns)), sequence)
-        self._leave(key)
+        self._leave(key[:2])
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that waits."""
@@ -149,7 +157,7 @@ class FairQueue:
         """
         # A heap: most often the first is taken. Ranks are unique, so lines are never compared.
         turns = [
-            (-key[0], self._counters[key], line.ranked[0][0], line)
+            (-key[0], self._counters[key[:2]], line.ranked[0][0], line)
             for key, line in self._lines.items()
         ]
         heapify(turns)
@@ -182,38 +190,48 @@ class FairQueue:
         del line.ranked[0]
         line.since = self._clock()
         self._length -= 1
-        self._num_running[key] = self._num_running.get(key, 0) + 1
-        self._floors[key[0]] = max(self._floors.get(key[0], 0), self._counters[key])
+        account = key[:2]
+        self._num_running[account] = self._num_running.get(account, 0) + 1
+        self._floors[key[0]] = max(self._floors.get(key[0], 0), self._counters[account])
         self._drop_if_idle(key)
 
     def charge(self, sequence: Sequence, cost: int) -> None:
         """Count work done for a sequence that was taken."""
-        self._counters[_key(sequence)] += cost
+        self._counters[_key(sequence)[:2]] += cost
 
     def end(self, sequence: Sequence) -> None:
         """A sequence that was taken has left."""
-        self._leave(_key(sequence))
+        self._leave(_key(sequence)[:2])
 
     def _insert(self, key: Key, rank: tuple[float, int], sequence: Sequence) -> None:
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = _Line(self._clock())
+            self._num_lines[key[:2]] = self._num_lines.get(key[:2], 0) + 1
         insort(line.ranked, (rank, sequence), key=itemgetter(0))
         self._length += 1
 
-    def _leave(self, key: Key) -> None:
-        self._num_running[key] -= 1
-        if not self._num_running[key]:
-            del self._num_running[key]
-        self._drop_if_idle(key)
+    def _leave(self, account: Account) -> None:
+        self._num_running[account] -= 1
+        if not self._num_running[account]:
+            del self._num_running[account]
+        self._forget_if_idle(account)
 
     def _drop_if_idle(self, key: Key) -> None:
         """Forget line and counter when nothing needs them: memory is by what is active."""
-        if key in self._lines and not self._lines[key].ranked:
+        account = key[:2]
+        if not self._lines[key].ranked:
             del self._lines[key]
-        if key not in self._lines and key not in self._num_running:
-            del self._counters[key]
+            self._num_lines[account] -= 1
+            if not self._num_lines[account]:
+                del self._num_lines[account]
+        self._forget_if_idle(account)
+
+    def _forget_if_idle(self, account: Account) -> None:
+        if account not in self._num_lines and account not in self._num_running:
+            del self._counters[account]
 
 
 def _key(sequence: Sequence) -> Key:
-    return sequence.request.priority, sequence.request.lease.digest
+    request = sequence.request
+    return request.priority, request.account or request.lease.digest, request.lease.digest

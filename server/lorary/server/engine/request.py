@@ -80,7 +80,9 @@ class Request:
     """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
 
     ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``. A higher ``priority`` gets a
-    place sooner. Keys and values are shared only between requests of the same ``salt``.
+    place sooner. ``account`` is the digest whose share of the server pays for it; empty: the lease's.
+    Without ``keep_prefix`` its keys and values are nobody's once it has ended; else they are shared
+    between requests of the same ``salt`` only.
     """
 
     request_id: str
@@ -90,6 +92,8 @@ class Request:
     index: int = 0
     labels: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
+    account: str = ""
+    keep_prefix: bool = True
     arrived_s: float = 0.0
     deadline_s: float | None = None
     salt: str = ""

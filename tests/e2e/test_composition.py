@@ -1,0 +1,56 @@
+"""Several adapters at once and ``lorary selfcheck``, through a real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import TYPE_CHECKING
+
+from tests.processes import BIN
+from tests.server.test_composition import NUM_TOKENS, peft_composed
+
+if TYPE_CHECKING:
+    from lorary.client import Client
+    from tests.e2e.conftest import World
+    from tests.processes import ServerProcess
+
+
+def test_a_composition_answers_as_pefts_sum_does(client: Client, world: World) -> None:
+    weights = {"alpha": 0.7, "judge": -0.3, "delta": 1.0}
+    prompt = [5, 6, 7, 40, 41]
+    ((*said,),) = peft_composed(world.base, world.folders, weights, [prompt])
+    answer = client.generate(
+        token_ids=prompt,
+        adapters=[(f"{name}@prod", weight) for name, weight in weights.items()],
+        max_tokens=NUM_TOKENS,
+        ignore_eos=True,
+    )
+    assert list(answer.token_ids) == [token for token, _ in said]
+    assert [part.ref for part in answer.receipt.parts] == ["alpha@prod", "judge@prod", "delta@prod"]
+
+
+def test_the_command_line_composes(server: ServerProcess) -> None:
+    asked = [str(BIN / "lorary"), "call", "judge@prod*0.7+alpha*0.3", "the film was good"]
+    done = subprocess.run(
+        [*asked, "--classify", "--target", server.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not good" in done.stdout
+    assert "judge@1*0.7+alpha@1*0.3 mix:sha256:" in done.stderr
+
+
+def test_selfcheck_starts_a_server_and_finds_every_answer_the_same_in_company(world: World) -> None:
+    command = [str(BIN / "lorary"), "selfcheck", "--rounds", "2", "--json", "--"]
+    command += ["--base", str(world.base), "--registry", str(world.registry)]
+    command += ["--device", "cpu", "--dtype", "float32", "--max-context", "256"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads(done.stdout)
+    assert {check["result"] for check in checks} == {"ok"}
+    names = [check["name"] for check in checks]
+    assert names.count("base") == 2
+    assert {"alpha@1", "alpha@1*0.5", "alpha@1*0.7+bravo@1*0.3"} <= set(names)
+    assert names[-1] == "mixed steps"
