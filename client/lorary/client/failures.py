@@ -72,10 +72,10 @@ def _rebuild(cls: type[LoraryError], text: str, found: dict[str, Any]) -> Lorary
     if issubclass(cls, InvalidRequest):
         violations = found["BadRequest"].field_violations if "BadRequest" in found else ()
         return cls(text, field=violations[0].field if violations else "")
-    if issubclass(cls, Overloaded | Unavailable) and "RetryInfo" in found:
-        delay_s = found["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
-        return cls(text, retry_after_s=delay_s)
-    return cls(text)
+    error = cls(text)
+    if "RetryInfo" in found:
+        error.retry_after_s = found["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
+    return error
 
 
 def _details(metadata: Any) -> dict[str, Any]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorary.server")
 
+HOST_MEMORY = 4 << 30
+"""Host memory for copies of adapters on CUDA: a few hundred of rank 16 for a base of 1 G weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
@@ -179,6 +182,8 @@ def build_engine(
             max_rank=config.max_rank,
             adapter_memory_bytes=config.adapter_memory,
             adapter_dtype=config.adapter_dtype,
+            host_adapter_memory_bytes=_host_memory(config.host_adapter_memory, model.device.type),
+            failed_load_ttl_s=config.failed_load_ttl,
             kv_memory_bytes=config.kv_memory,
             memory_fraction=config.memory_fraction,
             prefix_cache=config.prefix_cache,
@@ -206,6 +211,16 @@ def _device(asked: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"--device is '{asked}'; this server runs on cpu and cuda.")
     return asked
+
+
+def _host_memory(asked: int | None, device: str) -> int:
+    """Return the bytes for copies in host memory.
+
+    On a CPU "device" and host are the same memory, and a byte of pages needs no copy at all.
+    """
+    if asked is not None:
+        return asked
+    return HOST_MEMORY if device == "cuda" else 0
 
 
 def _quantization(asked: str, device: str) -> Quantization:

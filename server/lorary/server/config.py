@@ -129,6 +129,20 @@ class ServerConfig:
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )
+    host_adapter_memory: int | None = _option(
+        None,
+        "Host memory for copies of adapters that have left the device, such as 8GiB; 0 keeps none. "
+        "By default 4GiB on CUDA, and none on a CPU, where --adapter-memory does more.",
+        low=0,
+        high=2**44,
+        is_size=True,
+    )
+    failed_load_ttl: float = _option(
+        5.0,
+        "Seconds for which an adapter that could not be loaded is refused without trying again.",
+        low=0.0,
+        high=86_400.0,
+    )
     adapter_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = _option(
         "auto",
         "Type that adapters are kept in; auto is that of dtype. 8 bits hold twice as many (fp8: GPUs only).",
@@ -284,8 +298,10 @@ def _check(name: str, value: Any, meta: Any) -> None:
     """Check one value against its field's metadata."""
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{flag(name)} is '{value}'; it is one of {', '.join(meta['choices'])}.")
-    if meta["low"] is not None and not (
-        math.isfinite(value) and meta["low"] <= value <= meta["high"]
+    if (
+        meta["low"] is not None
+        and value is not None
+        and not (math.isfinite(value) and meta["low"] <= value <= meta["high"])
     ):
         shown = format_size if meta["is_size"] else _plain
         raise ConfigError(

@@ -3,12 +3,13 @@
 States of a digest::
 
     (absent) → LOADING → RESIDENT → (absent)      eviction, or unload when nobody holds it
-                  └→ FAILED → (absent)            after a while; until then asked-for again fails fast
+                  └→ FAILED                       forgotten, but for the error (``failures``)
     RESIDENT → UNLOADING → (absent)               unload while held; a new holder brings it back
 
 Loads run on a few worker threads and are shared by everybody who asks for the same digest; nobody
-who has what it needs ever waits for one. A version that is held (``num_holders`` > 0) or pinned is
-never evicted; the others go least recently used first.
+who has what it needs ever waits for one. A load takes the copy in host memory (``host_tier``) where there
+is one, else the registry's files, and leaves such a copy. A version that is held (``num_holders`` > 0)
+or pinned is never evicted; among the others ``eviction`` chooses.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lorary.errors import IncompatibleAdapter, LoraryError, StorageError, Unavailable
+from lorary.errors import Cancelled, IncompatibleAdapter, LoraryError, StorageError, Unavailable
+from lorary.server.adapters.eviction import Eviction
+from lorary.server.adapters.failures import RecentFailures
+from lorary.server.adapters.host_copy import copy_bytes, copy_in, copy_out
+from lorary.server.adapters.host_tier import HostTier
+from lorary.server.adapters.leases import AdapterLease, BaseLease
+from lorary.server.adapters.load_times import LoadTimes
+from lorary.server.adapters.resident import Resident, ResidentAdapter, State
+from lorary.server.adapters.transfer import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,16 +36,20 @@ if TYPE_CHECKING:
     import torch
 
     from lorary.registry import Resolved
+    from lorary.server.adapters.host_tier import HostStats
+    from lorary.server.adapters.load_times import Source
     from lorary.server.adapters.pool import AdapterPool
-    from lorary.server.adapters.segments import PoolEntry
+
+__all__ = [
+    "AdapterLease",
+    "BaseLease",
+    "Residency",
+    "ResidencyObserver",
+    "ResidentAdapter",
+    "State",
+]
 
 logger = logging.getLogger(__name__)
-
-State = Literal["loading", "resident", "unloading", "failed"]
-
-# How long a failed load is remembered, so that a broken version asked for in a loop does not keep
-# the disk and a worker busy.
-FAILURE_MEMORY_S = 5.0
 
 
 class ResidencyObserver(Protocol):
@@ -52,100 +64,6 @@ class ResidencyObserver(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Resident:
-    """One digest's record; every field is guarded by the residency's lock."""
-
-    resolved: Resolved
-    state: State = "loading"
-    pages: tuple[int, ...] = ()
-    entry: PoolEntry | None = None
-    rank: int = 0
-    pinned: bool = False
-    num_holders: int = 0
-    last_used_s: float = 0.0
-    ready_ns: int = 0
-    failed_at_s: float = 0.0
-    error: LoraryError | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidentAdapter:
-    """A version's state, for people."""
-
-    name: str
-    version: int
-    digest: str
-    state: State
-    pinned: bool
-    rank: int
-    device_bytes: int
-    num_holders: int
-    storage_error: float = 0.0
-    """Largest relative error of a module's B·A that keeping it in fewer bits has brought."""
-
-
-class BaseLease:
-    """The lease of a request without an adapter: always ready, holds nothing."""
-
-    digest = ""
-    is_ready = True
-    error: LoraryError | None = None
-    entry: PoolEntry | None = None
-    load_ns = 0
-
-    def release(self) -> None:
-        """Do nothing."""
-
-
-class AdapterLease:
-    """A hold on one resident version."""
-
-    def __init__(self, residency: Residency, resident: _Resident) -> None:
-        self._residency = residency
-        self._resident = resident
-        self._acquired_ns = time.monotonic_ns()
-        self._was_ready = resident.entry is not None
-        self._released = False
-
-    @property
-    def digest(self) -> str:
-        """The version's digest."""
-        return self._resident.resolved.digest
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the version is on the device."""
-        return self._resident.entry is not None
-
-    @property
-    def error(self) -> LoraryError | None:
-        """Why the load failed, if it did."""
-        return self._resident.error
-
-    @property
-    def entry(self) -> PoolEntry | None:
-        """Its place in the pool once ready."""
-        return self._resident.entry
-
-    @property
-    def load_ns(self) -> int:
-        """Nanoseconds this holder waited for the load."""
-        if self._was_ready or not self._resident.ready_ns:
-            return 0
-        return max(0, self._resident.ready_ns - self._acquired_ns)
-
-    def release(self) -> None:
-        """Give the hold back; a second call does nothing."""
-        self._residency.release(self, self._resident)
-
-    def mark_released(self) -> bool:
-        """Return whether this is the first release; called under the residency's lock."""
-        first, self._released = not self._released, True
-        return first
-
-
 class Residency:
     """Adapters on the device, by digest, within the pool's bytes.
 
@@ -155,6 +73,8 @@ class Residency:
         on_change: called after a load ended, from a worker thread (wakes the engine).
         observer: told of loads and evictions.
         num_workers: loads that may be under way at once.
+        host_memory_bytes: for copies in host memory; 0 keeps none.
+        failed_load_ttl_s: how long a load that failed is not tried again.
     """
 
     def __init__(
@@ -165,6 +85,8 @@ class Residency:
         on_change: Callable[[], None],
         observer: ResidencyObserver | None = None,
         num_workers: int = 2,
+        host_memory_bytes: int = 0,
+        failed_load_ttl_s: float = 5.0,
     ) -> None:
         self._pool = pool
         self._load = load
@@ -172,8 +94,17 @@ class Residency:
         self._observer = observer
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        self._residents: dict[str, _Resident] = {}
-        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="adapter-load")
+        self._residents: dict[str, Resident] = {}
+        self._failures = RecentFailures(failed_load_ttl_s)
+        self._eviction = Eviction()
+        self._times = LoadTimes()
+        self._host = HostTier(host_memory_bytes, self._times)
+        self._transfers = Transfers(pool.device)
+        self._workers = ThreadPoolExecutor(
+            num_workers,
+            thread_name_prefix="adapter-load",
+            initializer=self._transfers.prepare_thread,
+        )
         self._closed = False
 
     # -- callers ------------------------------------------------------------------------------
@@ -188,8 +119,7 @@ class Residency:
         with self._lock:
             resident = self._find_or_start(resolved)
             resident.num_holders += 1
-            resident.last_used_s = time.monotonic()
-            return AdapterLease(self, resident)
+            return AdapterLease(resident, self.release)
 
     def load(
         self, resolved: Resolved, *, pin: bool = False, timeout_s: float | None = None
@@ -203,49 +133,68 @@ class Residency:
         with self._lock:
             resident = self._find_or_start(resolved)
             resident.pinned = resident.pinned or pin
-        if not resident.done.wait(timeout_s):
-            raise Unavailable(
-                f"'{resolved.name}@{resolved.version}' is still loading after {timeout_s} s; "
-                "the load goes on"
-            )
+            resident.num_waiters += 1
+        try:
+            if not resident.done.wait(timeout_s):
+                raise Unavailable(
+                    f"'{resolved.name}@{resolved.version}' is still loading after {timeout_s} s; "
+                    "the load goes on"
+                )
+        finally:
+            with self._lock:
+                # Who has waited in vain still wants it: the load goes on.
+                resident.num_waiters -= resident.done.is_set()
         if resident.error is not None:
             raise resident.error
         with self._lock:
             return self._describe(resident)
 
     def unload(self, digest: str) -> ResidentAdapter | None:
-        """Free a version when its last holder ends; None when it is not here."""
+        """Free a version when its last holder ends; None when it is not here.
+
+        Its copy in host memory goes, too, and so does what is remembered of a load that failed.
+        """
+        self._host.drop(digest)
         with self._lock:
+            self._failures.forget(digest)
             resident = self._residents.get(digest)
-            if resident is None or resident.state == "failed":
+            if resident is None:
                 return None
             resident.pinned = False
             if resident.entry is None:
                 # A load under way is let to its end: somebody asked for it, and it can be evicted.
                 return self._describe(resident)
-            if resident.num_holders == 0:
+            if resident.is_free:
                 self._remove(resident, "unload")
                 return None
             resident.state = "unloading"
             return self._describe(resident)
 
-    def release(self, lease: AdapterLease, resident: _Resident) -> None:
+    def release(self, lease: AdapterLease, resident: Resident) -> None:
         """Give back one hold (through ``AdapterLease.release``)."""
         with self._lock:
             if not lease.mark_released():
                 return
             resident.num_holders -= 1
             resident.last_used_s = time.monotonic()
-            if resident.num_holders == 0:
-                if resident.state == "unloading":
-                    self._remove(resident, "unload")
-                self._freed.notify_all()
+            self._settle(resident)
 
     def snapshot(self) -> list[ResidentAdapter]:
         """Return every version that is here, coming or going, by name and version."""
         with self._lock:
-            found = [self._describe(r) for r in self._residents.values() if r.state != "failed"]
+            found = [self._describe(r) for r in self._residents.values()]
         return sorted(found, key=lambda r: (r.name, r.version))
+
+    def hottest_first(self) -> list[tuple[Resolved, bool]]:
+        """Return who is on the device and whether it is pinned, the worthiest to keep first."""
+        with self._lock:
+            here = [d for d, r in self._residents.items() if r.entry is not None]
+            ranked = self._eviction.hottest_first(here, self._density)
+            return [(self._residents[d].resolved, self._residents[d].pinned) for d in ranked]
+
+    def host_stats(self) -> HostStats:
+        """Return what host memory holds, and how often it helped."""
+        return self._host.stats()
 
     def close(self) -> None:
         """Let running loads end and start no others."""
@@ -263,23 +212,24 @@ class Residency:
 
     # -- under the lock -----------------------------------------------------------------------
 
-    def _find_or_start(self, resolved: Resolved) -> _Resident:
+    def _find_or_start(self, resolved: Resolved) -> Resident:
         if self._closed:
             raise Unavailable("the server is shutting down; try another replica")
-        resident = self._residents.get(resolved.digest)
-        if resident is not None and resident.state == "failed":
-            if time.monotonic() - resident.failed_at_s < FAILURE_MEMORY_S:
-                assert resident.error is not None
-                raise resident.error
-            resident = None
+        digest = resolved.digest
+        resident = self._residents.get(digest)
         if resident is None:
-            resident = self._residents[resolved.digest] = _Resident(resolved)
+            error = self._failures.recall(digest)
+            if error is not None:
+                raise error
+            resident = self._residents[digest] = Resident(resolved)
             self._workers.submit(self._load_worker, resident)
         elif resident.state == "unloading":
             resident.state = "resident"
+        self._eviction.use(digest)
+        resident.last_used_s = time.monotonic()
         return resident
 
-    def _describe(self, resident: _Resident) -> ResidentAdapter:
+    def _describe(self, resident: Resident) -> ResidentAdapter:
         return ResidentAdapter(
             name=resident.resolved.name,
             version=resident.resolved.version,
@@ -292,30 +242,57 @@ class Residency:
             storage_error=0.0 if resident.entry is None else resident.entry.error,
         )
 
-    def _remove(self, resident: _Resident, cause: str) -> None:
+    def _settle(self, resident: Resident) -> None:
+        """Look again at one that somebody has let go of."""
+        if resident.state == "unloading" and resident.is_free:
+            self._remove(resident, "unload")
+        self._freed.notify_all()
+
+    def _remove(self, resident: Resident, cause: str) -> None:
         """Free a version's pages; nobody holds it."""
-        assert resident.num_holders == 0, "evicted while held"
-        del self._residents[resident.resolved.digest]
+        assert resident.is_free, "evicted while held"
+        digest = resident.resolved.digest
+        del self._residents[digest]
+        self._eviction.forget(digest)
         self._pool.free(resident.pages)
         resident.entry = None
         self._freed.notify_all()
         if self._observer is not None:
             self._observer.on_evict(cause)
 
+    def _forget(self, resident: Resident, error: LoraryError) -> None:
+        """End a load that came to nothing."""
+        digest = resident.resolved.digest
+        resident.state, resident.error = "failed", error
+        del self._residents[digest]
+        self._eviction.forget(digest)
+
+    def _density(self, digest: str) -> float:
+        """Seconds per byte that bringing a resident back would take."""
+        num_bytes = len(self._residents[digest].pages) * self._pool.page_bytes
+        source: Source = "host" if digest in self._host else "registry"
+        return self._times.seconds(source, num_bytes) / num_bytes
+
     def _evict_one(self) -> bool:
-        """Free the least recently used version that nobody holds or pinned."""
-        idle = [
-            r
-            for r in self._residents.values()
-            if r.entry is not None and not r.pinned and r.num_holders == 0
-        ]
-        if not idle:
+        """Free the least worthy version that nobody holds or pinned."""
+        idle = [d for d, r in self._residents.items() if r.is_free and not r.pinned]
+        victim = self._eviction.victim(idle, self._density)
+        if victim is None:
             return False
-        self._remove(min(idle, key=lambda r: r.last_used_s), "memory")
+        self._eviction.evicted(victim, self._density(victim))
+        self._remove(self._residents[victim], "memory")
         return True
 
-    def _allocate(self, rank: int) -> tuple[int, ...]:
-        """Take pages, evicting what is idle, waiting for what is held."""
+    # -- worker threads -----------------------------------------------------------------------
+
+    def _allocate(self, resident: Resident, rank: int) -> tuple[int, ...]:
+        """Take pages, evicting what is idle, waiting for what is held.
+
+        Raises:
+            IncompatibleAdapter: it is larger than all that is not pinned.
+            Cancelled: nobody wants it any more.
+            Unavailable: the server is going down.
+        """
         needed = self._pool.pages_for(rank)
         with self._lock:
             pinned = sum(len(r.pages) for r in self._residents.values() if r.pinned)
@@ -333,16 +310,32 @@ class Residency:
                 if self._closed:
                     raise Unavailable("the server is shutting down; try another replica")
                 if not self._evict_one():
+                    self._check_wanted(resident)
                     self._freed.wait(1.0)
 
-    # -- worker threads -----------------------------------------------------------------------
+    def _check_wanted(self, resident: Resident) -> None:
+        """Raise unless somebody wants a load that has not ended; under the lock.
 
-    def _load_worker(self, resident: _Resident) -> None:
+        Raises:
+            Cancelled: nobody does.
+        """
+        if not resident.is_wanted:
+            # Under the lock, so that whoever asks from now on starts a load of its own.
+            error = Cancelled(f"nobody waits for '{resident.resolved.name}' any more")
+            self._forget(resident, error)
+            raise error
+
+    def _load_worker(self, resident: Resident) -> None:
         started = time.monotonic()
         name = resident.resolved.name
         error: LoraryError | None = None
         try:
+            with self._lock:
+                self._check_wanted(resident)
             self._bring(resident)
+        except Cancelled:
+            resident.done.set()
+            return
         except LoraryError as raised:
             error = raised
         except Exception as raised:
@@ -352,25 +345,44 @@ class Residency:
                 f"'{name}@{resident.resolved.version}' could not be loaded "
                 f"({type(raised).__name__}); the server's log has the details"
             )
-        with self._lock:
-            if error is not None:
-                resident.state, resident.error = "failed", error
-                resident.failed_at_s = time.monotonic()
-                self._forget_old_failures()
+        if error is not None:
+            with self._lock:
+                self._forget(resident, error)
+                if not self._closed:
+                    self._failures.note(resident.resolved.digest, error)
         resident.done.set()
         if self._observer is not None:
             self._observer.on_load(name, time.monotonic() - started, error)
         self._on_change()
+        if error is None:
+            self._keep_copy(resident)
 
-    def _bring(self, resident: _Resident) -> None:
-        rank, tensors = self._load(resident.resolved)
-        pages = self._allocate(rank)
+    def _bring(self, resident: Resident) -> None:
+        """Put a version on the device: from host memory where a copy is there, else from its files."""
+        digest = resident.resolved.digest
+        copy = self._host.get(digest) if self._host.is_on else None
+        started = time.monotonic()
+        if copy is None:
+            source: Source = "registry"
+            rank, tensors = self._load(resident.resolved)
+        else:
+            source, rank, tensors = "host", copy.rank, {}
+        seconds = time.monotonic() - started
+        pages = self._allocate(resident, rank)
+        # Waiting for pages is no part of what a load takes.
+        started = time.monotonic()
         try:
-            entry = self._pool.write(pages, rank, tensors)
+            with self._transfers.side():
+                if copy is None:
+                    entry = self._pool.write(pages, rank, tensors)
+                else:
+                    entry = copy_in(self._pool, pages, copy)
         except BaseException:
             self._pool.free(pages)
             raise
-        if entry.error:
+        seconds += time.monotonic() - started
+        self._times.note(source, len(pages) * self._pool.page_bytes, seconds)
+        if entry.error and copy is None:
             logger.info(
                 "'%s@%s' is kept in %s: a module's change is off by %.2g %% at most",
                 resident.resolved.name,
@@ -383,12 +395,30 @@ class Residency:
             resident.ready_ns = time.monotonic_ns()
             resident.last_used_s = time.monotonic()
             resident.state = "resident"
+            resident.is_copying = self._needs_copy(digest, rank)
             # Published last: from here on steps may read the pages.
             resident.entry = entry
 
-    def _forget_old_failures(self) -> None:
-        """Keep the record of failures bounded, whatever callers ask for."""
-        now = time.monotonic()
-        for digest, resident in list(self._residents.items()):
-            if resident.state == "failed" and now - resident.failed_at_s >= FAILURE_MEMORY_S:
-                del self._residents[digest]
+    def _needs_copy(self, digest: str, rank: int) -> bool:
+        if not self._host.is_on or digest in self._host:
+            return False
+        return self._host.has_room_for(copy_bytes(self._pool, rank))
+
+    def _keep_copy(self, resident: Resident) -> None:
+        """Leave a copy in host memory; whoever waited for the load has it already."""
+        if not resident.is_copying:
+            return
+        entry = resident.entry
+        assert entry is not None, "evicted while it is copied"
+        try:
+            with self._transfers.side():
+                copy = copy_out(self._pool, entry)
+        except (RuntimeError, MemoryError) as error:
+            # The adapter serves; only coming back will take longer.
+            logger.warning("no copy of '%s' in host memory: %s", resident.resolved.name, error)
+            copy = None
+        with self._lock:
+            resident.is_copying = False
+            if copy is not None and resident.state != "unloading":
+                self._host.put(resident.resolved.digest, copy)
+            self._settle(resident)
