@@ -114,7 +114,7 @@ class Registry:
         return self._info(name, pointer)
 
     def resolve(self, ref: str | AdapterRef) -> Resolved:
-        """Return what a ref means just now; two or three ``stat`` calls once an adapter is known.
+        """Return what a ref means just now; one or two ``stat`` calls once an adapter is known.
 
         Raises:
             InvalidRef: the text is not a ref, or a digest prefix fits several versions.
@@ -122,23 +122,25 @@ class Registry:
         """
         if isinstance(ref, str):
             ref = parse_ref(ref)
-        newest = self._known(ref.name)
         if ref.digest is not None:
+            self._known(ref.name)
             return self._resolve_digest(ref.name, ref.digest)
-        version = ref.version
-        if ref.alias == LATEST:
-            version = newest
-        elif ref.alias is not None:
-            version = self._store.alias_state(ref.name).get(ref.alias)
-            if version is None:
+        if ref.alias is None or ref.alias == LATEST:
+            newest = self._known(ref.name)
+            version = ref.version or newest
+        else:
+            # The commonest: the log's status alone tells that nothing has changed, or is gone.
+            version = self._store.alias_state(ref.name).get(ref.alias, 0)
+            if not version:
                 raise AdapterNotFound(
                     f"adapter '{ref.name}' has no alias '{ref.alias}'; it has "
                     f"{', '.join(sorted(self.aliases(ref.name)))}"
                 )
-        pointer = self._store.pointer(ref.name, version or 0)
+        pointer = self._store.pointer(ref.name, version)
         if pointer is None:
             raise AdapterNotFound(
-                f"adapter '{ref.name}' has no version {version}; it has 1 to {newest}"
+                f"adapter '{ref.name}' has no version {version}; it has 1 to "
+                f"{self._known(ref.name)}"
             )
         return Resolved(
             name=ref.name, version=pointer.version, digest=pointer.digest, alias=ref.alias

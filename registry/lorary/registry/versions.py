@@ -14,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lorary.errors import CorruptArtifact
+from lorary.errors import CorruptArtifact, StorageError
 from lorary.registry.durable import link_new, storage_errors
 from lorary.registry.strict_json import parse_json
 
@@ -57,19 +58,21 @@ class Pointer:
 class Versions:
     """The versions in one folder. Reads are remembered: a version never changes. Thread-safe."""
 
+    __slots__ = ("_folder", "_newest", "_pointers")
+
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        # A text: a path object is larger than all the rest, and slower to look up.
+        self._folder = str(folder)
         self._pointers: dict[int, Pointer] = {}
         self._newest = 0
 
     def newest(self) -> int:
         """Return the newest version's number, 0 if there is none. One ``stat`` when nothing is new."""
         newest = self._newest
-        with storage_errors(f"look into {self._folder}"):
-            if newest and not self._file(newest).exists():
-                newest = 0  # somebody deleted files; count again
-            while self._file(newest + 1).exists():
-                newest += 1
+        if newest and not self._has(newest):
+            newest = 0  # somebody deleted files; count again
+        while self._has(newest + 1):
+            newest += 1
         self._newest = newest
         return newest
 
@@ -99,16 +102,28 @@ class Versions:
     def take(self, pointer: Pointer, staged: Path) -> bool:
         """Make ``staged``, which holds ``pointer.to_json()``, the version's file if it has none yet."""
         with storage_errors(f"create version {pointer.version} in {self._folder}"):
-            return link_new(staged, self._file(pointer.version))
+            return link_new(staged, Path(self._file(pointer.version)))
 
-    def _file(self, version: int) -> Path:
-        return self._folder / f"{version}.json"
+    def _has(self, version: int) -> bool:
+        # Without storage_errors, which takes as long as the look: servers do this in every call.
+        try:
+            os.stat(self._file(version))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise StorageError(
+                f"cannot look into {self._folder}: {error.strerror or error}"
+            ) from error
+        return True
+
+    def _file(self, version: int) -> str:
+        return f"{self._folder}/{version}.json"
 
     def _read(self, version: int) -> Pointer:
         file = self._file(version)
         with storage_errors(f"read {file}"):
-            raw = parse_json(file.read_bytes(), str(file))
-        return parse_pointer(raw, version, str(file))
+            raw = parse_json(Path(file).read_bytes(), file)
+        return parse_pointer(raw, version, file)
 
 
 def parse_pointer(raw: dict[str, Any], version: int, where: str) -> Pointer:

@@ -149,12 +149,14 @@ class Residency:
         with self._lock:
             return self._describe(resident)
 
-    def unload(self, digest: str) -> ResidentAdapter | None:
+    def unload(self, digest: str, *, keep_copy: bool = False) -> ResidentAdapter | None:
         """Free a version when its last holder ends; None when it is not here.
 
-        Its copy in host memory goes, too, and so does what is remembered of a load that failed.
+        Its copy in host memory goes, too, unless ``keep_copy``, and so does what is remembered of a
+        load that failed.
         """
-        self._host.drop(digest)
+        if not keep_copy:
+            self._host.drop(digest)
         with self._lock:
             self._failures.forget(digest)
             resident = self._residents.get(digest)
