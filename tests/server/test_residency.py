@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from lorary.errors import (
     Unavailable,
 )
 from lorary.registry import Resolved
+from lorary.server.adapters import residency as module
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
 from lorary.server.adapters.residency import AdapterLease, Residency
 
@@ -270,38 +271,78 @@ def tiered() -> Iterator[World]:
     made.residency.close()
 
 
-def settle(world: World, number: int) -> None:
-    """Load a version and wait until its copy is kept, too."""
-    world.residency.load(ref(number))
-    wait_for(lambda: ref(number).digest in world.residency._host)
-
-
 def test_what_leaves_the_device_comes_back_from_host_memory(tiered: World) -> None:
     for number in (1, 2, 3, 4, 5):
-        settle(tiered, number)
-    assert len(tiered.residency.snapshot()) == 3
+        tiered.residency.load(ref(number))
+    assert [r.version for r in tiered.residency.snapshot()] == [3, 4, 5]
     lease = tiered.residency.acquire(ref(1))
     wait_for(lambda: lease.is_ready)
     assert tiered.values(lease) == {1.0}
     assert [tiered.registry.calls.count(ref(n).digest) for n in (1, 2, 3, 4, 5)] == [1] * 5
     stats = tiered.residency.host_stats()
-    assert (stats.num_adapters, stats.num_hits, stats.num_misses) == (5, 1, 5)
+    assert (stats.num_adapters, stats.num_hits, stats.num_misses) == (3, 1, 5)
 
 
-def test_host_memory_keeps_to_its_budget(tiered: World) -> None:
+def test_host_memory_keeps_to_its_budget_and_adds_to_the_device(tiered: World) -> None:
+    """Three on the device, five others in host memory: eight that never read the disk again."""
     for number in range(1, 9):
-        settle(tiered, number)
+        tiered.residency.load(ref(number))
+    assert tiered.residency.host_stats().num_adapters == 5
+    for _ in range(2):
+        for number in range(1, 9):
+            tiered.residency.load(ref(number))
+    assert len(tiered.registry.calls) == 8
+    tiered.residency.load(ref(9))
     stats = tiered.residency.host_stats()
     assert stats.num_adapters == 5
     assert stats.num_bytes <= 5 * 8 * 4 * GROUP.row_elements
 
 
 def test_unload_frees_host_memory_too(tiered: World) -> None:
-    settle(tiered, 1)
+    tiered.residency.load(ref(1))
+    assert tiered.residency.demote(ref(1).digest)
+    assert tiered.pool.used_bytes == 0
+    assert tiered.residency.has_copy(ref(1).digest)
     tiered.residency.unload(ref(1).digest)
     assert tiered.residency.host_stats().num_bytes == 0
-    settle(tiered, 1)
+    tiered.residency.load(ref(1))
     assert len(tiered.registry.calls) == 2
+
+
+def test_what_is_used_while_it_is_copied_stays(
+    tiered: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody asks for the victim just then: it is a hit, and the copy is kept for later."""
+    tiered.residency.load(ref(1))
+    held: list[AdapterLease] = []
+    copy_out = module.copy_out
+
+    def copy_slowly(*arguments: Any) -> Any:
+        held.append(tiered.residency.acquire(ref(1)))
+        return copy_out(*arguments)
+
+    monkeypatch.setattr(module, "copy_out", copy_slowly)
+    assert not tiered.residency.demote(ref(1).digest)
+    assert tiered.values(held[0]) == {1.0}
+    assert tiered.residency.has_copy(ref(1).digest)
+    held[0].release()
+
+
+def test_what_is_unloaded_while_it_is_copied_is_gone(
+    tiered: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiered.residency.load(ref(1))
+    copy_out = module.copy_out
+
+    def copy_slowly(*arguments: Any) -> Any:
+        tiered.residency.unload(ref(1).digest)
+        return copy_out(*arguments)
+
+    monkeypatch.setattr(module, "copy_out", copy_slowly)
+    tiered.residency.demote(ref(1).digest)
+    assert tiered.residency.snapshot() == []
+    assert tiered.pool.used_bytes == 0
+    assert not tiered.residency.has_copy(ref(1).digest)
 
 
 def test_a_load_that_nobody_waits_for_any_more_is_not_begun(world: World) -> None:
@@ -334,8 +375,8 @@ def test_a_load_gives_up_waiting_for_memory_when_nobody_wants_it(world: World) -
 def test_what_is_cheap_to_bring_back_goes_first(tiered: World) -> None:
     """Of two used alike, the one with a copy in host memory leaves the device."""
     for number in (1, 2, 3):
-        settle(tiered, number)
-    tiered.residency._host.drop(ref(1).digest)
-    tiered.residency._host.drop(ref(3).digest)
+        tiered.residency.load(ref(number))
+    tiered.residency.demote(ref(2).digest)
+    tiered.residency.load(ref(2))
     tiered.residency.load(ref(4))
     assert {r.version for r in tiered.residency.snapshot()} == {1, 3, 4}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from lorary.server.adapters.eviction import Eviction
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorary.server.adapters.host_copy import HostCopy
     from lorary.server.adapters.load_times import LoadTimes
 
@@ -32,11 +34,20 @@ class HostTier:
     Args:
         memory_bytes: for all copies; 0 keeps none.
         times: what loads take; what is dear to bring back stays longer.
+        on_device: whether a digest is on the device now. Copies of those go first: leaving the device
+            makes them anew.
     """
 
-    def __init__(self, memory_bytes: int, times: LoadTimes) -> None:
+    def __init__(
+        self,
+        memory_bytes: int,
+        times: LoadTimes,
+        *,
+        on_device: Callable[[str], bool] = lambda _digest: False,
+    ) -> None:
         self._memory_bytes = memory_bytes
         self._times = times
+        self._on_device = on_device
         self._lock = threading.Lock()
         self._copies: dict[str, HostCopy] = {}
         self._eviction = Eviction()
@@ -72,7 +83,8 @@ class HostTier:
         with self._lock:
             self._drop(digest)
             while self._used + copy.num_bytes > self._memory_bytes:
-                victim = self._eviction.victim(self._copies, self._density)
+                twice = [d for d in self._copies if self._on_device(d)]
+                victim = self._eviction.victim(twice or self._copies, self._density)
                 assert victim is not None, "bytes are used and no copy is there"
                 self._eviction.evicted(victim, self._density(victim))
                 self._used -= self._copies.pop(victim).num_bytes

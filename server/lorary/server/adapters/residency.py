@@ -8,8 +8,8 @@ States of a digest::
 
 Loads run on a few worker threads and are shared by everybody who asks for the same digest; nobody
 who has what it needs ever waits for one. A load takes the copy in host memory (``host_tier``) where there
-is one, else the registry's files, and leaves such a copy. A version that is held (``num_holders`` > 0)
-or pinned is never evicted; among the others ``eviction`` chooses.
+is one, else the registry's files; an eviction leaves such a copy. A version that is held (``num_holders``
+> 0) or pinned is never evicted; among the others ``eviction`` chooses.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Residency:
         self._failures = RecentFailures(failed_load_ttl_s)
         self._eviction = Eviction()
         self._times = LoadTimes()
-        self._host = HostTier(host_memory_bytes, self._times)
+        self._host = HostTier(
+            host_memory_bytes, self._times, on_device=self._residents.__contains__
+        )
         self._transfers = Transfers(pool.device)
         self._workers = ThreadPoolExecutor(
             num_workers,
@@ -149,14 +151,12 @@ class Residency:
         with self._lock:
             return self._describe(resident)
 
-    def unload(self, digest: str, *, keep_copy: bool = False) -> ResidentAdapter | None:
+    def unload(self, digest: str) -> ResidentAdapter | None:
         """Free a version when its last holder ends; None when it is not here.
 
-        Its copy in host memory goes, too, unless ``keep_copy``, and so does what is remembered of a
-        load that failed.
+        Its copy in host memory goes, too, and so does what is remembered of a load that failed.
         """
-        if not keep_copy:
-            self._host.drop(digest)
+        self._host.drop(digest)
         with self._lock:
             self._failures.forget(digest)
             resident = self._residents.get(digest)
@@ -171,6 +171,15 @@ class Residency:
                 return None
             resident.state = "unloading"
             return self._describe(resident)
+
+    def demote(self, digest: str) -> bool:
+        """Evict a version now, leaving its copy in host memory; False when it is held, pinned or absent."""
+        with self._lock:
+            resident = self._residents.get(digest)
+            if resident is None or resident.pinned or not resident.is_free:
+                return False
+            resident.is_copying = True
+        return self._leave(resident)
 
     def release(self, lease: AdapterLease, resident: Resident) -> None:
         """Give back one hold (through ``AdapterLease.release``)."""
@@ -193,6 +202,10 @@ class Residency:
             here = [d for d, r in self._residents.items() if r.entry is not None]
             ranked = self._eviction.hottest_first(here, self._density)
             return [(self._residents[d].resolved, self._residents[d].pinned) for d in ranked]
+
+    def has_copy(self, digest: str) -> bool:
+        """Whether host memory has a copy."""
+        return digest in self._host
 
     def host_stats(self) -> HostStats:
         """Return what host memory holds, and how often it helped."""
@@ -275,15 +288,22 @@ class Residency:
         source: Source = "host" if digest in self._host else "registry"
         return self._times.seconds(source, num_bytes) / num_bytes
 
-    def _evict_one(self) -> bool:
-        """Free the least worthy version that nobody holds or pinned."""
+    def _victim(self) -> Resident | None:
+        """Return the least worthy version that nobody holds or pinned."""
         idle = [d for d, r in self._residents.items() if r.is_free and not r.pinned]
         victim = self._eviction.victim(idle, self._density)
-        if victim is None:
+        return None if victim is None else self._residents[victim]
+
+    def _evict(self, victim: Resident) -> None:
+        """Free one that made room for another."""
+        digest = victim.resolved.digest
+        self._eviction.evicted(digest, self._density(digest))
+        self._remove(victim, "memory")
+
+    def _needs_copy(self, resident: Resident) -> bool:
+        if not self._host.is_on or resident.resolved.digest in self._host:
             return False
-        self._eviction.evicted(victim, self._density(victim))
-        self._remove(self._residents[victim], "memory")
-        return True
+        return self._host.has_room_for(copy_bytes(self._pool, resident.rank))
 
     # -- worker threads -----------------------------------------------------------------------
 
@@ -305,15 +325,47 @@ class Residency:
                     f"{pinned * self._pool.page_bytes} are pinned. Raise --adapter-memory, or "
                     "unload a pinned adapter."
                 )
-            while True:
+        while True:
+            with self._lock:
                 pages = self._pool.try_allocate(rank)
                 if pages is not None:
                     return pages
                 if self._closed:
                     raise Unavailable("the server is shutting down; try another replica")
-                if not self._evict_one():
+                victim = self._victim()
+                if victim is None:
                     self._check_wanted(resident)
                     self._freed.wait(1.0)
+                    continue
+                if not self._needs_copy(victim):
+                    self._evict(victim)
+                    continue
+                victim.is_copying = True
+            self._leave(victim)
+
+    def _leave(self, victim: Resident) -> bool:
+        """Copy one whose ``is_copying`` was just set to host memory, then evict it; not under the lock.
+
+        Meanwhile it may be used; False when somebody does and it stays.
+        """
+        digest, entry = victim.resolved.digest, victim.entry
+        assert entry is not None, "freed while it is copied"
+        if self._needs_copy(victim):
+            try:
+                with self._transfers.side():
+                    self._host.put(digest, copy_out(self._pool, entry))
+            except (RuntimeError, MemoryError) as error:
+                # It can be read again from its files; only coming back will take longer.
+                logger.warning("no copy of '%s' in host memory: %s", victim.resolved.name, error)
+        with self._lock:
+            victim.is_copying = False
+            if victim.state == "unloading":
+                self._host.drop(digest)
+            elif victim.is_free and not victim.pinned:
+                self._evict(victim)
+                return True
+            self._settle(victim)
+            return False
 
     def _check_wanted(self, resident: Resident) -> None:
         """Raise unless somebody wants a load that has not ended; under the lock.
@@ -356,8 +408,6 @@ class Residency:
         if self._observer is not None:
             self._observer.on_load(name, time.monotonic() - started, error)
         self._on_change()
-        if error is None:
-            self._keep_copy(resident)
 
     def _bring(self, resident: Resident) -> None:
         """Put a version on the device: from host memory where a copy is there, else from its files."""
@@ -397,30 +447,5 @@ class Residency:
             resident.ready_ns = time.monotonic_ns()
             resident.last_used_s = time.monotonic()
             resident.state = "resident"
-            resident.is_copying = self._needs_copy(digest, rank)
             # Published last: from here on steps may read the pages.
             resident.entry = entry
-
-    def _needs_copy(self, digest: str, rank: int) -> bool:
-        if not self._host.is_on or digest in self._host:
-            return False
-        return self._host.has_room_for(copy_bytes(self._pool, rank))
-
-    def _keep_copy(self, resident: Resident) -> None:
-        """Leave a copy in host memory; whoever waited for the load has it already."""
-        if not resident.is_copying:
-            return
-        entry = resident.entry
-        assert entry is not None, "evicted while it is copied"
-        try:
-            with self._transfers.side():
-                copy = copy_out(self._pool, entry)
-        except (RuntimeError, MemoryError) as error:
-            # The adapter serves; only coming back will take longer.
-            logger.warning("no copy of '%s' in host memory: %s", resident.resolved.name, error)
-            copy = None
-        with self._lock:
-            resident.is_copying = False
-            if copy is not None and resident.state != "unloading":
-                self._host.put(resident.resolved.digest, copy)
-            self._settle(resident)

@@ -21,7 +21,7 @@ class Resident:
     Attributes:
         num_holders: leases that hold it.
         num_waiters: callers of ``Residency.load`` that wait for it.
-        is_copying: its pages are being copied to host memory, and must stay.
+        is_copying: its pages are being copied to host memory, and must stay until that is done.
     """
 
     resolved: Resolved
