@@ -25,7 +25,13 @@ from lorary.registry.adapter_config import AdapterConfig, parse_config
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import TENSORS_FILE, AdapterFolder, read_bytes, scan_folder
 from lorary.registry.manifest import Manifest
-from lorary.registry.safetensors_file import TensorInfo, is_finite, read_header, read_tensor
+from lorary.registry.safetensors_file import (
+    TensorInfo,
+    infinity,
+    largest_magnitude,
+    read_header,
+    read_tensors,
+)
 from lorary.registry.strict_json import show
 
 MAX_RANK: Final = 512
@@ -226,16 +232,17 @@ def _check_values(
     path: Path, pairs: Mapping[str, tuple[TensorInfo, TensorInfo]], *, allow_zero: bool
 ) -> None:
     has_effect = False
+    arrays = read_tensors(path, (info for pair in pairs.values() for info in pair))
     for pair in pairs.values():
         non_zero = True
         for info in pair:
-            array = read_tensor(path, info)
-            if not is_finite(array):
+            largest = largest_magnitude(array := next(arrays))
+            if largest >= infinity(array.dtype):
                 raise CorruptArtifact(
                     f"tensor {info.name} holds NaN or infinite values; training diverged, or the "
                     "file is damaged. Train again with a smaller learning rate."
                 )
-            non_zero = non_zero and bool(array.any())
+            non_zero = non_zero and largest > 0
         has_effect = has_effect or non_zero
     if not has_effect and not allow_zero:
         raise IncompatibleAdapter(
