@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorary.bases.load import Quantization
     from lorary.bases.plan import QuantizationPlan
     from lorary.registry import Registry
+    from lorary.server.adapters.warm_start import WarmStart
     from lorary.server.config import ServerConfig
     from lorary.server.engine.assemble import Assembled
     from lorary.server.ports import (
@@ -123,8 +124,12 @@ def build_backend(
         observer=observer,
     )
 
+    warm = _warm_start(config, built, base, startup)
+
     def close() -> None:
         built.engine.shutdown()
+        if warm is not None:
+            warm.close()
         built.residency.close()
 
     return Backend(
@@ -197,6 +202,22 @@ def build_engine(
         engine_observer=observer,
         residency_observer=observer,
     )
+
+
+def _warm_start(
+    config: ServerConfig, built: Assembled, base: Base, startup: Startup
+) -> WarmStart | None:
+    """Begin to load what was there before, where the configuration says so."""
+    if config.state_dir is None:
+        return None
+    from lorary.server.adapters.warm_start import WarmStart
+
+    warm = WarmStart(config.state_dir, built.residency, fingerprint=base.card.fingerprint)
+    warm.start()
+    if config.warm_before_ready:
+        with startup.phase("loading the last run's adapters"):
+            warm.wait()
+    return warm
 
 
 def _device(asked: str) -> str:

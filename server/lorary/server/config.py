@@ -143,6 +143,14 @@ class ServerConfig:
         low=0.0,
         high=86_400.0,
     )
+    state_dir: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
+        None,
+        "Folder in which to remember which adapters are loaded; the next start loads them again, "
+        "hottest first, in the background.",
+    )
+    warm_before_ready: bool = _option(
+        False, "Be ready only when the adapters that --state-dir remembers are loaded."
+    )
     adapter_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = _option(
         "auto",
         "Type that adapters are kept in; auto is that of dtype. 8 bits hold twice as many (fp8: GPUs only).",
@@ -235,6 +243,11 @@ class ServerConfig:
             raise ConfigError(
                 f"--quantize {self.quantize} and --quantize-plan '{self.quantize_plan}' were both "
                 "given; the plan has a default of its own. Leave --quantize out."
+            )
+        if self.warm_before_ready and self.state_dir is None:
+            raise ConfigError(
+                "--warm-before-ready was given without --state-dir, so there is nothing to wait for. "
+                "Give a folder, or leave it out."
             )
         if self.ready_file is not None and not self.ready_file.absolute().parent.is_dir():
             raise ConfigError(

@@ -27,7 +27,7 @@ from lorary.server.adapters.host_copy import copy_bytes, copy_in, copy_out
 from lorary.server.adapters.host_tier import HostTier
 from lorary.server.adapters.leases import AdapterLease, BaseLease
 from lorary.server.adapters.load_times import LoadTimes
-from lorary.server.adapters.resident import Resident, ResidentAdapter, State
+from lorary.server.adapters.resident import HotAdapter, Resident, ResidentAdapter, State
 from lorary.server.adapters.transfer import Transfers
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Residency:
         """
         with self._lock:
             resident = self._find_or_start(resolved)
+            resident.may_evict = True
             resident.num_holders += 1
             return AdapterLease(resident, self.release)
 
@@ -134,6 +135,7 @@ class Residency:
         """
         with self._lock:
             resident = self._find_or_start(resolved)
+            resident.may_evict = True
             resident.pinned = resident.pinned or pin
             resident.num_waiters += 1
         try:
@@ -196,12 +198,44 @@ class Residency:
             found = [self._describe(r) for r in self._residents.values()]
         return sorted(found, key=lambda r: (r.name, r.version))
 
-    def hottest_first(self) -> list[tuple[Resolved, bool]]:
-        """Return who is on the device and whether it is pinned, the worthiest to keep first."""
+    def warm(self, hot: HotAdapter) -> bool:
+        """Load a version that nobody has asked for yet; blocks. False when no memory is free for it.
+
+        It is pinned and counts as used as it was.
+
+        Raises:
+            LoraryError: why it could not be loaded.
+        """
+        digest = hot.resolved.digest
+        with self._lock:
+            is_new = digest not in self._residents
+            resident = self._find_or_start(hot.resolved)
+            resident.may_evict = resident.may_evict and not is_new
+            self._eviction.use(digest, max(0, hot.uses - 1))
+            resident.num_waiters += 1
+        resident.done.wait()
+        with self._lock:
+            resident.num_waiters -= 1
+            if isinstance(resident.error, Cancelled):
+                return False
+            if resident.error is not None:
+                raise resident.error
+            resident.pinned = resident.pinned or hot.pinned
+            return True
+
+    def hottest_first(self) -> list[HotAdapter]:
+        """Return who is on the device, the worthiest to keep first."""
         with self._lock:
             here = [d for d, r in self._residents.items() if r.entry is not None]
             ranked = self._eviction.hottest_first(here, self._density)
-            return [(self._residents[d].resolved, self._residents[d].pinned) for d in ranked]
+            return [
+                HotAdapter(
+                    resolved=self._residents[d].resolved,
+                    pinned=self._residents[d].pinned,
+                    uses=self._eviction.uses(d),
+                )
+                for d in ranked
+            ]
 
     def has_copy(self, digest: str) -> bool:
         """Whether host memory has a copy."""
@@ -312,7 +346,7 @@ class Residency:
 
         Raises:
             IncompatibleAdapter: it is larger than all that is not pinned.
-            Cancelled: nobody wants it any more.
+            Cancelled: nobody wants it any more, or not so much that others should go.
             Unavailable: the server is going down.
         """
         needed = self._pool.pages_for(rank)
@@ -332,6 +366,10 @@ class Residency:
                     return pages
                 if self._closed:
                     raise Unavailable("the server is shutting down; try another replica")
+                if not resident.may_evict:
+                    error = Cancelled(f"no memory is free for '{resident.resolved.name}'")
+                    self._forget(resident, error)
+                    raise error
                 victim = self._victim()
                 if victim is None:
                     self._check_wanted(resident)

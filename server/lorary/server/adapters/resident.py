@@ -21,6 +21,7 @@ class Resident:
     Attributes:
         num_holders: leases that hold it.
         num_waiters: callers of ``Residency.load`` that wait for it.
+        may_evict: others may have to go for it; not for a load that nobody has asked for yet.
         is_copying: its pages are being copied to host memory, and must stay until that is done.
     """
 
@@ -32,6 +33,7 @@ class Resident:
     pinned: bool = False
     num_holders: int = 0
     num_waiters: int = 0
+    may_evict: bool = True
     is_copying: bool = False
     last_used_s: float = 0.0
     ready_ns: int = 0
@@ -47,6 +49,15 @@ class Resident:
     def is_free(self) -> bool:
         """Whether its pages may be taken: it is on the device and nothing reads them."""
         return self.entry is not None and not self.num_holders and not self.is_copying
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HotAdapter:
+    """A version that is, or was, on the device, and how often it was used of late."""
+
+    resolved: Resolved
+    pinned: bool
+    uses: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
