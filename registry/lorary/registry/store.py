@@ -46,19 +46,27 @@ class Registry:
         self._store = store
 
     @classmethod
-    def open(cls, address: str | Path, *, create: bool = False, watch: bool = False) -> Self:
+    def open(
+        cls,
+        address: str | Path,
+        *,
+        create: bool = False,
+        watch: bool = False,
+        cache_bytes: int = 0,
+    ) -> Self:
         """Open a registry.
 
         Args:
             address: ``file:///path``, a path, or ``hf://owner[/prefix]``.
             create: make a registry in a folder that does not exist yet.
             watch: for servers: a ref on a Hub is resolved in memory, seconds old at most.
+            cache_bytes: what is fetched from a Hub is kept within so many bytes; 0 sets no limit.
 
         Raises:
             ConfigError: an address of an unknown kind, or a folder that is something else.
             StorageError: the folder is missing, or cannot be read or created.
         """
-        return cls(open_store(address, create=create, watch=watch))
+        return cls(open_store(address, create=create, watch=watch, cache_bytes=cache_bytes))
 
     @property
     def url(self) -> str:

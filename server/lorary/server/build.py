@@ -74,7 +74,7 @@ def build_backend(
     """
     from lorary.registry import Registry
 
-    registry = Registry.open(config.registry, watch=True)
+    registry = Registry.open(config.registry, watch=True, cache_bytes=config.disk_cache)
 
     startup = startup or Startup()
 

@@ -143,6 +143,13 @@ class ServerConfig:
         low=0.0,
         high=86_400.0,
     )
+    disk_cache: int = _option(
+        0,
+        "Bytes of versions fetched from a Hub that are kept on disk, such as 50GiB; 0 sets no limit.",
+        low=0,
+        high=2**50,
+        is_size=True,
+    )
     state_dir: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
         None,
         "Folder in which to remember which adapters are loaded; the next start loads them again, "
