@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lorary.registry import Resolved
 
-SECONDS = float(os.environ.get("LORARY_CHURN_SECONDS", "8"))
+SECONDS = float(os.environ.get("LORARY_CHURN_SECONDS", "6"))
 NUM_LINES, NUM_VERSIONS = 32, 2
 FITTING = 8
 """Adapters of the largest rank that there is memory for; there are 64."""
@@ -117,7 +117,7 @@ class Churn:
         end = time.monotonic() + seconds
         actions = {"stream": 70, "cancel": 8, "unload": 6, "move": 8, "pin": 2, "unpin": 6}
         while time.monotonic() < end:
-            (action,) = self.rng.choices(list(actions), actions.values())
+            (action,) = self.rng.choices(list(actions), list(actions.values()))
             getattr(self, action)()
             self.did[action] += 1
             self.reap(most=24)

@@ -18,6 +18,7 @@ from lorary.errors import (
 )
 from lorary.registry import Resolved
 from lorary.server.adapters import residency as module
+from lorary.server.adapters.host_copy import copy_out
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
 from lorary.server.adapters.residency import AdapterLease, Residency
 
@@ -315,7 +316,6 @@ def test_what_is_used_while_it_is_copied_stays(
     """Somebody asks for the victim just then: it is a hit, and the copy is kept for later."""
     tiered.residency.load(ref(1))
     held: list[AdapterLease] = []
-    copy_out = module.copy_out
 
     def copy_slowly(*arguments: Any) -> Any:
         held.append(tiered.residency.acquire(ref(1)))
@@ -332,7 +332,6 @@ def test_what_is_unloaded_while_it_is_copied_is_gone(
     tiered: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiered.residency.load(ref(1))
-    copy_out = module.copy_out
 
     def copy_slowly(*arguments: Any) -> Any:
         tiered.residency.unload(ref(1).digest)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lorary.errors import AdapterNotFound, ConfigError, CorruptArtifact
-from lorary.server.adapters.warm_start import FILE, WarmStart
+from lorary.server.adapters.warm_start import FILE, StateFolder, WarmStart
 from tests.server.test_residency import World, ref, wait_for
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def make() -> Iterator[Callable[[], World]]:
 
 def run(world: World, folder: Path, base: str = BASE) -> None:
     """Start warm, wait for it, and write the state at the end."""
-    warm = WarmStart(folder, world.residency, fingerprint=base)
+    warm = WarmStart(StateFolder(folder), world.residency, fingerprint=base)
     warm.start()
     warm.wait()
     warm.close()
@@ -106,7 +106,7 @@ def test_a_run_that_ends_while_it_restores_forgets_nothing(
     run(first, tmp_path)
     second = make()
     second.registry.gate.clear()
-    warm = WarmStart(tmp_path, second.residency, fingerprint=BASE)
+    warm = WarmStart(StateFolder(tmp_path), second.residency, fingerprint=BASE)
     warm.start()
     wait_for(lambda: second.registry.calls)
     warm._stop.set()
@@ -134,7 +134,8 @@ def test_another_base_and_another_server(make: Callable[[], World], tmp_path: Pa
     other = make()
     run(other, tmp_path, base="sha256:other")
     assert other.registry.calls == []
-    warm = WarmStart(tmp_path, other.residency, fingerprint=BASE)
+    held = StateFolder(tmp_path)
     with pytest.raises(ConfigError, match="another server"):
-        WarmStart(tmp_path, other.residency, fingerprint=BASE)
-    warm.close()
+        StateFolder(tmp_path)
+    held.close()
+    StateFolder(tmp_path).close()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.warm_start import StateFolder, WarmStart
 from lorary.server.answers import ServerFacts
 from lorary.server.startup import Startup
 from lorary.server.validate import Limits
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lorary.bases.load import Quantization
     from lorary.bases.plan import QuantizationPlan
     from lorary.registry import Registry
-    from lorary.server.adapters.warm_start import WarmStart
     from lorary.server.config import ServerConfig
     from lorary.server.engine.assemble import Assembled
     from lorary.server.ports import (
@@ -77,6 +77,8 @@ def build_backend(
     registry = Registry.open(config.registry, watch=True, cache_bytes=config.disk_cache)
 
     startup = startup or Startup()
+    # Before the base is loaded: a folder that another server uses ends the start at once.
+    state = None if config.state_dir is None else StateFolder(config.state_dir)
 
     from lorary.bases.plan import read_plan
 
@@ -124,7 +126,7 @@ def build_backend(
         observer=observer,
     )
 
-    warm = _warm_start(config, built, base, startup)
+    warm = None if state is None else _warm_start(config, state, built, base, startup)
 
     def close() -> None:
         built.engine.shutdown()
@@ -205,14 +207,10 @@ def build_engine(
 
 
 def _warm_start(
-    config: ServerConfig, built: Assembled, base: Base, startup: Startup
-) -> WarmStart | None:
-    """Begin to load what was there before, where the configuration says so."""
-    if config.state_dir is None:
-        return None
-    from lorary.server.adapters.warm_start import WarmStart
-
-    warm = WarmStart(config.state_dir, built.residency, fingerprint=base.card.fingerprint)
+    config: ServerConfig, state: StateFolder, built: Assembled, base: Base, startup: Startup
+) -> WarmStart:
+    """Begin to load what was there before, and wait for it where the configuration says so."""
+    warm = WarmStart(state, built.residency, fingerprint=base.card.fingerprint)
     warm.start()
     if config.warm_before_ready:
         with startup.phase("loading the last run's adapters"):

@@ -37,25 +37,40 @@ FILE = "residency.json"
 _FORMAT_VERSION = 1
 
 
-class WarmStart:
-    """Loads what was there when the last server of this state folder wrote it, and keeps writing.
+class StateFolder:
+    """A folder that is this server's alone until it is closed, or the process dies.
 
     Args:
-        folder: made if it is missing; one server at a time.
-        residency: whose adapters.
-        fingerprint: the base's.
+        path: made if it is missing.
 
     Raises:
         ConfigError: another server uses the folder.
         StorageError: it cannot be made or written.
     """
 
-    def __init__(self, folder: Path, residency: Residency, *, fingerprint: str) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = _lock(path)
+
+    def close(self) -> None:
+        """Let another server have it."""
+        os.close(self._lock)
+
+
+class WarmStart:
+    """Loads what was there when the last server of this state folder wrote it, and keeps writing.
+
+    Args:
+        folder: closed at the end.
+        residency: whose adapters.
+        fingerprint: the base's.
+    """
+
+    def __init__(self, folder: StateFolder, residency: Residency, *, fingerprint: str) -> None:
         self._folder = folder
         self._residency = residency
         self._fingerprint = fingerprint
-        self._lock = _lock(folder)
-        self._pending = read(folder / FILE, fingerprint)
+        self._pending = read(folder.path / FILE, fingerprint)
         self._written: bytes | None = None
         self._stop = threading.Event()
         self._restored = threading.Event()
@@ -75,7 +90,7 @@ class WarmStart:
         if self._thread.is_alive():
             self._thread.join()
         self._write()
-        os.close(self._lock)
+        self._folder.close()
 
     def _run(self) -> None:
         try:
@@ -113,7 +128,7 @@ class WarmStart:
         raw = encode([*here, *rest], self._fingerprint)
         if raw == self._written:
             return
-        path = self._folder / FILE
+        path = self._folder.path / FILE
         partial = path.with_name(f"{FILE}.tmp-{os.getpid()}")
         try:
             with partial.open("wb") as file:
