@@ -63,6 +63,10 @@ verify-main: assets ## Every figure the project promises, from a clean clone, on
 verify-engine: assets ## The engine's speed and correctness beside its peers, one line per figure (75-110 min)
 	$(BIN)/python scripts/verify_engine.py $(VERIFY_ARGS)
 
+.PHONY: verify-lifecycle
+verify-lifecycle: assets ## Adapters that come and go: churn, faults and their figures, one line each (17-30 min)
+	$(BIN)/python scripts/verify_lifecycle.py $(VERIFY_ARGS)
+
 ##@ Develop
 .PHONY: env
 env: $(ENV) ## Make or update the virtual environment .venv

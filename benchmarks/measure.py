@@ -66,11 +66,12 @@ def figures(traces: Sequence[Trace]) -> dict[str, Any]:
         "seconds": round(seconds, 4),
         "output_tokens": tokens,
         "output_tokens_per_s": round(tokens / seconds, 2),
-        "ttft_ms": _percentiles(first),
-        "itl_ms": _percentiles(between),
+        "ttft_ms": percentiles(first),
+        "itl_ms": percentiles(between),
     }
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return percentiles of seconds, in milliseconds."""
     values = np.percentile(seconds, (50, 95, 99)) * 1e3
     return {name: round(float(v), 2) for name, v in zip(("p50", "p95", "p99"), values, strict=True)}

@@ -150,15 +150,7 @@ def exactness_figures(path: Path) -> list[Figure]:
 def shown_figures(root: Path) -> list[Figure]:
     """Check that the docs show what committed records say."""
     text = (root / "docs" / "benchmarks.md").read_text()
-    figures = []
-    for section in SECTIONS:
-        begin, end = report.markers(section)
-        shown = text.partition(begin)[2].partition(end)[0]
-        files = re.findall(r"benchmarks/results/[\w.-]+\.jsonl", shown)
-        kept = [file for file in files if _is_committed(root, file)]
-        name = f"docs/benchmarks.md: '{section}' is a table from committed records"
-        is_there = bool(files) and kept == files and "| ---" in shown
-        figures.append(Figure(name, ", ".join(kept) or "none", "there", is_ok=is_there))
+    figures = [section_figure(root, section) for section in SECTIONS]
     begin, end = report.markers("serving")
     shown = text.partition(begin)[2].partition(end)[0]
     absent = [name for name in (OURS, *MIXING_PEERS, BASE_PEER) if name not in shown]
@@ -175,6 +167,18 @@ def shown_figures(root: Path) -> list[Figure]:
     days = len(re.findall(r"^## \d{4}-", log.read_text(), re.MULTILINE)) if log.exists() else 0
     figures.append(at_least("docs/log.md: experiments told, those that did not pay, too", days, 1))
     return figures
+
+
+def section_figure(root: Path, section: str) -> Figure:
+    """Check that a section of docs/benchmarks.md is a table from committed records."""
+    text = (root / "docs" / "benchmarks.md").read_text()
+    begin, end = report.markers(section)
+    shown = text.partition(begin)[2].partition(end)[0]
+    files = re.findall(r"benchmarks/results/[\w.-]+\.jsonl", shown)
+    kept = [file for file in files if _is_committed(root, file)]
+    name = f"docs/benchmarks.md: '{section}' is a table from committed records"
+    is_there = bool(files) and kept == files and "| ---" in shown
+    return Figure(name, ", ".join(kept) or "none", "there", is_ok=is_there)
 
 
 def _against_best(found: Found, cell: Cell, bar: float) -> Figure:

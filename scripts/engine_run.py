@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from benchmarks.harness.machine import ROOT, commit
+from benchmarks.harness.machine import ROOT
 from scripts.engine_figures import (
     exactness_figures,
     matrix_figures,
@@ -18,12 +17,12 @@ from scripts.engine_figures import (
     shown_figures,
     step_figures,
 )
+from scripts.measured import Measured
 from scripts.verify_figures import Figure
-from scripts.verify_run import FOLDER, check, console, exit_code, run, run_parts, test
+from scripts.verify_run import check, console, exit_code, run, run_parts, test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 CELLS = "32x32,8x8,0x8,0x32,0x1,1x1"
 CONTENDERS = "lorary,lorary-int8,peft,vllm,vllm-base,llama.cpp,openvino-fp16,openvino-int8"
@@ -59,7 +58,7 @@ def main(
     ] = False,
 ) -> None:
     """Measure every figure that the engine promises, and say which is short."""
-    measured = _Measured(resume=resume)
+    measured = Measured("engine", resume=resume)
     parts: dict[str, Callable[[], Sequence[Figure]]] = {
         "peers": peers,
         "check": check,
@@ -97,35 +96,6 @@ def gpu() -> list[Figure]:
     return [exit_code("benchmarks/gpu.py", done)]
 
 
-class _Measured:
-    """Runs benchmarks into files of their own; a whole one of this commit need not be run again."""
-
-    def __init__(self, *, resume: bool) -> None:
-        self._resume = resume
-
-    def part(
-        self,
-        name: str,
-        script: str,
-        options: Sequence[str],
-        read: Callable[[Path], list[Figure]],
-    ) -> list[Figure]:
-        """Run one benchmark and read its figures."""
-        out, stamp = FOLDER / f"engine-{name}.jsonl", FOLDER / f"engine-{name}.done.json"
-        this = {**commit(), "options": list(options)}
-        if self._resume and _is_of(stamp, this) and out.exists():
-            console.print(f"{name}: not run again, by --resume; {out.relative_to(ROOT)}")
-            return read(out)
-        for file in (out, stamp):
-            file.unlink(missing_ok=True)
-        python = str(ROOT / ".venv/bin/python")
-        command = [python, f"benchmarks/{script}", *options, "--out", str(out)]
-        done = run(name, command)
-        if done.code == 0:
-            stamp.write_text(json.dumps(this))
-        return [exit_code(f"benchmarks/{script}", done), *read(out)]
-
-
 def _matrix_options() -> list[str]:
     return [
         "--cells",
@@ -137,13 +107,6 @@ def _matrix_options() -> list[str]:
         "--rounds",
         str(ROUNDS),
     ]
-
-
-def _is_of(stamp: Path, this: dict[str, Any]) -> bool:
-    """Whether a part was run whole, by this commit without local changes, with these options."""
-    if this["modified"] or not stamp.exists():
-        return False
-    return bool(json.loads(stamp.read_text()) == this)
 
 
 def _has_gpu() -> bool:

@@ -103,7 +103,7 @@ class LoraryEngine(Contender):
         self._assembled.engine.shutdown()
         self._assembled.residency.close()
 
-    def _send(self, call: Call, sampling: Sampling, traces: dict[str, Trace]) -> None:
+    def _send(self, call: Call, sampling: Sampling, traces: dict[str, Trace]) -> str:
         sent_s = time.perf_counter()
         self._num_sent += 1
         request_id = str(self._num_sent)
@@ -117,6 +117,7 @@ class LoraryEngine(Contender):
                 arrived_s=time.monotonic(),
             )
         )
+        return request_id
 
     def _lease(self, adapter: str | None) -> Lease:
         if adapter is None:

@@ -38,7 +38,14 @@ from dataclasses import dataclass
 
 
 class LoraryError(Exception):
-    """Base of every error that Lorary raises on purpose; catch it to catch them all."""
+    """Base of every error that Lorary raises on purpose; catch it to catch them all.
+
+    Attributes:
+        retry_after_s: an honest estimate, in seconds, of when a retry may succeed; None where there
+            is none.
+    """
+
+    retry_after_s: float | None = None
 
 
 class InvalidRef(LoraryError, ValueError):
@@ -124,6 +131,8 @@ class Overloaded(LoraryError):
         retry_after_s: an honest estimate, in seconds, of when a retry may succeed.
     """
 
+    retry_after_s: float
+
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
@@ -147,6 +156,8 @@ class Unavailable(LoraryError):
     Attributes:
         retry_after_s: an honest estimate, in seconds, of when a retry may succeed.
     """
+
+    retry_after_s: float
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)

@@ -34,6 +34,7 @@ from lorary.errors import (
 )
 from lorary.registry import parse_ref
 from lorary.registry.manifest import BaseIdentity, Method, Task
+from lorary.server.adapters.host_tier import HostStats
 from lorary.server.answers import ServerFacts
 from lorary.server.app import Server
 from lorary.server.build import Backend
@@ -225,6 +226,9 @@ class FakeResidency:
 
     def unload(self, digest: str) -> None:
         self.resident.pop(digest, None)
+
+    def host_stats(self) -> HostStats:
+        return HostStats(num_adapters=1, num_bytes=4096, num_hits=3, num_misses=2)
 
     def snapshot(self) -> list[FakeResident]:
         return list(self.resident.values())

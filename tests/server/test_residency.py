@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ from lorary.errors import (
 )
 from lorary.registry import Resolved
 from lorary.server.adapters import residency as module
+from lorary.server.adapters.host_copy import copy_out
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
-from lorary.server.adapters.residency import Residency
+from lorary.server.adapters.residency import AdapterLease, Residency
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,9 +62,9 @@ class Observer:
 
 
 class World:
-    """A residency with room for three adapters of rank 8."""
+    """A residency with room for three adapters of rank 8, and for so many copies in host memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, host_adapters: int = 0) -> None:
         row = 4 * GROUP.row_elements
         self.pool = AdapterPool(
             [GROUP], memory_bytes=3 * 8 * row, dtype=torch.float32, device=torch.device("cpu")
@@ -76,9 +77,11 @@ class World:
             load=self.registry.load,
             on_change=self.changed.set,
             observer=self.observer,
+            host_memory_bytes=host_adapters * 8 * row,
+            failed_load_ttl_s=3600,
         )
 
-    def values(self, lease: module.AdapterLease) -> set[float]:
+    def values(self, lease: AdapterLease) -> set[float]:
         assert lease.entry is not None
         return set(self.pool.groups[0].a[0][list(lease.entry.rows)].flatten().tolist())
 
@@ -189,19 +192,18 @@ def test_new_holder_brings_back_what_was_going(world: World) -> None:
     assert [r.state for r in world.residency.snapshot()] == ["resident"]
 
 
-def test_failed_load_leaves_nothing_and_is_remembered_a_while(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_load_leaves_nothing_and_is_remembered_a_while(world: World) -> None:
     world.registry.failure = CorruptArtifact("bad bytes")
     lease = world.residency.acquire(ref(1))
     wait_for(lambda: lease.error is not None)
     assert world.pool.used_bytes == 0
     assert world.residency.snapshot() == []
-    with pytest.raises(CorruptArtifact, match="bad bytes"):
+    with pytest.raises(CorruptArtifact, match="bad bytes") as caught:
         world.residency.acquire(ref(1))
     assert len(world.registry.calls) == 1
+    assert caught.value.retry_after_s == pytest.approx(3600, abs=60)
     world.registry.failure = None
-    monkeypatch.setattr(module, "FAILURE_MEMORY_S", 0.0)
+    assert world.residency.unload(ref(1).digest) is None
     world.residency.load(ref(1))
     assert world.residency.acquire(ref(1)).is_ready
 
@@ -259,3 +261,121 @@ def test_close_tells_those_who_wait_for_a_queued_load(world: World) -> None:
     assert isinstance(queued.error, Unavailable)
     for lease in (*busy, queued):
         lease.release()
+
+
+@pytest.fixture
+def tiered() -> Iterator[World]:
+    """Three places on the device, and five in host memory."""
+    made = World(host_adapters=5)
+    yield made
+    made.registry.gate.set()
+    made.residency.close()
+
+
+def test_what_leaves_the_device_comes_back_from_host_memory(tiered: World) -> None:
+    for number in (1, 2, 3, 4, 5):
+        tiered.residency.load(ref(number))
+    assert [r.version for r in tiered.residency.snapshot()] == [3, 4, 5]
+    lease = tiered.residency.acquire(ref(1))
+    wait_for(lambda: lease.is_ready)
+    assert tiered.values(lease) == {1.0}
+    assert [tiered.registry.calls.count(ref(n).digest) for n in (1, 2, 3, 4, 5)] == [1] * 5
+    stats = tiered.residency.host_stats()
+    assert (stats.num_adapters, stats.num_hits, stats.num_misses) == (3, 1, 5)
+
+
+def test_host_memory_keeps_to_its_budget_and_adds_to_the_device(tiered: World) -> None:
+    """Three on the device, five others in host memory: eight that never read the disk again."""
+    for number in range(1, 9):
+        tiered.residency.load(ref(number))
+    assert tiered.residency.host_stats().num_adapters == 5
+    for _ in range(2):
+        for number in range(1, 9):
+            tiered.residency.load(ref(number))
+    assert len(tiered.registry.calls) == 8
+    tiered.residency.load(ref(9))
+    stats = tiered.residency.host_stats()
+    assert stats.num_adapters == 5
+    assert stats.num_bytes <= 5 * 8 * 4 * GROUP.row_elements
+
+
+def test_unload_frees_host_memory_too(tiered: World) -> None:
+    tiered.residency.load(ref(1))
+    assert tiered.residency.demote(ref(1).digest)
+    assert tiered.pool.used_bytes == 0
+    assert tiered.residency.has_copy(ref(1).digest)
+    tiered.residency.unload(ref(1).digest)
+    assert tiered.residency.host_stats().num_bytes == 0
+    tiered.residency.load(ref(1))
+    assert len(tiered.registry.calls) == 2
+
+
+def test_what_is_used_while_it_is_copied_stays(
+    tiered: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody asks for the victim just then: it is a hit, and the copy is kept for later."""
+    tiered.residency.load(ref(1))
+    held: list[AdapterLease] = []
+
+    def copy_slowly(*arguments: Any) -> Any:
+        held.append(tiered.residency.acquire(ref(1)))
+        return copy_out(*arguments)
+
+    monkeypatch.setattr(module, "copy_out", copy_slowly)
+    assert not tiered.residency.demote(ref(1).digest)
+    assert tiered.values(held[0]) == {1.0}
+    assert tiered.residency.has_copy(ref(1).digest)
+    held[0].release()
+
+
+def test_what_is_unloaded_while_it_is_copied_is_gone(
+    tiered: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiered.residency.load(ref(1))
+
+    def copy_slowly(*arguments: Any) -> Any:
+        tiered.residency.unload(ref(1).digest)
+        return copy_out(*arguments)
+
+    monkeypatch.setattr(module, "copy_out", copy_slowly)
+    tiered.residency.demote(ref(1).digest)
+    assert tiered.residency.snapshot() == []
+    assert tiered.pool.used_bytes == 0
+    assert not tiered.residency.has_copy(ref(1).digest)
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_not_begun(world: World) -> None:
+    """Two workers are busy; of what waits behind them, the cancelled one never reads the disk."""
+    world.registry.gate.clear()
+    busy = [world.residency.acquire(ref(1)), world.residency.acquire(ref(2))]
+    wait_for(lambda: len(world.registry.calls) == 2)
+    world.residency.acquire(ref(3)).release()
+    wanted = world.residency.acquire(ref(4))
+    world.registry.gate.set()
+    wait_for(lambda: wanted.is_ready)
+    assert ref(3).digest not in world.registry.calls
+    assert ref(3).digest not in [r.digest for r in world.residency.snapshot()]
+    settled = world.residency.acquire(ref(3))
+    for lease in (*busy, wanted):
+        lease.release()
+    wait_for(lambda: settled.is_ready)
+
+
+def test_a_load_gives_up_waiting_for_memory_when_nobody_wants_it(world: World) -> None:
+    leases = [world.residency.acquire(ref(n)) for n in (1, 2, 3)]
+    wait_for(lambda: all(lease.is_ready for lease in leases))
+    fourth = world.residency.acquire(ref(4))
+    wait_for(lambda: ref(4).digest in world.registry.calls)
+    fourth.release()
+    wait_for(lambda: len(world.residency.snapshot()) == 3)
+    assert [world.values(lease) for lease in leases] == [{1.0}, {2.0}, {3.0}]
+
+
+def test_what_is_cheap_to_bring_back_goes_first(tiered: World) -> None:
+    """Of two used alike, the one with a copy in host memory leaves the device."""
+    for number in (1, 2, 3):
+        tiered.residency.load(ref(number))
+    tiered.residency.demote(ref(2).digest)
+    tiered.residency.load(ref(2))
+    tiered.residency.load(ref(4))
+    assert {r.version for r in tiered.residency.snapshot()} == {1, 3, 4}

@@ -74,14 +74,12 @@ def _rebuild(cls: type[LoraryError], text: str, found: dict[str, Any]) -> Lorary
     if issubclass(cls, InvalidRequest):
         violations = found["BadRequest"].field_violations if "BadRequest" in found else ()
         return cls(text, field=violations[0].field if violations else "")
-    if issubclass(cls, Overloaded | Unavailable) and "RetryInfo" in found:
-        delay_s = found["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
-        if issubclass(cls, QuotaExceeded):
-            failures = found["QuotaFailure"].violations if "QuotaFailure" in found else ()
-            subject = failures[0].subject if failures else ""
-            return cls(text, subject=subject, retry_after_s=delay_s)
-        return cls(text, retry_after_s=delay_s)
-    return cls(text)
+    error = cls(text)
+    if "RetryInfo" in found:
+        error.retry_after_s = found["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
+    if isinstance(error, QuotaExceeded) and "QuotaFailure" in found:
+        error.subject = next((v.subject for v in found["QuotaFailure"].violations), "")
+    return error
 
 
 def _details(metadata: Any) -> dict[str, Any]:

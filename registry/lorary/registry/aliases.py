@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
+from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact, StorageError
 from lorary.registry.durable import append_line, locked, storage_errors, sync_file
 from lorary.registry.requirements import Figure, parse_figures
 from lorary.registry.strict_json import parse_json
@@ -82,8 +83,11 @@ Admit = Callable[[AliasMove], AliasMove]
 class AliasLog:
     """The alias log in one file. Reading is cached while the file's status is unchanged. Thread-safe."""
 
+    __slots__ = ("_cache", "_file", "_lock", "_path")
+
     def __init__(self, file: Path, lock: Path) -> None:
         self._file = file
+        self._path = str(file)
         self._lock = lock
         self._cache: tuple[tuple[int, int, int], tuple[AliasMove, ...], dict[str, int]] | None = (
             None
@@ -122,14 +126,17 @@ class AliasLog:
             return move
 
     def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
+        # Outside of storage_errors, which takes as long as the look itself: servers do this in every call.
+        try:
+            stat = os.stat(self._path)
+        except FileNotFoundError:
+            return (), {}
+        except OSError as error:
+            raise StorageError(f"cannot read {self._file}: {error.strerror or error}") from error
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._cache is not None and self._cache[0] == stamp:
+            return self._cache[1], self._cache[2]
         with storage_errors(f"read {self._file}"):
-            try:
-                stat = self._file.stat()
-            except FileNotFoundError:
-                return (), {}
-            stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if self._cache is not None and self._cache[0] == stamp:
-                return self._cache[1], self._cache[2]
             raw = self._file.read_bytes()
         moves = parse_moves(raw, str(self._file))
         state = replay(moves)

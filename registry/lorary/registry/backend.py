@@ -162,7 +162,9 @@ class Store(Protocol):
         """Check every byte of a version where it is kept, and return its manifest."""
 
 
-def open_store(address: str | Path, *, create: bool = False, watch: bool = False) -> Store:
+def open_store(
+    address: str | Path, *, create: bool = False, watch: bool = False, cache_bytes: int = 0
+) -> Store:
     """Open the store that an address names.
 
     Args:
@@ -170,6 +172,7 @@ def open_store(address: str | Path, *, create: bool = False, watch: bool = False
         create: make a folder that does not exist yet.
         watch: answer questions about versions and aliases of a Hub from memory, which is renewed in
             the background every few seconds. A folder always answers for this moment.
+        cache_bytes: what is fetched from a Hub is kept within so many bytes; 0 sets no limit.
 
     Raises:
         ConfigError: an address of an unknown kind, or a folder that is something else.
@@ -179,7 +182,7 @@ def open_store(address: str | Path, *, create: bool = False, watch: bool = False
     if is_hub(address):
         from lorary.registry.hub import HubStore
 
-        return HubStore(str(address), watch=watch)
+        return HubStore(str(address), watch=watch, cache_bytes=cache_bytes)
     from lorary.registry.local import LocalStore
 
     return LocalStore(local_path(address), create=create)

@@ -146,32 +146,34 @@ def unused_name(folder: Path, kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(
+    path: Path, *, shared: bool = False, timeout_s: float = LOCK_TIMEOUT_S
+) -> Iterator[None]:
     """Hold a lock between processes, exclusive or shared; the system drops it when a process dies.
 
     Raises:
-        Conflict: another process holds it for longer than ``LOCK_TIMEOUT_S``.
+        Conflict: another process holds it for longer than ``timeout_s``.
         StorageError: the file system has no locks, or the file cannot be opened.
     """
     with storage_errors(f"lock {path}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with storage_errors(f"lock {path}"):
-            _wait_for_lock(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            _wait_for_lock(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, timeout_s)
         yield
     finally:
         os.close(descriptor)
 
 
-def _wait_for_lock(descriptor: int, path: Path, kind: int) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+def _wait_for_lock(descriptor: int, path: Path, kind: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise Conflict(
-                    f"another process has held {path} for {LOCK_TIMEOUT_S:g} s; find it, or retry"
+                    f"another process has held {path} for {timeout_s:g} s; find it, or retry"
                 ) from None
             time.sleep(_LOCK_POLL_S)
         else:

@@ -20,6 +20,7 @@ from lorary.registry.folder import MANIFEST_FILE
 from lorary.registry.fsck import Scan
 from lorary.registry.fsck_logs import Checked, check_marks, check_moves
 from lorary.registry.fsck_repair import Repairs
+from lorary.registry.gc import GC_LOCK
 from lorary.registry.local import LocalStore
 from lorary.registry.manifest import Manifest
 from lorary.registry.marks import parse_marks
@@ -305,6 +306,8 @@ class LocalCheck:
 
     def _check_left_overs(self) -> None:
         for path in _entries(self._store.root / "tmp"):
+            if path == self._store.root / GC_LOCK:
+                continue
             age_s = time.time() - _newest_change(path)
             if age_s >= self._grace_s:
                 act = partial(self._repairs.discard, path)

@@ -43,6 +43,7 @@ from lorary.registry.address import hub_owner
 from lorary.registry.aliases import Admit, AliasMove, Unset, compared
 from lorary.registry.audit import AuditEvent
 from lorary.registry.blobs import Progress, check_file
+from lorary.registry.cache_budget import CacheBudget, is_full
 from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES, README_FILE
 from lorary.registry.gc import GC_LOCK, Collector
@@ -81,17 +82,19 @@ class HubStore:
     Args:
         address: ``hf://owner`` or ``hf://owner/prefix``.
         watch: answer from memory, and renew it in the background every ``RENEW_S`` seconds.
+        cache_bytes: what was fetched is kept within so many bytes; 0 sets no limit.
 
     Raises:
         ConfigError: the address is written otherwise.
         StorageError: the folder for what is fetched cannot be made.
     """
 
-    def __init__(self, address: str, *, watch: bool = False) -> None:
+    def __init__(self, address: str, *, watch: bool = False, cache_bytes: int = 0) -> None:
         self._owner, self._prefix = hub_owner(address)
         self._client = HubClient()
         self._cache = VersionFolders(_cache_root())
         self._cache.create()
+        self._budget = CacheBudget(self._cache, cache_bytes)
         self._states: dict[str, tuple[float, HubState]] = {}
         self._known: frozenset[str] | None = None
         self._lock = threading.Lock()
@@ -159,14 +162,31 @@ class HubStore:
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, fetched if they are not here, whole and checked."""
-        if self._cache.has(pointer):
-            try:
-                return self._cache.fetch(pointer, progress)
-            except CorruptArtifact as error:
-                logger.warning("fetching %s@%d again: %s", name, pointer.version, error)
-                self._cache.drop(pointer)
-        self._download(name, pointer, progress or _nobody)
-        return self._cache.fetch(pointer)
+        if not self._cache.has(pointer):
+            self._budget.admit(self._size(name, pointer))
+        try:
+            folder = self._fetch(name, pointer, progress)
+        except StorageError as error:
+            # A full disk: what was not used for long makes way, once.
+            if not is_full(error) or not self._budget.free(self._size(name, pointer)):
+                raise
+            folder = self._fetch(name, pointer, progress)
+        self._budget.used(folder)
+        return folder
+
+    def _fetch(self, name: str, pointer: Pointer, progress: Progress | None) -> Path:
+        with self._budget.reading():
+            if self._cache.has(pointer):
+                try:
+                    return self._cache.fetch(pointer, progress)
+                except CorruptArtifact as error:
+                    logger.warning("fetching %s@%d again: %s", name, pointer.version, error)
+                    self._cache.drop(pointer)
+            self._download(name, pointer, progress or _nobody)
+            return self._cache.fetch(pointer)
+
+    def _size(self, name: str, pointer: Pointer) -> int:
+        return sum(entry.size for entry in self.manifest(name, pointer).files)
 
     def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, fetched if they are not here, not checked."""
@@ -443,7 +463,7 @@ class HubStore:
     def _keep(self, staged: Path, manifest: Manifest, pointer: Pointer) -> None:
         """Keep what was just pushed, so that this machine need not fetch it."""
         try:
-            with locked(self._cache.root / GC_LOCK, shared=True):
+            with locked(self._cache.root / GC_LOCK, shared=True), self._budget.reading():
                 for entry in manifest.files:
                     self._cache.blobs.put(staged / entry.path, entry.sha256)
                 self._cache.blobs.put(staged / MANIFEST_FILE, pointer.manifest_sha256)

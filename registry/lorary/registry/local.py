@@ -386,7 +386,8 @@ class LocalStore:
         if log is None:
             folder = self.folder(name)
             log = AliasLog(folder / "aliases.jsonl", folder / "lock")
-            log = self._aliases.setdefault(name, log)
+            if self._of(name).newest():  # else not kept, as in _remember
+                log = self._aliases.setdefault(name, log)
         return log
 
     def _marks_of(self, name: str) -> MarkLog:

@@ -14,6 +14,7 @@ text, which callers use for the bare base, is not a ref.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -68,8 +69,9 @@ class AdapterRef:
         return f"{self.name}@{self.alias or self.version or self.digest}"
 
 
+@functools.lru_cache(maxsize=8192)
 def parse_ref(text: str) -> AdapterRef:
-    """Parse what a person wrote.
+    """Parse what a person wrote; servers parse the same few refs in every call.
 
     Raises:
         InvalidRef: anything that is not exactly in the grammar of this module's table.

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -35,6 +36,11 @@ NUMPY_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype("<f4"),
+}
+_INFINITY: Final = {
+    NUMPY_DTYPES["F32"]: 0x7F800000,
+    NUMPY_DTYPES["F16"]: 0x7C00,
+    NUMPY_DTYPES["BF16"]: 0x7F80,
 }
 _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 _MAX_DIMS = 8
@@ -107,6 +113,25 @@ def read_tensor(path: Path, info: TensorInfo) -> Array:
         CorruptArtifact: the file is shorter than its header said when it was parsed.
         StorageError: the file cannot be read.
     """
+    return next(read_tensors(path, [info]))
+
+
+def read_tensors(path: Path, infos: Iterable[TensorInfo]) -> Iterator[Array]:
+    """Yield tensors in this order, opening the file once; one is in memory at a time.
+
+    Raises:
+        CorruptArtifact: as ``read_tensor``.
+        StorageError: likewise.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            for info in infos:
+                yield _read_tensor(file, path, info)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_tensor(file: FileIO, path: Path, info: TensorInfo) -> Array:
     dtype = NUMPY_DTYPES.get(info.dtype)
     if dtype is None:
         raise CorruptArtifact(
@@ -115,18 +140,14 @@ def read_tensor(path: Path, info: TensorInfo) -> Array:
         )
     array = np.empty(info.shape, dtype)
     flat = array.reshape(-1).view(np.uint8)
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            done = 0
-            view = memoryview(flat.data)
-            while done < info.num_bytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CorruptArtifact(f"{path.name} ends inside tensor {show(info.name)}")
-                done += count
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    file.seek(info.start)
+    done = 0
+    view = memoryview(flat.data)
+    while done < info.num_bytes:
+        count = file.readinto(view[done:])
+        if not count:
+            raise CorruptArtifact(f"{path.name} ends inside tensor {show(info.name)}")
+        done += count
     return array
 
 

@@ -55,19 +55,27 @@ class Registry:
         self._store = store
 
     @classmethod
-    def open(cls, address: str | Path, *, create: bool = False, watch: bool = False) -> Self:
+    def open(
+        cls,
+        address: str | Path,
+        *,
+        create: bool = False,
+        watch: bool = False,
+        cache_bytes: int = 0,
+    ) -> Self:
         """Open a registry.
 
         Args:
             address: ``file:///path``, a path, or ``hf://owner[/prefix]``.
             create: make a registry in a folder that does not exist yet.
             watch: for servers: a ref on a Hub is resolved in memory, seconds old at most.
+            cache_bytes: what is fetched from a Hub is kept within so many bytes; 0 sets no limit.
 
         Raises:
             ConfigError: an address of an unknown kind, or a folder that is something else.
             StorageError: the folder is missing, or cannot be read or created.
         """
-        return cls(open_store(address, create=create, watch=watch))
+        return cls(open_store(address, create=create, watch=watch, cache_bytes=cache_bytes))
 
     @property
     def url(self) -> str:
@@ -147,7 +155,7 @@ class Registry:
         return self._info(name, pointer)
 
     def resolve(self, ref: str | AdapterRef) -> Resolved:
-        """Return what a ref means just now; two or three ``stat`` calls once an adapter is known.
+        """Return what a ref means just now; one or two ``stat`` calls once an adapter is known.
 
         Raises:
             InvalidRef: the text is not a ref, or a digest prefix fits several versions.
@@ -155,24 +163,26 @@ class Registry:
         """
         if isinstance(ref, str):
             ref = parse_ref(ref)
-        newest = self._known(ref.name)
         marks = self._store.marks(ref.name)
         if ref.digest is not None:
+            self._known(ref.name)
             return self._resolve_digest(ref.name, ref.digest, marks)
-        version = ref.version
-        if ref.alias == LATEST:
-            version = _latest(ref.name, newest, marks)
-        elif ref.alias is not None:
-            version = self._store.alias_state(ref.name).get(ref.alias)
-            if version is None:
+        if ref.alias is None or ref.alias == LATEST:
+            newest = self._known(ref.name)
+            version = ref.version or _latest(ref.name, newest, marks)
+        else:
+            # The commonest: the log's status alone tells that nothing has changed, or is gone.
+            version = self._store.alias_state(ref.name).get(ref.alias, 0)
+            if not version:
                 raise AdapterNotFound(
                     f"adapter '{ref.name}' has no alias '{ref.alias}'; it has "
                     f"{', '.join(sorted(self.aliases(ref.name)))}"
                 )
-        pointer = self._store.pointer(ref.name, version or 0)
+        pointer = self._store.pointer(ref.name, version)
         if pointer is None:
             raise AdapterNotFound(
-                f"adapter '{ref.name}' has no version {version}; it has 1 to {newest}"
+                f"adapter '{ref.name}' has no version {version}; it has 1 to "
+                f"{self._known(ref.name)}"
             )
         marks.check_there(ref.name, pointer.version)
         return Resolved(

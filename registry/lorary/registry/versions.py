@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lorary.errors import CorruptArtifact
+from lorary.errors import CorruptArtifact, StorageError
 from lorary.registry.durable import link_new, storage_errors
 from lorary.registry.strict_json import parse_json
 
@@ -58,24 +58,24 @@ class Pointer:
 class Versions:
     """The versions in one folder. Reads are remembered: a version never changes. Thread-safe."""
 
+    __slots__ = ("_folder", "_newest", "_pointers")
+
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        # A text: a path object is larger than all the rest, and slower to look up.
+        self._folder = str(folder)
         self._pointers: dict[int, Pointer] = {}
         self._newest = 0
 
     def newest(self) -> int:
         """Return the newest version's number, 0 if there is none. One ``stat`` when nothing is new."""
         newest = self._newest
-        with storage_errors(f"look into {self._folder}"):
-            if newest and not self._file(newest).exists():
-                newest = 0  # somebody deleted files; count again
-            if not newest and self._folder.is_dir():
-                names = set(os.listdir(self._folder))
-                while f"{newest + 1}.json" in names:
-                    newest += 1
-            elif newest:
-                while self._file(newest + 1).exists():
-                    newest += 1
+        if newest and not self._has(newest):
+            newest = 0  # somebody deleted files; count again
+        if newest:
+            while self._has(newest + 1):
+                newest += 1
+        else:
+            newest = self._count()
         self._newest = newest
         return newest
 
@@ -105,16 +105,40 @@ class Versions:
     def take(self, pointer: Pointer, staged: Path) -> bool:
         """Make ``staged``, which holds ``pointer.to_json()``, the version's file if it has none yet."""
         with storage_errors(f"create version {pointer.version} in {self._folder}"):
-            return link_new(staged, self._file(pointer.version))
+            return link_new(staged, Path(self._file(pointer.version)))
 
-    def _file(self, version: int) -> Path:
-        return self._folder / f"{version}.json"
+    def _count(self) -> int:
+        """Return the newest number below which none is missing; one look at the folder."""
+        with storage_errors(f"look into {self._folder}"):
+            try:
+                names = set(os.listdir(self._folder))
+            except FileNotFoundError:
+                return 0
+        newest = 0
+        while f"{newest + 1}.json" in names:
+            newest += 1
+        return newest
+
+    def _has(self, version: int) -> bool:
+        # Without storage_errors, which takes as long as the look: servers do this in every call.
+        try:
+            os.stat(self._file(version))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise StorageError(
+                f"cannot look into {self._folder}: {error.strerror or error}"
+            ) from error
+        return True
+
+    def _file(self, version: int) -> str:
+        return f"{self._folder}/{version}.json"
 
     def _read(self, version: int) -> Pointer:
         file = self._file(version)
         with storage_errors(f"read {file}"):
-            raw = parse_json(file.read_bytes(), str(file))
-        return parse_pointer(raw, version, str(file))
+            raw = parse_json(Path(file).read_bytes(), file)
+        return parse_pointer(raw, version, file)
 
 
 def newest_file(folder: Path) -> int:

@@ -31,7 +31,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     if meta["is_size"]:
         # Sizes are texts on the command line; the parser turns them into bytes.
         kwargs |= {"parser": _size, "metavar": "SIZE"}
-        default = format_size(default)
+        default = None if default is None else format_size(default)
     elif meta["choices"]:
         kwargs["metavar"] = "|".join(meta["choices"])
         hint = str

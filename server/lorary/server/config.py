@@ -148,6 +148,35 @@ class ServerConfig:
     adapter_memory: int = _option(
         GIB, "Device memory for adapters, such as 2GiB.", low=2**20, high=2**44, is_size=True
     )
+    host_adapter_memory: int | None = _option(
+        None,
+        "Host memory for copies of adapters that have left the device, such as 8GiB; 0 keeps none. "
+        "By default 4GiB on CUDA, and none on a CPU, where --adapter-memory does more.",
+        low=0,
+        high=2**44,
+        is_size=True,
+    )
+    failed_load_ttl: float = _option(
+        5.0,
+        "Seconds for which an adapter that could not be loaded is refused without trying again.",
+        low=0.0,
+        high=86_400.0,
+    )
+    disk_cache: int = _option(
+        0,
+        "Bytes of versions fetched from a Hub that are kept on disk, such as 50GiB; 0 sets no limit.",
+        low=0,
+        high=2**50,
+        is_size=True,
+    )
+    state_dir: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
+        None,
+        "Folder in which to remember which adapters are loaded; the next start loads them again, "
+        "hottest first, in the background.",
+    )
+    warm_before_ready: bool = _option(
+        False, "Be ready only when the adapters that --state-dir remembers are loaded."
+    )
     adapter_dtype: Literal["auto", "bfloat16", "int8", "fp8"] = _option(
         "auto",
         "Type that adapters are kept in; auto is that of dtype. 8 bits hold twice as many (fp8: GPUs only).",
@@ -256,6 +285,11 @@ class ServerConfig:
                 f"--quantize {self.quantize} and --quantize-plan '{self.quantize_plan}' were both "
                 "given; the plan has a default of its own. Leave --quantize out."
             )
+        if self.warm_before_ready and self.state_dir is None:
+            raise ConfigError(
+                "--warm-before-ready was given without --state-dir, so there is nothing to wait for. "
+                "Give a folder, or leave it out."
+            )
         if self.ready_file is not None and not self.ready_file.absolute().parent.is_dir():
             raise ConfigError(
                 f"the folder of --ready-file '{self.ready_file}' does not exist; create it first."
@@ -335,8 +369,10 @@ def _check(name: str, value: Any, meta: Any) -> None:
     """Check one value against its field's metadata."""
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{flag(name)} is '{value}'; it is one of {', '.join(meta['choices'])}.")
-    if meta["low"] is not None and not (
-        math.isfinite(value) and meta["low"] <= value <= meta["high"]
+    if (
+        meta["low"] is not None
+        and value is not None
+        and not (math.isfinite(value) and meta["low"] <= value <= meta["high"])
     ):
         shown = format_size if meta["is_size"] else _plain
         raise ConfigError(

@@ -157,6 +157,30 @@ class ResidentLike(Protocol):
         ...
 
 
+class HostStatsLike(Protocol):
+    """What host memory holds of adapters, and how often it helped."""
+
+    @property
+    def num_adapters(self) -> int:
+        """Copies that are kept."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes they take."""
+        ...
+
+    @property
+    def num_hits(self) -> int:
+        """Loads that found a copy."""
+        ...
+
+    @property
+    def num_misses(self) -> int:
+        """Loads that did not."""
+        ...
+
+
 class ResidencyLike(Protocol):
     """Which adapters are on the device."""
 
@@ -203,6 +227,10 @@ class ResidencyLike(Protocol):
 
     def snapshot(self) -> Sequence[ResidentLike]:
         """Return what is resident, loading or unloading; callable from any thread."""
+        ...
+
+    def host_stats(self) -> HostStatsLike:
+        """Return what host memory holds; callable from any thread."""
         ...
 
 

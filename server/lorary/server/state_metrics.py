@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,19 @@ class StateCollector:
         )
         num_bytes = sum(r.device_bytes for r in residents)
         yield _gauge("lorary_adapter_bytes", "Device bytes that adapters take.", num_bytes)
+        host = self._residency.host_stats()
+        yield _gauge(
+            "lorary_host_adapters", "Copies of adapters in host memory.", host.num_adapters
+        )
+        yield _gauge("lorary_host_adapter_bytes", "Bytes that these copies take.", host.num_bytes)
+        lookups = CounterMetricFamily(
+            "lorary_host_adapter_lookups",
+            "Loads that looked for a copy in host memory.",
+            labels=["result"],
+        )
+        lookups.add_metric(["hit"], host.num_hits)
+        lookups.add_metric(["miss"], host.num_misses)
+        yield lookups
         info = GaugeMetricFamily(
             "lorary_adapter_info",
             "1 for every version on the device, at most as many as have series of their own.",

@@ -7,9 +7,9 @@ Every status carries ``ErrorInfo(reason, domain)``, where the reason is the clas
 ``InvalidRequest``, ``InvalidRef``    ``BadRequest`` with the field's path
 ``NotFound`` and below                ``ResourceInfo``
 ``IncompatibleAdapter``               ``PreconditionFailure``
-``Overloaded``, ``Unavailable``       ``RetryInfo``
+``Overloaded``, ``Unavailable``       ``RetryInfo``; so has what a load failed with a moment ago
 ``QuotaExceeded``                     ``RetryInfo`` and ``QuotaFailure``
-``PRIVATE``, and what is not ours     ``RequestInfo`` with an opaque id, and nothing else
+``PRIVATE``, and what is not ours     ``RequestInfo`` with an opaque id, and nothing of the cause
 ====================================  ==========================================================
 
 Messages quote what the caller sent. What they might say of the server's own folders is cut out.
@@ -35,11 +35,9 @@ from lorary.errors import (
     LoraryError,
     MissingDependency,
     NotFound,
-    Overloaded,
     QuotaExceeded,
     StorageError,
     TrainingFailed,
-    Unavailable,
     outcome,
     reason,
 )
@@ -67,13 +65,14 @@ def to_status(error: LoraryError) -> status_pb2.Status:
     if not isinstance(error, InvalidRequest | InvalidRef):
         message = _FOLDERS.sub("…/", message)
     message = clip(message)
-    details = [_error_info(error), *_details(error, message)]
+    details = [_error_info(error), *_details(error, message), *_retry_info(error)]
     return _status(code_of(error), message, details)
 
 
 def private_status(error: BaseException, error_id: str) -> status_pb2.Status:
     """Return a status that says nothing but an id to look for in the server's log."""
-    details = [_error_info(error), error_details_pb2.RequestInfo(request_id=error_id)]
+    request = error_details_pb2.RequestInfo(request_id=error_id)
+    details = [_error_info(error), request, *_retry_info(error)]
     return _status(
         code_of(error), f"internal error {error_id}; the server's log holds the cause.", details
     )
@@ -132,17 +131,22 @@ def _details(error: LoraryError, message: str) -> list[Message]:
             type=reason(type(error)), subject="adapter", description=message
         )
         return [error_details_pb2.PreconditionFailure(violations=[unmet])]
-    if isinstance(error, Overloaded | Unavailable):
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
-        details: list[Message] = [error_details_pb2.RetryInfo(retry_delay=delay)]
-        if isinstance(error, QuotaExceeded):
-            violation = error_details_pb2.QuotaFailure.Violation(
-                subject=error.subject, description=message
-            )
-            details.append(error_details_pb2.QuotaFailure(violations=[violation]))
-        return details
+    if isinstance(error, QuotaExceeded):
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject=error.subject, description=message
+        )
+        return [error_details_pb2.QuotaFailure(violations=[violation])]
     return []
+
+
+def _retry_info(error: BaseException) -> list[Message]:
+    """Return when a retry may succeed, where the error knows."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if not isinstance(error, LoraryError) or retry_after_s is None:
+        return []
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(retry_after_s * 1e9))
+    return [error_details_pb2.RetryInfo(retry_delay=delay)]
 
 
 def clip(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:

@@ -38,6 +38,7 @@ class _Composition:
             compositions add their rows up in the same order.
         asked: leases of the last time that not all parts were there, given back already; they tell what
             has arrived and what has failed.
+        coming: leases of parts that are on their way, so that their loads are wanted.
         num_leases: leases not released.
         num_complete: those of them that hold all parts.
         entry: the place of all parts together, made when a step first needs it and kept while anybody
@@ -48,6 +49,7 @@ class _Composition:
     digest: str
     parts: tuple[tuple[Any, float], ...]
     asked: list[Lease] = field(default_factory=list)
+    coming: list[Lease] = field(default_factory=list)
     num_leases: int = 0
     num_complete: int = 0
     entry: PoolEntry | None = None
@@ -144,6 +146,8 @@ class Compositions:
             if not composition.num_leases:
                 del self._by_digest[composition.digest]
                 self._gathering.pop(composition, None)
+                held = (*held, *composition.coming)
+                composition.coming = []
         for part in held:
             part.release()
 
@@ -156,9 +160,17 @@ class Compositions:
                 asked.append(self._residency.acquire(resolved))
             is_complete = all(part.is_ready for part in asked)
         finally:
+            before, composition.coming = composition.coming, []
             if not is_complete:
                 for part in asked:
-                    part.release()
+                    # What has arrived must not keep its memory from others while the rest is coming; a
+                    # load that nobody holds would be given up.
+                    if part.is_ready or part.error is not None:
+                        part.release()
+                    else:
+                        composition.coming.append(part)
+            for part in before:
+                part.release()
         composition.asked = asked
         return tuple(asked) if is_complete else None
 

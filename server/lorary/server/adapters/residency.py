@@ -3,12 +3,13 @@
 States of a digest::
 
     (absent) → LOADING → RESIDENT → (absent)      eviction, or unload when nobody holds it
-                  └→ FAILED → (absent)            after a while; until then asked-for again fails fast
+                  └→ FAILED                       forgotten, but for the error (``failures``)
     RESIDENT → UNLOADING → (absent)               unload while held; a new holder brings it back
 
 Loads run on a few worker threads and are shared by everybody who asks for the same digest; nobody
-who has what it needs ever waits for one. A version that is held (``num_holders`` > 0) or pinned is
-never evicted; the others go least recently used first.
+who has what it needs ever waits for one. A load takes the copy in host memory (``host_tier``) where there
+is one, else the registry's files; an eviction leaves such a copy. A version that is held (``num_holders``
+> 0) or pinned is never evicted; among the others ``eviction`` chooses.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lorary.errors import IncompatibleAdapter, LoraryError, StorageError, Unavailable
+from lorary.errors import Cancelled, IncompatibleAdapter, LoraryError, StorageError, Unavailable
+from lorary.server.adapters.eviction import Eviction
+from lorary.server.adapters.failures import RecentFailures
+from lorary.server.adapters.host_copy import copy_bytes, copy_in, copy_out
+from lorary.server.adapters.host_tier import HostTier
+from lorary.server.adapters.leases import AdapterLease, BaseLease
+from lorary.server.adapters.load_times import LoadTimes
+from lorary.server.adapters.resident import HotAdapter, Resident, ResidentAdapter, State
+from lorary.server.adapters.transfer import Transfers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,17 +36,21 @@ if TYPE_CHECKING:
     import torch
 
     from lorary.registry import Resolved
+    from lorary.server.adapters.host_tier import HostStats
+    from lorary.server.adapters.load_times import Source
     from lorary.server.adapters.pool import AdapterPool
-    from lorary.server.adapters.segments import PoolEntry
     from lorary.server.adapters.verification import Verdict, Verifier
 
+__all__ = [
+    "AdapterLease",
+    "BaseLease",
+    "Residency",
+    "ResidencyObserver",
+    "ResidentAdapter",
+    "State",
+]
+
 logger = logging.getLogger(__name__)
-
-State = Literal["loading", "resident", "unloading", "failed"]
-
-# How long a failed load is remembered, so that a broken version asked for in a loop does not keep
-# the disk and a worker busy.
-FAILURE_MEMORY_S = 5.0
 
 
 class ResidencyObserver(Protocol):
@@ -53,100 +65,6 @@ class ResidencyObserver(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Resident:
-    """One digest's record; every field is guarded by the residency's lock."""
-
-    resolved: Resolved
-    state: State = "loading"
-    pages: tuple[int, ...] = ()
-    entry: PoolEntry | None = None
-    rank: int = 0
-    pinned: bool = False
-    num_holders: int = 0
-    last_used_s: float = 0.0
-    ready_ns: int = 0
-    failed_at_s: float = 0.0
-    error: LoraryError | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidentAdapter:
-    """A version's state, for people."""
-
-    name: str
-    version: int
-    digest: str
-    state: State
-    pinned: bool
-    rank: int
-    device_bytes: int
-    num_holders: int
-    storage_error: float = 0.0
-    """Largest relative error of a module's B·A that keeping it in fewer bits has brought."""
-
-
-class BaseLease:
-    """The lease of a request without an adapter: always ready, holds nothing."""
-
-    digest = ""
-    is_ready = True
-    error: LoraryError | None = None
-    entry: PoolEntry | None = None
-    load_ns = 0
-
-    def release(self) -> None:
-        """Do nothing."""
-
-
-class AdapterLease:
-    """A hold on one resident version."""
-
-    def __init__(self, residency: Residency, resident: _Resident) -> None:
-        self._residency = residency
-        self._resident = resident
-        self._acquired_ns = time.monotonic_ns()
-        self._was_ready = resident.entry is not None
-        self._released = False
-
-    @property
-    def digest(self) -> str:
-        """The version's digest."""
-        return self._resident.resolved.digest
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the version is on the device."""
-        return self._resident.entry is not None
-
-    @property
-    def error(self) -> LoraryError | None:
-        """Why the load failed, if it did."""
-        return self._resident.error
-
-    @property
-    def entry(self) -> PoolEntry | None:
-        """Its place in the pool once ready."""
-        return self._resident.entry
-
-    @property
-    def load_ns(self) -> int:
-        """Nanoseconds this holder waited for the load."""
-        if self._was_ready or not self._resident.ready_ns:
-            return 0
-        return max(0, self._resident.ready_ns - self._acquired_ns)
-
-    def release(self) -> None:
-        """Give the hold back; a second call does nothing."""
-        self._residency.release(self, self._resident)
-
-    def mark_released(self) -> bool:
-        """Return whether this is the first release; called under the residency's lock."""
-        first, self._released = not self._released, True
-        return first
-
-
 class Residency:
     """Adapters on the device, by digest, within the pool's bytes.
 
@@ -157,6 +75,8 @@ class Residency:
         observer: told of loads and evictions.
         num_workers: loads that may be under way at once.
         verifier: replays golden probes of what was loaded; None does not.
+        host_memory_bytes: for copies in host memory; 0 keeps none.
+        failed_load_ttl_s: how long a load that failed is not tried again.
     """
 
     def __init__(
@@ -168,6 +88,8 @@ class Residency:
         observer: ResidencyObserver | None = None,
         num_workers: int = 2,
         verifier: Verifier | None = None,
+        host_memory_bytes: int = 0,
+        failed_load_ttl_s: float = 5.0,
     ) -> None:
         self._verifier = verifier
         self._pool = pool
@@ -176,8 +98,19 @@ class Residency:
         self._observer = observer
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        self._residents: dict[str, _Resident] = {}
-        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="adapter-load")
+        self._residents: dict[str, Resident] = {}
+        self._failures = RecentFailures(failed_load_ttl_s)
+        self._eviction = Eviction()
+        self._times = LoadTimes()
+        self._host = HostTier(
+            host_memory_bytes, self._times, on_device=self._residents.__contains__
+        )
+        self._transfers = Transfers(pool.device)
+        self._workers = ThreadPoolExecutor(
+            num_workers,
+            thread_name_prefix="adapter-load",
+            initializer=self._transfers.prepare_thread,
+        )
         self._closed = False
 
     # -- callers ------------------------------------------------------------------------------
@@ -191,9 +124,9 @@ class Residency:
         """
         with self._lock:
             resident = self._find_or_start(resolved)
+            resident.may_evict = True
             resident.num_holders += 1
-            resident.last_used_s = time.monotonic()
-            return AdapterLease(self, resident)
+            return AdapterLease(resident, self.release)
 
     def check_fits(self, ranks: Mapping[str, int]) -> None:
         """Check that versions can be on the device together; ``ranks`` by digest.
@@ -227,12 +160,19 @@ class Residency:
         """
         with self._lock:
             resident = self._find_or_start(resolved)
+            resident.may_evict = True
             resident.pinned = resident.pinned or pin
-        if not resident.done.wait(timeout_s):
-            raise Unavailable(
-                f"'{resolved.name}@{resolved.version}' is still loading after {timeout_s} s; "
-                "the load goes on"
-            )
+            resident.num_waiters += 1
+        try:
+            if not resident.done.wait(timeout_s):
+                raise Unavailable(
+                    f"'{resolved.name}@{resolved.version}' is still loading after {timeout_s} s; "
+                    "the load goes on"
+                )
+        finally:
+            with self._lock:
+                # Who has waited in vain still wants it: the load goes on.
+                resident.num_waiters -= resident.done.is_set()
         if resident.error is not None:
             raise resident.error
         with self._lock:
@@ -243,9 +183,7 @@ class Residency:
         if self._verifier is not None:
             self._verifier.forget(digest)
         with self._lock:
-            resident = self._residents.get(digest)
-            if resident is not None and resident.state == "failed":
-                del self._residents[digest]
+            self._failures.forget(digest)
 
     def verdict(self, digest: str) -> Verdict | None:
         """Return what came of a version's golden probes; None when they have not run."""
@@ -256,38 +194,96 @@ class Residency:
         return () if self._verifier is None else self._verifier.quarantine.digests()
 
     def unload(self, digest: str) -> ResidentAdapter | None:
-        """Free a version when its last holder ends; None when it is not here."""
+        """Free a version when its last holder ends; None when it is not here.
+
+        Its copy in host memory goes, too, and so does what is remembered of a load that failed.
+        """
+        self._host.drop(digest)
         with self._lock:
+            self._failures.forget(digest)
             resident = self._residents.get(digest)
-            if resident is None or resident.state == "failed":
+            if resident is None:
                 return None
             resident.pinned = False
             if resident.entry is None:
                 # A load under way is let to its end: somebody asked for it, and it can be evicted.
                 return self._describe(resident)
-            if resident.num_holders == 0:
+            if resident.is_free:
                 self._remove(resident, "unload")
                 return None
             resident.state = "unloading"
             return self._describe(resident)
 
-    def release(self, lease: AdapterLease, resident: _Resident) -> None:
+    def demote(self, digest: str) -> bool:
+        """Evict a version now, leaving its copy in host memory; False when it is held, pinned or absent."""
+        with self._lock:
+            resident = self._residents.get(digest)
+            if resident is None or resident.pinned or not resident.is_free:
+                return False
+            resident.is_copying = True
+        return self._leave(resident)
+
+    def release(self, lease: AdapterLease, resident: Resident) -> None:
         """Give back one hold (through ``AdapterLease.release``)."""
         with self._lock:
             if not lease.mark_released():
                 return
             resident.num_holders -= 1
             resident.last_used_s = time.monotonic()
-            if resident.num_holders == 0:
-                if resident.state == "unloading":
-                    self._remove(resident, "unload")
-                self._freed.notify_all()
+            self._settle(resident)
 
     def snapshot(self) -> list[ResidentAdapter]:
         """Return every version that is here, coming or going, by name and version."""
         with self._lock:
-            found = [self._describe(r) for r in self._residents.values() if r.state != "failed"]
+            found = [self._describe(r) for r in self._residents.values()]
         return sorted(found, key=lambda r: (r.name, r.version))
+
+    def warm(self, hot: HotAdapter) -> bool:
+        """Load a version that nobody has asked for yet; blocks. False when no memory is free for it.
+
+        It is pinned and counts as used as it was.
+
+        Raises:
+            LoraryError: why it could not be loaded.
+        """
+        digest = hot.resolved.digest
+        with self._lock:
+            is_new = digest not in self._residents
+            resident = self._find_or_start(hot.resolved)
+            resident.may_evict = resident.may_evict and not is_new
+            self._eviction.use(digest, max(0, hot.uses - 1))
+            resident.num_waiters += 1
+        resident.done.wait()
+        with self._lock:
+            resident.num_waiters -= 1
+            if isinstance(resident.error, Cancelled):
+                return False
+            if resident.error is not None:
+                raise resident.error
+            resident.pinned = resident.pinned or hot.pinned
+            return True
+
+    def hottest_first(self) -> list[HotAdapter]:
+        """Return who is on the device, the worthiest to keep first."""
+        with self._lock:
+            here = [d for d, r in self._residents.items() if r.entry is not None]
+            ranked = self._eviction.hottest_first(here, self._density)
+            return [
+                HotAdapter(
+                    resolved=self._residents[d].resolved,
+                    pinned=self._residents[d].pinned,
+                    uses=self._eviction.uses(d),
+                )
+                for d in ranked
+            ]
+
+    def has_copy(self, digest: str) -> bool:
+        """Whether host memory has a copy."""
+        return digest in self._host
+
+    def host_stats(self) -> HostStats:
+        """Return what host memory holds, and how often it helped."""
+        return self._host.stats()
 
     def close(self) -> None:
         """Let running loads end and start no others."""
@@ -307,25 +303,26 @@ class Residency:
 
     # -- under the lock -----------------------------------------------------------------------
 
-    def _find_or_start(self, resolved: Resolved) -> _Resident:
+    def _find_or_start(self, resolved: Resolved) -> Resident:
         if self._closed:
             raise Unavailable("the server is shutting down; try another replica")
+        digest = resolved.digest
         if self._verifier is not None:
-            self._verifier.quarantine.check(resolved.digest)
-        resident = self._residents.get(resolved.digest)
-        if resident is not None and resident.state == "failed":
-            if time.monotonic() - resident.failed_at_s < FAILURE_MEMORY_S:
-                assert resident.error is not None
-                raise resident.error
-            resident = None
+            self._verifier.quarantine.check(digest)
+        resident = self._residents.get(digest)
         if resident is None:
-            resident = self._residents[resolved.digest] = _Resident(resolved)
+            error = self._failures.recall(digest)
+            if error is not None:
+                raise error
+            resident = self._residents[digest] = Resident(resolved)
             self._workers.submit(self._load_worker, resident)
         elif resident.state == "unloading":
             resident.state = "resident"
+        self._eviction.use(digest)
+        resident.last_used_s = time.monotonic()
         return resident
 
-    def _describe(self, resident: _Resident) -> ResidentAdapter:
+    def _describe(self, resident: Resident) -> ResidentAdapter:
         return ResidentAdapter(
             name=resident.resolved.name,
             version=resident.resolved.version,
@@ -338,30 +335,64 @@ class Residency:
             storage_error=0.0 if resident.entry is None else resident.entry.error,
         )
 
-    def _remove(self, resident: _Resident, cause: str) -> None:
+    def _settle(self, resident: Resident) -> None:
+        """Look again at one that somebody has let go of."""
+        if resident.state == "unloading" and resident.is_free:
+            self._remove(resident, "unload")
+        self._freed.notify_all()
+
+    def _remove(self, resident: Resident, cause: str) -> None:
         """Free a version's pages; nobody holds it."""
-        assert resident.num_holders == 0, "evicted while held"
-        del self._residents[resident.resolved.digest]
+        assert resident.is_free, "evicted while held"
+        digest = resident.resolved.digest
+        del self._residents[digest]
+        self._eviction.forget(digest)
         self._pool.free(resident.pages)
         resident.entry = None
         self._freed.notify_all()
         if self._observer is not None:
             self._observer.on_evict(cause)
 
-    def _evict_one(self) -> bool:
-        """Free the least recently used version that nobody holds or pinned."""
-        idle = [
-            r
-            for r in self._residents.values()
-            if r.entry is not None and not r.pinned and r.num_holders == 0
-        ]
-        if not idle:
-            return False
-        self._remove(min(idle, key=lambda r: r.last_used_s), "memory")
-        return True
+    def _forget(self, resident: Resident, error: LoraryError) -> None:
+        """End a load that came to nothing."""
+        digest = resident.resolved.digest
+        resident.state, resident.error = "failed", error
+        del self._residents[digest]
+        self._eviction.forget(digest)
 
-    def _allocate(self, rank: int) -> tuple[int, ...]:
-        """Take pages, evicting what is idle, waiting for what is held."""
+    def _density(self, digest: str) -> float:
+        """Seconds per byte that bringing a resident back would take."""
+        num_bytes = len(self._residents[digest].pages) * self._pool.page_bytes
+        source: Source = "host" if digest in self._host else "registry"
+        return self._times.seconds(source, num_bytes) / num_bytes
+
+    def _victim(self) -> Resident | None:
+        """Return the least worthy version that nobody holds or pinned."""
+        idle = [d for d, r in self._residents.items() if r.is_free and not r.pinned]
+        victim = self._eviction.victim(idle, self._density)
+        return None if victim is None else self._residents[victim]
+
+    def _evict(self, victim: Resident) -> None:
+        """Free one that made room for another."""
+        digest = victim.resolved.digest
+        self._eviction.evicted(digest, self._density(digest))
+        self._remove(victim, "memory")
+
+    def _needs_copy(self, resident: Resident) -> bool:
+        if not self._host.is_on or resident.resolved.digest in self._host:
+            return False
+        return self._host.has_room_for(copy_bytes(self._pool, resident.rank))
+
+    # -- worker threads -----------------------------------------------------------------------
+
+    def _allocate(self, resident: Resident, rank: int) -> tuple[int, ...]:
+        """Take pages, evicting what is idle, waiting for what is held.
+
+        Raises:
+            IncompatibleAdapter: it is larger than all that is not pinned.
+            Cancelled: nobody wants it any more, or not so much that others should go.
+            Unavailable: the server is going down.
+        """
         needed = self._pool.pages_for(rank)
         with self._lock:
             pinned = sum(len(r.pages) for r in self._residents.values() if r.pinned)
@@ -372,23 +403,75 @@ class Residency:
                     f"{pinned * self._pool.page_bytes} are pinned. Raise --adapter-memory, or "
                     "unload a pinned adapter."
                 )
-            while True:
+        while True:
+            with self._lock:
                 pages = self._pool.try_allocate(rank)
                 if pages is not None:
                     return pages
                 if self._closed:
                     raise Unavailable("the server is shutting down; try another replica")
-                if not self._evict_one():
+                if not resident.may_evict:
+                    error = Cancelled(f"no memory is free for '{resident.resolved.name}'")
+                    self._forget(resident, error)
+                    raise error
+                victim = self._victim()
+                if victim is None:
+                    self._check_wanted(resident)
                     self._freed.wait(1.0)
+                    continue
+                if not self._needs_copy(victim):
+                    self._evict(victim)
+                    continue
+                victim.is_copying = True
+            self._leave(victim)
 
-    # -- worker threads -----------------------------------------------------------------------
+    def _leave(self, victim: Resident) -> bool:
+        """Copy one whose ``is_copying`` was just set to host memory, then evict it; not under the lock.
 
-    def _load_worker(self, resident: _Resident) -> None:
+        Meanwhile it may be used; False when somebody does and it stays.
+        """
+        digest, entry = victim.resolved.digest, victim.entry
+        assert entry is not None, "freed while it is copied"
+        if self._needs_copy(victim):
+            try:
+                with self._transfers.side():
+                    self._host.put(digest, copy_out(self._pool, entry))
+            except (RuntimeError, MemoryError) as error:
+                # It can be read again from its files; only coming back will take longer.
+                logger.warning("no copy of '%s' in host memory: %s", victim.resolved.name, error)
+        with self._lock:
+            victim.is_copying = False
+            if victim.state == "unloading":
+                self._host.drop(digest)
+            elif victim.is_free and not victim.pinned:
+                self._evict(victim)
+                return True
+            self._settle(victim)
+            return False
+
+    def _check_wanted(self, resident: Resident) -> None:
+        """Raise unless somebody wants a load that has not ended; under the lock.
+
+        Raises:
+            Cancelled: nobody does.
+        """
+        if not resident.is_wanted:
+            # Under the lock, so that whoever asks from now on starts a load of its own.
+            error = Cancelled(f"nobody waits for '{resident.resolved.name}' any more")
+            self._forget(resident, error)
+            raise error
+
+    def _load_worker(self, resident: Resident) -> None:
         started = time.monotonic()
         name = resident.resolved.name
         error: LoraryError | None = None
         try:
+            with self._lock:
+                self._check_wanted(resident)
             self._bring(resident)
+        except Cancelled:
+            resident.done.set()
+            return
         except LoraryError as raised:
             error = raised
         except Exception as raised:
@@ -398,13 +481,13 @@ class Residency:
                 f"'{name}@{resident.resolved.version}' could not be loaded "
                 f"({type(raised).__name__}); the server's log has the details"
             )
-        if error is not None and self._verifier is not None:
-            self._verifier.on_load_error(resident.resolved, error)
-        with self._lock:
-            if error is not None:
-                resident.state, resident.error = "failed", error
-                resident.failed_at_s = time.monotonic()
-                self._forget_old_failures()
+        if error is not None:
+            if self._verifier is not None:
+                self._verifier.on_load_error(resident.resolved, error)
+            with self._lock:
+                self._forget(resident, error)
+                if not self._closed:
+                    self._failures.note(resident.resolved.digest, error)
         resident.done.set()
         if self._observer is not None:
             self._observer.on_load(name, time.monotonic() - started, error)
@@ -412,17 +495,34 @@ class Residency:
         if error is None and self._verifier is not None:
             self._verifier.after_load(resident.resolved, self.acquire)
 
-    def _bring(self, resident: _Resident) -> None:
-        rank, tensors = self._load(resident.resolved)
-        pages = self._allocate(rank)
+    def _bring(self, resident: Resident) -> None:
+        """Put a version on the device: from host memory where a copy is there, else from its files."""
+        digest = resident.resolved.digest
+        copy = self._host.get(digest) if self._host.is_on else None
+        started = time.monotonic()
+        if copy is None:
+            source: Source = "registry"
+            rank, tensors = self._load(resident.resolved)
+        else:
+            source, rank, tensors = "host", copy.rank, {}
+        seconds = time.monotonic() - started
+        pages = self._allocate(resident, rank)
+        # Waiting for pages is no part of what a load takes.
+        started = time.monotonic()
         try:
-            entry = self._pool.write(pages, rank, tensors)
+            with self._transfers.side():
+                if copy is None:
+                    entry = self._pool.write(pages, rank, tensors)
+                else:
+                    entry = copy_in(self._pool, pages, copy)
             if self._verifier is not None:
                 self._verifier.before_use(resident.resolved, entry)
         except BaseException:
             self._pool.free(pages)
             raise
-        if entry.error:
+        seconds += time.monotonic() - started
+        self._times.note(source, len(pages) * self._pool.page_bytes, seconds)
+        if entry.error and copy is None:
             logger.info(
                 "'%s@%s' is kept in %s: a module's change is off by %.2g %% at most",
                 resident.resolved.name,
@@ -437,10 +537,3 @@ class Residency:
             resident.state = "resident"
             # Published last: from here on steps may read the pages.
             resident.entry = entry
-
-    def _forget_old_failures(self) -> None:
-        """Keep the record of failures bounded, whatever callers ask for."""
-        now = time.monotonic()
-        for digest, resident in list(self._residents.items()):
-            if resident.state == "failed" and now - resident.failed_at_s >= FAILURE_MEMORY_S:
-                del self._residents[digest]

@@ -58,6 +58,8 @@ class EngineLimits:
         patience_s: seconds after which who was passed over is owed a place.
         max_rank: largest rank of an adapter.
         adapter_memory_bytes: bytes for adapters on the device.
+        host_adapter_memory_bytes: bytes for copies of adapters in host memory; 0 keeps none.
+        failed_load_ttl_s: seconds for which a load that failed is not tried again.
         adapter_dtype: what adapters are kept in there; "auto" is what they are multiplied in.
         kv_memory_bytes: bytes for keys and values; 0 takes what ``max_batch`` sequences of
             ``max_context`` tokens need, but no more than ``memory_fraction``.
@@ -78,6 +80,8 @@ class EngineLimits:
     patience_s: float = PATIENCE_S
     max_rank: int = 128
     adapter_memory_bytes: int = 1 << 30
+    host_adapter_memory_bytes: int = 0
+    failed_load_ttl_s: float = 5.0
     adapter_dtype: Storage = "auto"
     kv_memory_bytes: int = 0
     memory_fraction: float = 0.8
@@ -200,6 +204,8 @@ def assemble(
         on_change=engine.wake,
         observer=residency_observer,
         verifier=verifier,
+        host_memory_bytes=limits.host_adapter_memory_bytes,
+        failed_load_ttl_s=limits.failed_load_ttl_s,
     )
     return Assembled(engine, residency, lora, fused)
 
