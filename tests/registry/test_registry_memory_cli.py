@@ -70,6 +70,7 @@ def test_promote_by_both_forms_and_behind_gates(graded: Registry, run: Run) -> N
     assert run("promote", "a", "3", "--to", "latest")[0] == 2
     assert run("promote", "a", "3", "--to", "prod", "--require", "x")[0] == 2
     assert run("protect", "a", "prod", "--require", "accuracy>=0.88")[0] == 0
+    assert "accuracy>=0.88" in run("alias", "a")[1]
     assert run("alias", "a", "prod", "3")[0] == 4
     assert run("promote", "a@3", "prod", "--force")[0] == 2
     assert run("promote", "a@3", "prod", "--force", "--reason", "drill")[0] == 0

@@ -430,9 +430,12 @@ class HubStore:
             logger.warning("the push is done, but %s is not kept here: %s", pointer.digest, error)
 
     def _tag_all(self, repo_id: str, state: HubState) -> None:
-        """Tag versions whose pusher died before it could."""
+        """Tag versions whose pusher died before it could, and untag deleted ones likewise."""
         tags = self._client.tags(repo_id)
         deleted = state.marks().deleted
+        for version in deleted:
+            if f"v{version}" in tags:
+                self._client.untag(repo_id, f"v{version}")
         missing = [
             p.version
             for p in state.readable()
