@@ -133,6 +133,28 @@ def test_tables_and_json_of_questions(graded: Registry, run: Run) -> None:
     assert run("whowas", "a", "prod", "--at", "noon")[0] == 2
 
 
+@pytest.mark.parametrize(
+    "bad",
+    ["../x", "/etc/passwd", "a" * 300, "a\0b", "\u0430lpha", "", "a@@1", "a@-1", "A", "x/y/z"],
+)
+def test_a_name_that_cannot_be_one_is_one_line_and_exit_code_2(
+    run: Run, graded: Registry, bad: str
+) -> None:
+    for words in (
+        ["show", bad], ["pull", bad, "out"], ["diff", bad, "a"], ["diff", "a", bad],
+        ["log", bad], ["alias", bad], ["promote", bad, "prod"], ["promote", bad, "1", "--to", "p"],
+        ["rollback", bad, "prod"], ["protect", bad, "prod"], ["protect", "a", bad],
+        ["whowas", bad, "prod", "--at", "2026-01-01"], ["deprecate", bad, "1", "--reason", "x"],
+        ["deprecate", "a", bad, "--reason", "x"], ["delete", bad, "--yes"],
+        ["import", bad, "a"], ["mirror", graded.url, graded.url, "--only", bad],
+    ):  # fmt: skip
+        code, out, err = run(*words)
+        assert (code, out) == (2, ""), (words, err)
+        assert err.startswith("error: "), (words, err)
+        assert err.count("\n") == 1
+    assert graded.log("a") == []
+
+
 def test_import_takes_what_any_peft_repository_has(
     forge: Forge, run: Run, hub_url: str, tiny_base: Path, registry: Registry
 ) -> None:
