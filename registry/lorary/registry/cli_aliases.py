@@ -107,7 +107,7 @@ def promote(
     second: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ALIAS|VERSION]",
+            metavar="ALIAS|VERSION",
             help="The alias to move to that version; with --to, the version of REF.",
             autocompletion=complete_selector,
         ),
