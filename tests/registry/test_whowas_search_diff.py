@@ -47,14 +47,16 @@ def shelf(forge: Forge, registry: Registry) -> Registry:
 
 
 def test_who_was_it(shelf: Registry) -> None:
+    before = None
     for day, version in ((3, 1), (5, 2), (7, None), (9, 1)):
         move = AliasMove(
             at=f"2026-01-0{day}T12:00:00Z",
             actor="ada",
             alias="prod",
-            from_version=None,
+            from_version=before,
             to_version=version,
         )
+        before = version
         shelf.store.move_alias("sentiment", move, expect=UNSET)
     for at, version, since, until in (
         ("2026-01-03T12:00", 1, 3, 5),
