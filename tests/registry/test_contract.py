@@ -279,9 +279,10 @@ def test_a_pull_tells_of_every_byte_twice(
 def graded(forge: Forge, anywhere: Registry) -> Registry:
     """Adapter ``a``: versions 1 to 4 of accuracy 0.80, 0.90, 0.895 and none at all."""
     for version, accuracy in enumerate((0.80, 0.90, 0.895, None), start=1):
-        metrics = accuracy and Metrics(
-            primary="accuracy", num_examples=100, base={}, adapter={"accuracy": accuracy}
-        )
+        metrics = None
+        if accuracy is not None:
+            figures = {"accuracy": accuracy}
+            metrics = Metrics(primary="accuracy", num_examples=100, base={}, adapter=figures)
         manifest = dataclasses.replace(forge.manifest(), metrics=metrics)
         folder = forge.folder(str(version), seed=version, manifest=manifest)
         anywhere.push(folder, "a", base=forge.card)

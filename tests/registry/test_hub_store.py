@@ -444,9 +444,9 @@ def test_the_command_takes_a_hub(
 def test_only_a_hub_needs_its_client() -> None:
     code = (
         "import sys, tempfile\n"
-        "from lorary.registry import cli\n"
+        "from lorary.registry import cli, cli_options\n"
         "print(sorted({'numpy', 'starlette', 'huggingface_hub'} & set(sys.modules)))\n"
-        "cli._open(tempfile.mkdtemp() + '/r', create=True).list()\n"
+        "cli_options.open_registry(tempfile.mkdtemp() + '/r', create=True).list()\n"
         "print(sorted({'starlette', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -70,6 +70,7 @@ def test_promote_by_both_forms_and_behind_gates(graded: Registry, run: Run) -> N
     assert run("promote", "a", "3", "--to", "latest")[0] == 2
     assert run("promote", "a", "3", "--to", "prod", "--require", "x")[0] == 2
     assert run("protect", "a", "prod", "--require", "accuracy>=0.88")[0] == 0
+    assert "accuracy>=0.88" in run("alias", "a")[1]
     assert run("alias", "a", "prod", "3")[0] == 4
     assert run("promote", "a@3", "prod", "--force")[0] == 2
     assert run("promote", "a@3", "prod", "--force", "--reason", "drill")[0] == 0
@@ -132,6 +133,28 @@ def test_tables_and_json_of_questions(graded: Registry, run: Run) -> None:
     assert run("whowas", "a", "prod", "--at", "noon")[0] == 2
 
 
+@pytest.mark.parametrize(
+    "bad",
+    ["../x", "/etc/passwd", "a" * 300, "a\0b", "\u0430lpha", "", "a@@1", "a@-1", "A", "x/y/z"],
+)
+def test_a_name_that_cannot_be_one_is_one_line_and_exit_code_2(
+    run: Run, graded: Registry, bad: str
+) -> None:
+    for words in (
+        ["show", bad], ["pull", bad, "out"], ["diff", bad, "a"], ["diff", "a", bad],
+        ["log", bad], ["alias", bad], ["promote", bad, "prod"], ["promote", bad, "1", "--to", "p"],
+        ["rollback", bad, "prod"], ["protect", bad, "prod"], ["protect", "a", bad],
+        ["whowas", bad, "prod", "--at", "2026-01-01"], ["deprecate", bad, "1", "--reason", "x"],
+        ["deprecate", "a", bad, "--reason", "x"], ["delete", bad, "--yes"],
+        ["import", bad, "a"], ["mirror", graded.url, graded.url, "--only", bad],
+    ):  # fmt: skip
+        code, out, err = run(*words)
+        assert (code, out) == (2, ""), (words, err)
+        assert err.startswith("error: "), (words, err)
+        assert err.count("\n") == 1
+    assert graded.log("a") == []
+
+
 def test_import_takes_what_any_peft_repository_has(
     forge: Forge, run: Run, hub_url: str, tiny_base: Path, registry: Registry
 ) -> None:
@@ -169,9 +192,10 @@ def test_mirror_to_a_hub_and_back(
     graded: Registry, run: Run, hub_url: str, tmp_path: Path, forge: Forge
 ) -> None:
     run("promote", "a@2", "prod", "--require", "accuracy>=0.9")
+    run("delete", "a@1", "--yes")  # its number is taken there, without its files
     graded.push(forge.folder("b", seed=9), "b", base=forge.card)
     done = json.loads(run("mirror", graded.url, hub_url, "--only", "a", "--json")[1])
-    assert [(m["name"], m["num_versions"], m["num_moves"]) for m in done] == [("a", 3, 1)]
+    assert [(m["name"], m["num_versions"], m["num_moves"]) for m in done] == [("a", 2, 1)]
     code, _, _ = run("mirror", hub_url, tmp_path / "back")
     assert code == 0
     back = Registry.open(tmp_path / "back")
@@ -179,6 +203,7 @@ def test_mirror_to_a_hub_and_back(
     assert [(i.version, i.digest) for i in back.list()] == [
         (i.version, i.digest) for i in graded.list() if i.name == "a"
     ]
+    assert back.marks("a") == graded.marks("a")
     assert run("mirror", graded.url, tmp_path / "new", "--only", "c")[0] == 3
 
 

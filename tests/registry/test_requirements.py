@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,10 +84,11 @@ def test_logs_keep_figures_and_marks_and_refuse_damage(tmp_path: Path) -> None:
     AliasLog(file, lock).append(move, expect=UNSET)
     assert AliasLog(file, lock).moves() == (move,)
     line = json.loads(file.read_text())
-    for damage in (
+    damages: tuple[dict[str, Any], ...] = (
         {"figures": [{}]}, {"figures": {}}, {"forced": 1}, {"more": 1},
         {"figures": [line["figures"][0] | {"value": "x"}]},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for damage in damages:
         file.write_text(json.dumps(line | damage) + "\n")
         with pytest.raises(CorruptArtifact, match="line 1"):
             AliasLog(file, lock).moves()
@@ -99,7 +101,8 @@ def test_logs_keep_figures_and_marks_and_refuse_damage(tmp_path: Path) -> None:
     assert MarkLog(marks, lock).marks().deprecated == {1: mark}
     MarkLog(marks, lock).append(mark)
     assert marks.read_bytes() == 2 * whole
-    for damage in ({"kind": "x"}, {"version": None}, {"alias": "prod"}, {"require": "x"}, {"y": 1}):
+    damages = ({"kind": "x"}, {"version": None}, {"alias": "prod"}, {"require": "x"}, {"y": 1})
+    for damage in damages:
         marks.write_text(json.dumps(json.loads(whole) | damage) + "\n")
         with pytest.raises(CorruptArtifact, match="line 1"):
             MarkLog(marks, lock).marks()

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from lorary.registry.aliases import UNSET, AliasMove
     from lorary.registry.base import BaseCard
     from lorary.registry.manifest import Manifest
+    from lorary.registry.marks import Mark
     from lorary.registry.refs import AdapterRef, parse_ref
-    from lorary.registry.results import Resolved, VerifyReport, VersionCheck, VersionInfo
+    from lorary.registry.results import Freed, Resolved, VerifyReport, VersionCheck, VersionInfo
     from lorary.registry.store import Registry
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "AdapterRef",
     "AliasMove",
     "BaseCard",
+    "Freed",
     "Manifest",
+    "Mark",
     "Registry",
     "Resolved",
     "VerifyReport",
@@ -33,7 +36,9 @@ _HOMES: Final = {
     "AdapterRef": "lorary.registry.refs",
     "AliasMove": "lorary.registry.aliases",
     "BaseCard": "lorary.registry.base",
+    "Freed": "lorary.registry.results",
     "Manifest": "lorary.registry.manifest",
+    "Mark": "lorary.registry.marks",
     "Registry": "lorary.registry.store",
     "Resolved": "lorary.registry.results",
     "VerifyReport": "lorary.registry.results",

@@ -79,7 +79,11 @@ def alias(
     """Point an alias at a version, remove it, or list all."""
     opened = open_registry(registry)
     if alias is None:
-        _print_aliases(opened.aliases(name), as_json=as_json)
+        found = opened.aliases(name)
+        if as_json:
+            print_json(found)
+        else:
+            console().print(cli_tables.aliases(found, opened.marks(name)))
         return
     if (version is None) != remove:
         raise InvalidRequest("name either a version (registry alias NAME prod 3) or --remove")
@@ -103,7 +107,7 @@ def promote(
     second: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ALIAS|VERSION]",
+            metavar="ALIAS|VERSION",
             help="The alias to move to that version; with --to, the version of REF.",
             autocompletion=complete_selector,
         ),
@@ -212,13 +216,6 @@ def expected(text: str | None) -> int | Unset | None:
     if version is None:
         raise InvalidRequest(f"--expect is '{text}'; it must be a version's number, or 'none'")
     return version
-
-
-def _print_aliases(found: dict[str, int], *, as_json: bool) -> None:
-    if as_json:
-        print_json(found)
-    else:
-        console().print(cli_tables.aliases(found))
 
 
 def _print_move(move: AliasMove, *, as_json: bool) -> None:

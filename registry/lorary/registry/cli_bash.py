@@ -22,9 +22,9 @@ def whole_refs(prog_name: str) -> Iterator[None]:
     if os.environ.get(asked) != "complete_bash" or "COMP_WORDS" not in os.environ:
         yield
         return
-    # The script joins the array with newlines.
+    # The script joins the array with newlines; others may use spaces.
     raw, index = os.environ["COMP_WORDS"], int(os.environ.get("COMP_CWORD", "0"))
-    words, index, cut = joined(raw.split("\n"), index)
+    words, index, cut = joined(raw.split("\n" if "\n" in raw else " "), index)
     os.environ["COMP_WORDS"] = "\n".join(words)
     os.environ["COMP_CWORD"] = str(index)
     said = io.StringIO()

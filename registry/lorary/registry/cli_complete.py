@@ -35,8 +35,9 @@ def complete_ref(ctx: Any, incomplete: str) -> list[str]:
 
 
 def complete_alias(ctx: Any, incomplete: str) -> list[str]:
-    """Offer the aliases of the adapter that the line names before."""
-    return [one for one in _of_named(ctx) if one.startswith(incomplete) and not one.isdigit()]
+    """Offer the aliases, to be moved, of the adapter that the line names before."""
+    found = (one for one in _of_named(ctx) if one.startswith(incomplete))
+    return [one for one in found if not one.isdigit() and one != LATEST]
 
 
 def complete_selector(ctx: Any, incomplete: str) -> list[str]:

@@ -25,7 +25,7 @@ def search(
     terms: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TERM]...", help="base=… task=… name=… alias=… 'accuracy>0.9' 'rank<=16' words"
+            metavar="TERM", help="base=… task=… name=… alias=… 'accuracy>0.9' 'rank<=16' words"
         ),
     ] = None,
     sort: Annotated[

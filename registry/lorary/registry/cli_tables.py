@@ -12,7 +12,7 @@ from rich.table import Table
 from lorary.registry.aliases import AliasMove
 from lorary.registry.cli_support import table
 from lorary.registry.manifest import Conversion, Manifest, Metrics
-from lorary.registry.marks import Mark
+from lorary.registry.marks import Mark, Marks
 from lorary.registry.results import Freed, VerifyReport, VersionInfo
 
 if TYPE_CHECKING:
@@ -174,11 +174,17 @@ def mirrored(found: Sequence[Mirrored]) -> Table:
     return result
 
 
-def aliases(found: dict[str, int]) -> Table:
-    """One row per alias."""
-    result = table("alias", "version")
-    for alias, version in sorted(found.items()):
-        result.add_row(alias, str(version))
+def aliases(found: dict[str, int], marks: Marks) -> Table:
+    """One row per alias, protected ones that point nowhere included."""
+    result = table("alias", "version", "protected")
+    for alias in sorted(found.keys() | marks.protected.keys()):
+        version = found.get(alias)
+        mark = marks.protected.get(alias)
+        rules = "" if mark is None else ", ".join(mark.require) or "moves by --force only"
+        shown = "-" if version is None else str(version)
+        if version in marks.deprecated:
+            shown += " [yellow](deprecated)[/]"
+        result.add_row(alias, shown, escape(rules))
     return result
 
 

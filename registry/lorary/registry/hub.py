@@ -46,11 +46,12 @@ from lorary.registry.blobs import Progress, check_file
 from lorary.registry.cache_budget import CacheBudget, is_full
 from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES, README_FILE
-from lorary.registry.gc import GC_LOCK, Collector
+from lorary.registry.gc import GC_LOCK
 from lorary.registry.hub_audit import hub_audit
 from lorary.registry.hub_card import TAG, empty_card, write_card
 from lorary.registry.hub_client import HubClient
 from lorary.registry.hub_errors import StaleHead
+from lorary.registry.hub_gc import collect
 from lorary.registry.hub_state import NOTHING, STATE_FOLDER, HubState, appended, read_state
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import FileEntry, Manifest
@@ -347,25 +348,12 @@ class HubStore:
 
     def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
         """Remove what was fetched of deleted versions, and left-overs, from this machine."""
-        gone: dict[str, list[int]] = {}
-        manifests: set[str] = set()
-        for name in self.names():
-            deleted = self.marks(name).deleted
-            for pointer in self.pointers(name):
-                if pointer.version in deleted:
-                    gone.setdefault(name, []).append(pointer.version)
-                    manifests.add(pointer.manifest_sha256)
-
-        def needed(_seen: dict[str, int], _since: str) -> set[str]:
-            return self._cache.linked(without=manifests)
-
-        freed = Collector(self._cache.root, needed, grace_s=grace_s).run(is_dry=is_dry)
-        notes = tuple(
-            f"{self._repo(name)}: the hub keeps the files of deleted {_listed(versions)} in the "
-            "repository's history; only deleting the repository, or squashing its history, frees them"
-            for name, versions in sorted(gone.items())
-        )
-        return dataclasses.replace(freed, notes=notes)
+        gone = {
+            name: [p for p in self.pointers(name) if p.version in self.marks(name).deleted]
+            for name in self.names()
+        }
+        repos = {self._repo(name): pointers for name, pointers in gone.items() if pointers}
+        return collect(self._cache, repos, grace_s=grace_s, is_dry=is_dry)
 
     def _shown_instead(
         self, name: str, repo_id: str, state: HubState, mark: Mark
@@ -472,9 +460,12 @@ class HubStore:
             logger.warning("the push is done, but %s is not kept here: %s", pointer.digest, error)
 
     def _tag_all(self, repo_id: str, state: HubState) -> None:
-        """Tag versions whose pusher died before it could."""
+        """Tag versions whose pusher died before it could, and untag deleted ones likewise."""
         tags = self._client.tags(repo_id)
         deleted = state.marks().deleted
+        for version in deleted:
+            if f"v{version}" in tags:
+                self._client.untag(repo_id, f"v{version}")
         missing = [
             p.version
             for p in state.readable()
@@ -699,7 +690,3 @@ def _nobody(_: int) -> None:
 def _cache_root() -> Path:
     home = os.environ.get("LORARY_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".cache" / "lorary") / "hub"
-
-
-def _listed(versions: list[int]) -> str:
-    return f"version{'s' if len(versions) > 1 else ''} {', '.join(map(str, versions))}"

@@ -159,23 +159,17 @@ class LocalStore:
         folder = self.folder(name)
         with storage_errors(f"create {folder}"):
             make_folder(folder / "versions")
-
-        def is_next() -> None:
-            newest = self._of(name).newest()
-            if pointer.version != newest + 1:
-                raise Conflict(
-                    f"version {newest + 1} of '{name}' is the next, not {pointer.version}"
-                )
-
-        # The mark comes first, so that nobody sees a version without files.
-        self.mark(name, mark, is_next)
+        versions = self._of(name)
         with self.staging() as staged:
             with storage_errors(f"write version {pointer.version} to {self._root}"):
                 write_new(staged / "pointer.json", pointer.to_json())
-            if not self._of(name).take(pointer, staged / "pointer.json"):
-                raise Conflict(f"version {pointer.version} of '{name}' was just created")
-        with locked(folder / "lock"):
-            self._record(name)
+            # The number first: were it the mark, a crash would leave one for whoever pushes next.
+            is_next = versions.newest() + 1 == pointer.version
+            if not is_next or not versions.take(pointer, staged / "pointer.json"):
+                raise Conflict(
+                    f"version {versions.newest() + 1} of '{name}' is the next, not {pointer.version}"
+                )
+        self.mark(name, mark)
 
     def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
         """Remove blobs, unpacked folders and left-overs that no version needs."""

@@ -62,7 +62,7 @@ def mirror(
         source: where they are.
         target: where they are to be, too.
         names: which; all if there is none.
-        progress: told of bytes copied.
+        progress: told of bytes read from the source, and of bytes sent to a hub.
         told: told of every adapter that is done.
 
     Raises:
@@ -150,19 +150,19 @@ def _check_together(source: Store, target: Store, name: str) -> None:
 def _copy(
     source: Store, target: Store, name: str, pointer: Pointer, progress: Progress | None
 ) -> int:
-    folder = source.fetch(name, pointer)
+    folder = source.fetch(name, pointer, progress)
     scan_folder(folder, allow_hardlinks=True)
     manifest = source.manifest(name, pointer)
     with target.staging() as staged:
         with storage_errors(f"write to {staged}"):
             for entry in manifest.files:
                 (staged / entry.path).parent.mkdir(exist_ok=True)
-                written = copy_file(folder / entry.path, staged / entry.path, progress)
+                written = copy_file(folder / entry.path, staged / entry.path)
                 if written != entry.sha256:
                     raise CorruptArtifact(f"{folder / entry.path} changed while it was copied")
         _check_digest(name, pointer, manifest)
         draft = dataclasses.replace(manifest, name=name, version=0)
-        taken = target.commit(name, staged, draft, created_at=pointer.created_at)
+        taken = target.commit(name, staged, draft, progress, created_at=pointer.created_at)
     if (taken.version, taken.digest) != (pointer.version, pointer.digest):
         raise Conflict(
             f"somebody else pushed to '{name}' in {target.url} meanwhile: {pointer.version} became "

@@ -91,7 +91,11 @@ def whowas(registry: Registry, name: str, alias: str, at: str) -> Held:
 
 
 def _moves(registry: Registry, name: str, alias: str) -> list[tuple[str, int | None, str, str]]:
-    return [(m.at, m.to_version, m.actor, m.reason) for m in registry.log(name, alias)]
+    return [
+        (move.at, move.to_version, move.actor, move.reason)
+        for move in registry.log(name, alias)
+        if move.to_version != move.from_version
+    ]
 
 
 def _pushes(registry: Registry, name: str) -> list[tuple[str, int | None, str, str]]:
