@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
-from lorary.registry import cli_fsck, cli_tables
+from lorary.registry import cli_fsck, cli_sign, cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.cli_support import console, print_json, progress_bar, run
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import Manifest
-from lorary.registry.refs import check_name, parse_ref, parse_selector
+from lorary.registry.refs import check_name, parse_selector
 
 if TYPE_CHECKING:
     from lorary.registry.base import BaseCard
@@ -100,9 +100,8 @@ def pull(
     opened = _open(registry)
     resolved = opened.resolve(ref)
     info = opened.info(resolved)
-    exact = parse_ref(f"{info.name}@{info.version}")
     with progress_bar("pulling", 2 * info.size_bytes) as progress:
-        path = opened.pull(exact, dest, progress)
+        path = opened.pull(resolved, dest, progress)
     if as_json:
         print_json({"path": str(path), "version": info})
     else:
@@ -266,6 +265,10 @@ def serve(
 
 
 app.command(epilog="Example: registry fsck --repair --from hf://acme")(cli_fsck.fsck)
+app.command(epilog="Example: registry sign sentiment@3 --key key.pem")(cli_sign.sign)
+app.command(epilog="Example: registry verify-signature sentiment@prod --trusted-keys key.pub")(
+    cli_sign.verify_signature
+)
 app.command(epilog="Example: registry audit sentiment")(cli_fsck.audit)
 
 

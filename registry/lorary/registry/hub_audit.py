@@ -3,7 +3,7 @@
 =====================  ==========================================
 ``v3: …``              a push; when is told by the version's line
 ``alias prod to v3``   a move; all else is told by the alias log
-``sign v3 …``          a signature, as ``record`` wrote it
+``sign v3: ada``       a signature
 =====================  ==========================================
 
 The chain is the Hub's own: ``evidence`` is the commit's id.
@@ -21,27 +21,28 @@ from lorary.registry.audit import AuditEvent, of_move
 from lorary.registry.versions import Pointer
 
 _PUSH: Final = re.compile(r"v([1-9][0-9]*): ")
+_SIGN: Final = re.compile(r"sign v([1-9][0-9]*): (.*)")
 _MOVE: Final = re.compile(r"alias \S+ (?:removed|to v[1-9][0-9]*)")
 
 
 def hub_audit(
     pointers: Iterable[Pointer],
     moves: Sequence[AliasMove],
-    history: Sequence[tuple[str, str, str]],
+    history: Sequence[tuple[str, str, str, str]],
 ) -> tuple[AuditEvent, ...]:
     """Return every change of an adapter, oldest first.
 
     Args:
         pointers: the versions.
         moves: all moves of aliases, oldest first.
-        history: commit, title and author, newest first.
+        history: commit, title, author and time, newest first.
     """
     by_version = {pointer.version: pointer for pointer in pointers}
     left = list(moves)
     events: list[AuditEvent] = []
     versions = 0
-    for commit, title, author in reversed(history):
-        pushed = _PUSH.match(title)
+    for commit, title, author, at in reversed(history):
+        pushed, signed = _PUSH.match(title), _SIGN.fullmatch(title)
         pointer = by_version.pop(int(pushed[1]), None) if pushed else None
         if pointer is not None:
             versions = pointer.version
@@ -54,6 +55,10 @@ def hub_audit(
             )
         elif _MOVE.fullmatch(title) and left:
             event = of_move(left.pop(0))
+        elif signed is not None:
+            event = AuditEvent(
+                at=at, actor=signed[2] or author, event="sign", subject=signed[1], after="signed"
+            )
         else:
             continue
         done = len(moves) - len(left)

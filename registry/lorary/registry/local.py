@@ -9,6 +9,7 @@
         versions/1.json 2.json …       one small file per version, created once (versions)
         aliases.jsonl                  append-only log of alias moves (aliases)
         audit.jsonl                    append-only, chained log of all changes (audit)
+        signatures/3.json              a version's signature, if it was signed (signing)
         summaries.jsonl                what lists show, derived (summaries)
         lock                           held while a version is created or an alias moves
       unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
@@ -33,12 +34,13 @@ from typing import Final
 
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
 from lorary.registry.aliases import AliasLog, AliasMove, Unset
-from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, unrecorded
+from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, signed, unrecorded
 from lorary.registry.blobs import Progress
 from lorary.registry.durable import (
     link_new,
     locked,
     make_folder,
+    replace,
     storage_errors,
     sync_folder,
     unused_name,
@@ -130,6 +132,23 @@ class LocalStore:
         with locked(self.folder(name) / "lock"):
             self._record(name)
         return done
+
+    def signature(self, name: str, version: int) -> bytes | None:
+        """Return a version's signature."""
+        file = self.folder(name) / "signatures" / f"{version}.json"
+        with storage_errors(f"read {file}"):
+            return file.read_bytes() if file.exists() else None
+
+    def put_signature(self, name: str, version: int, signature: bytes, actor: str) -> None:
+        """Keep a version's signature."""
+        folder = self.folder(name)
+        file = folder / "signatures" / f"{version}.json"
+        staged = unused_name(self._root / "tmp", "signature")
+        with locked(folder / "lock"), storage_errors(f"write {file}"):
+            make_folder(file.parent)
+            write_new(staged, signature)
+            replace(staged, file)
+            self._record(name, signed(version, signature, actor, utc_now()))
 
     def audit(self, name: str) -> tuple[AuditEvent, ...]:
         """Return every change; what a killed process did not record yet is there as well."""

@@ -69,8 +69,10 @@ def build_backend(
         MissingDependency: an asset package or a library is missing.
     """
     from lorary.registry import Registry
+    from lorary.registry.trust import TrustPolicy, key_paths
 
-    registry = Registry.open(config.registry, watch=True)
+    trust = TrustPolicy(mode=config.signatures, keys=key_paths(config.trusted_keys))
+    registry = Registry.open(config.registry, watch=True, trust=trust)
 
     startup = startup or Startup()
 
