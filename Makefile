@@ -61,6 +61,10 @@ verify-main: assets ## Every figure the project promises, from a clean clone, on
 verify-engine: assets ## The engine's speed and correctness beside its peers, one line per figure (75-110 min)
 	$(BIN)/python scripts/verify_engine.py $(VERIFY_ARGS)
 
+.PHONY: verify-registry
+verify-registry: assets ## The registry's contract, faults, kills and speeds, one line per figure (15-30 min)
+	$(BIN)/python scripts/verify_registry.py $(VERIFY_ARGS)
+
 ##@ Develop
 .PHONY: env
 env: $(ENV) ## Make or update the virtual environment .venv
