@@ -130,7 +130,7 @@ class LocalStore:
         self._audit(name).last()  # a damaged log refuses changes, rather than miss them
         done = self._log(name).append(move, expect=expect)
         with locked(self.folder(name) / "lock"):
-            self._record(name)
+            self._record_done(name)
         return done
 
     def signature(self, name: str, version: int) -> bytes | None:
@@ -194,7 +194,7 @@ class LocalStore:
                     return pointer
             self._check_complete(name, versions.newest())
             pointer = self._take_next(versions, staged, draft)
-            self._record(name, pusher=actor, pushed=pointer.version)
+            self._record_done(name, pusher=actor, pushed=pointer.version)
             self._summarize(name, pointer)
             return pointer
 
@@ -258,6 +258,13 @@ class LocalStore:
             counts = (newest.versions, newest.moves) if newest else (0, 0)
             missing.append(dataclasses.replace(event, versions=counts[0], moves=counts[1]))
         log.append(missing)
+
+    def _record_done(self, name: str, *, pusher: str = "", pushed: int = 0) -> None:
+        """Record a change that is done already: a full disk must not make it look undone."""
+        try:
+            self._record(name, pusher=pusher, pushed=pushed)
+        except StorageError as error:
+            logger.warning("'%s' was changed; the next change will record it: %s", name, error)
 
     def _unrecorded(
         self, name: str, last: AuditEvent | None, *, pusher: str = "", pushed: int = 0

@@ -71,7 +71,7 @@ def build_backend(
     from lorary.registry import Registry
     from lorary.registry.trust import TrustPolicy, key_paths
 
-    trust = TrustPolicy(mode=config.signatures, keys=key_paths(config.trusted_keys))
+    trust = TrustPolicy(mode=config.signatures, keys=key_paths(config.trusted_keys or ""))
     registry = Registry.open(config.registry, watch=True, trust=trust)
 
     startup = startup or Startup()

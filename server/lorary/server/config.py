@@ -97,8 +97,8 @@ class ServerConfig:
         choices=("off", "warn", "enforce"),
         env="LORARY_SIGNATURES",
     )
-    trusted_keys: str = _option(
-        "",
+    trusted_keys: str | None = _option(
+        None,
         "Public keys and root certificates of signers: PEM files, with ':' between.",
         env="LORARY_TRUSTED_KEYS",
     )
