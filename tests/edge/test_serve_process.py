@@ -217,6 +217,11 @@ def test_a_port_in_use_is_exit_78_in_one_line_before_the_base_is_loaded(
             "--adapter-dtype int8",
         ),
         (["--base", "BASE", "--ready-file", "/no/such/folder/x"], 78, "--ready-file"),
+        (
+            ["--base", "BASE", "--registry", "REGISTRY", "--signatures", "warn"],
+            78,
+            "--trusted-keys",
+        ),
         ([], 2, "--base"),
     ],
 )

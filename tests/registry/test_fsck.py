@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -189,6 +190,31 @@ def test_an_audit_log_that_was_tampered_with(forge: Forge, filled: Registry) -> 
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]) + b"{}\n")
     with pytest.raises(CorruptArtifact, match="last line"):  # no change without its record
         again(filled).push(forge.folder("new", seed=9), "a", base=forge.card)
+
+
+def test_a_change_that_could_not_be_recorded_is_recorded_by_the_next(
+    forge: Forge,
+    filled: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lorary.registry.audit.append_lines", full)
+        info = filled.push(forge.folder("4", seed=4), "a", base=forge.card, aliases=["prod"])
+    assert info.version == 4
+    assert "the next change will record it" in caplog.text
+    assert filled.fsck().findings == ()
+    filled.set_alias("a", "prod", 1, actor="ada")
+    last = [(e.event, e.subject, e.actor, e.after[:1]) for e in again(filled).audit("a")[-3:]]
+    user = filled.log("a")[-2].actor
+    assert last == [
+        ("push", "4", "", "s"),
+        ("alias", "prod", user, "4"),
+        ("alias", "prod", "ada", "1"),
+    ]
 
 
 def test_unpacked_folders_out_of_step(filled: Registry) -> None:

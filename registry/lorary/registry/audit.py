@@ -227,6 +227,14 @@ def _line(raw: bytes) -> str:
     return raw.decode().rstrip("\n")
 
 
+def signed(version: int, signature: bytes, actor: str, at: str) -> AuditEvent:
+    """Return a signature as an event."""
+    sha256 = hashlib.sha256(signature).hexdigest()
+    return AuditEvent(
+        at=at, actor=actor, event="sign", subject=str(version), after="signed", evidence=sha256
+    )
+
+
 def parse_audit(raw: bytes, where: str) -> tuple[AuditEvent, ...]:
     """Parse a log and check its chain; a last line without a newline is skipped.
 

@@ -121,6 +121,12 @@ class Store(Protocol):
     def staging(self) -> AbstractContextManager[Path]:
         """Give an empty folder for one push; fails at once if the store cannot be written."""
 
+    def signature(self, name: str, version: int) -> bytes | None:
+        """Return a version's signature, ``None`` if it has none."""
+
+    def put_signature(self, name: str, version: int, signature: bytes, actor: str) -> None:
+        """Keep a version's signature in place of the one it may have, and record who signed."""
+
     def audit(self, name: str) -> tuple[AuditEvent, ...]:
         """Return every change of an adapter, oldest first: who, when, what, and why.
 

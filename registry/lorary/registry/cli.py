@@ -135,6 +135,18 @@ COMMANDS: Final[dict[str, Entry]] = {
         "Find damage in a registry, and repair what can be repaired.",
         "fsck --repair --from hf://acme",
     ),
+    "sign": Entry(
+        UPKEEP,
+        "lorary.registry.cli_sign:sign",
+        "Sign a version: its files, its name, its number, its digest and its base.",
+        "sign sentiment@3 --key key.pem",
+    ),
+    "verify-signature": Entry(
+        UPKEEP,
+        "lorary.registry.cli_sign:verify_signature",
+        "Check that a trusted key signed a version under this name; exit code 5 if not.",
+        "verify-signature sentiment@prod --trusted-keys key.pub",
+    ),
     "verify": Entry(
         UPKEEP,
         "lorary.registry.cli_versions:verify",

@@ -58,6 +58,7 @@ from lorary.registry.manifest import FileEntry, Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.refs import check_name
 from lorary.registry.results import Freed
+from lorary.registry.signing import MAX_SIGNATURE_BYTES
 from lorary.registry.summaries import Summary, read_summaries
 from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
@@ -213,6 +214,31 @@ class HubStore:
     def staging(self) -> AbstractContextManager[Path]:
         """Give an empty folder beside what was fetched, removed at the end."""
         return self._cache.staging()
+
+    def signature(self, name: str, version: int) -> bytes | None:
+        """Return a version's signature, read at the head."""
+        head = self._state(name).head
+        if not head:
+            return None
+        path = f"{STATE_FOLDER}/signatures/v{version}.json"
+        return self._client.read(self._repo(name), path, head, MAX_SIGNATURE_BYTES)
+
+    def put_signature(self, name: str, version: int, signature: bytes, actor: str) -> None:
+        """Keep a version's signature at the head, in a commit of its own."""
+        repo_id = self._repo(name)
+
+        def attempt() -> None:
+            state = self._renew(name)
+            path = f"{STATE_FOLDER}/signatures/v{version}.json"
+            commit = self._client.commit(
+                repo_id,
+                parent=state.head,
+                title=f"sign v{version}: {actor}",
+                add={path: signature, **appended(state)},
+            )
+            self._renew(name, commit)
+
+        self._retried(name, attempt)
 
     def audit(self, name: str) -> tuple[AuditEvent, ...]:
         """Return every change; the history of commits is the log, and tells who pushed."""

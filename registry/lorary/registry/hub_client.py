@@ -240,13 +240,15 @@ class HubClient:
 
     def titles(self, repo_id: str) -> list[tuple[str, str]]:
         """Return commit and title of the whole history, newest first."""
-        return [(commit, title) for commit, title, _ in self.history(repo_id)]
+        return [(commit, title) for commit, title, _, _ in self.history(repo_id)]
 
-    def history(self, repo_id: str) -> list[tuple[str, str, str]]:
-        """Return commit, title and author of the whole history, newest first."""
+    def history(self, repo_id: str) -> list[tuple[str, str, str, str]]:
+        """Return commit, title, author and time (UTC) of the whole history, newest first."""
         with hub_errors(f"read the history of {repo_id}"):
-            commits = self._api.list_repo_commits(repo_id)
-            return [(c.commit_id, c.title, ", ".join(c.authors)) for c in commits]
+            return [
+                (c.commit_id, c.title, ", ".join(c.authors), f"{c.created_at:%Y-%m-%dT%H:%M:%SZ}")
+                for c in self._api.list_repo_commits(repo_id)
+            ]
 
 
 def log_in(token: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@
         aliases.jsonl                  append-only log of alias moves (aliases)
         marks.jsonl                    append-only log of deprecations, deletions, protections (marks)
         audit.jsonl                    append-only, chained log of all changes (audit)
+        signatures/3.json              a version's signature, if it was signed (signing)
         summaries.jsonl                what lists show, derived (summaries)
         lock                           held while a version is created or an alias moves
       unpacked/<manifest's sha256>/    a version as a PEFT folder, hard-linked to its blobs
@@ -34,12 +35,13 @@ from typing import Final
 
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
 from lorary.registry.aliases import Admit, AliasLog, AliasMove, Unset
-from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, unrecorded
+from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, signed, unrecorded
 from lorary.registry.blobs import Progress
 from lorary.registry.durable import (
     link_new,
     locked,
     make_folder,
+    replace,
     storage_errors,
     sync_folder,
     unused_name,
@@ -140,7 +142,7 @@ class LocalStore:
         self._audit(name).last()  # a damaged log refuses changes, rather than miss them
         done = self._log(name).append(move, expect=expect, admit=admit)
         with locked(self.folder(name) / "lock"):
-            self._record(name)
+            self._record_done(name)
         return done
 
     def marks(self, name: str) -> Marks:
@@ -152,7 +154,7 @@ class LocalStore:
         self._audit(name).last()
         self._marks_of(name).append(mark, allow)
         with locked(self.folder(name) / "lock"):
-            self._record(name)
+            self._record_done(name)
 
     def reserve(self, name: str, pointer: Pointer, mark: Mark) -> None:
         """Take the next number for a version that is deleted."""
@@ -174,6 +176,23 @@ class LocalStore:
     def gc(self, *, grace_s: float, is_dry: bool) -> Freed:
         """Remove blobs, unpacked folders and left-overs that no version needs."""
         return Collector(self._root, self._needed, grace_s=grace_s).run(is_dry=is_dry)
+
+    def signature(self, name: str, version: int) -> bytes | None:
+        """Return a version's signature."""
+        file = self.folder(name) / "signatures" / f"{version}.json"
+        with storage_errors(f"read {file}"):
+            return file.read_bytes() if file.exists() else None
+
+    def put_signature(self, name: str, version: int, signature: bytes, actor: str) -> None:
+        """Keep a version's signature."""
+        folder = self.folder(name)
+        file = folder / "signatures" / f"{version}.json"
+        staged = unused_name(self._root / "tmp", "signature")
+        with locked(folder / "lock"), storage_errors(f"write {file}"):
+            make_folder(file.parent)
+            write_new(staged, signature)
+            replace(staged, file)
+            self._record(name, signed(version, signature, actor, utc_now()))
 
     def audit(self, name: str) -> tuple[AuditEvent, ...]:
         """Return every change; what a killed process did not record yet is there as well."""
@@ -225,7 +244,7 @@ class LocalStore:
                         return pointer
                 self._check_complete(name, versions.newest())
                 pointer = self._take_next(versions, staged, draft, created_at or utc_now())
-                self._record(name, pusher=actor, pushed=pointer.version)
+                self._record_done(name, pusher=actor, pushed=pointer.version)
                 self._summarize(name, pointer)
                 return pointer
 
@@ -294,6 +313,13 @@ class LocalStore:
                 )
             missing.append(event)
         log.append(missing)
+
+    def _record_done(self, name: str, *, pusher: str = "", pushed: int = 0) -> None:
+        """Record a change that is done already: a full disk must not make it look undone."""
+        try:
+            self._record(name, pusher=pusher, pushed=pushed)
+        except StorageError as error:
+            logger.warning("'%s' was changed; the next change will record it: %s", name, error)
 
     def _unrecorded(
         self, name: str, last: AuditEvent | None, *, pusher: str = "", pushed: int = 0

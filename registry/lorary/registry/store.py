@@ -39,7 +39,9 @@ from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
 from lorary.registry.requirements import parse_requirement
 from lorary.registry.results import Freed, Resolved, VerifyReport, VersionInfo
+from lorary.registry.signing import sign_folder
 from lorary.registry.summaries import Summary, summarized
+from lorary.registry.trust import Trust, TrustPolicy
 from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
 
@@ -51,8 +53,9 @@ MAX_MAX_RATIO: Final = 1e30
 class Registry:
     """Adapters as immutable, numbered, verified versions with movable aliases."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, trust: TrustPolicy | None = None) -> None:
         self._store = store
+        self._trust = Trust(trust or TrustPolicy(), store.url)
 
     @classmethod
     def open(
@@ -62,6 +65,7 @@ class Registry:
         create: bool = False,
         watch: bool = False,
         cache_bytes: int = 0,
+        trust: TrustPolicy | None = None,
     ) -> Self:
         """Open a registry.
 
@@ -70,12 +74,16 @@ class Registry:
             create: make a registry in a folder that does not exist yet.
             watch: for servers: a ref on a Hub is resolved in memory, seconds old at most.
             cache_bytes: what is fetched from a Hub is kept within so many bytes; 0 sets no limit.
+            trust: what is asked of signatures; what the environment says if not given (``trust``).
 
         Raises:
-            ConfigError: an address of an unknown kind, or a folder that is something else.
+            ConfigError: an address of an unknown kind, a folder that is something else, or a trusted key
+                that is missing.
             StorageError: the folder is missing, or cannot be read or created.
         """
-        return cls(open_store(address, create=create, watch=watch, cache_bytes=cache_bytes))
+        policy = TrustPolicy.from_environment() if trust is None else trust
+        store = open_store(address, create=create, watch=watch, cache_bytes=cache_bytes)
+        return cls(store, policy)
 
     @property
     def url(self) -> str:
@@ -209,11 +217,16 @@ class Registry:
 
         Raises:
             AdapterNotFound: the version is gone.
-            CorruptArtifact: a file is missing or damaged.
+            CorruptArtifact: a file is missing or damaged, or its signature is not as asked for.
         """
-        return self._store.fetch(resolved.name, self._pointer(resolved), progress)
+        pointer = self._pointer(resolved)
+        folder = self._store.fetch(resolved.name, pointer, progress)
+        self._check_trust(folder, resolved, pointer)
+        return folder
 
-    def pull(self, ref: str | AdapterRef, dest: Path, progress: Progress | None = None) -> Path:
+    def pull(
+        self, ref: str | AdapterRef | Resolved, dest: Path, progress: Progress | None = None
+    ) -> Path:
         """Copy a version to ``dest``, a standard PEFT folder; it appears whole or not at all.
 
         ``progress`` is told of every byte twice: when it is fetched or checked, and when it is copied.
@@ -222,10 +235,10 @@ class Registry:
             InvalidRef: the text is not a ref.
             AdapterNotFound: no such version.
             AlreadyExists: ``dest`` exists and is not empty.
-            CorruptArtifact: a file is damaged; nothing is written.
+            CorruptArtifact: a file is damaged, or its signature is not as asked for; nothing is written.
             StorageError: ``dest`` cannot be written.
         """
-        resolved = self.resolve(ref)
+        resolved = ref if isinstance(ref, Resolved) else self.resolve(ref)
         dest = Path(dest).absolute()
         check_free(dest)
         pointer, manifest = self._pointer(resolved), self.manifest(resolved)
@@ -241,11 +254,21 @@ class Registry:
         folder = self._store.locate(resolved.name, pointer, fetched)
         if left > 0:
             fetched(left)  # it was here already
+
+        is_whole = False
+
+        def check(copied: Path) -> None:
+            nonlocal is_whole
+            is_whole = True
+            self._check_trust(copied, resolved, pointer)
+
         try:
-            return copy_version(folder, pointer, manifest, dest, progress)
+            return copy_version(folder, pointer, manifest, dest, progress, check=check)
         except CorruptArtifact:
+            if is_whole:
+                raise  # not damaged: its signature is not as asked for
             folder = self._store.fetch(resolved.name, pointer)  # heals what it can, or says why not
-            return copy_version(folder, pointer, manifest, dest)
+            return copy_version(folder, pointer, manifest, dest, check=check)
 
     def list(self) -> builtins.list[VersionInfo]:
         """Return every version of every adapter that is not deleted, by name and number.
@@ -510,6 +533,61 @@ class Registry:
         """
         return self._store.gc(grace_s=grace_s, is_dry=is_dry)
 
+    def sign(
+        self,
+        ref: str | AdapterRef,
+        key: Path,
+        *,
+        certificate: Path | None = None,
+        chain: Sequence[Path] = (),
+        actor: str = "",
+    ) -> Resolved:
+        """Sign a version: its files, its name, its number, its digest and its base.
+
+        Args:
+            ref: the version.
+            key: an elliptic private key as PEM, not encrypted.
+            certificate: of the key, as PEM.
+            chain: the certificates between it and a root, as PEM.
+            actor: who signs; the system's user if empty.
+
+        Raises:
+            AdapterNotFound: no such version.
+            CorruptArtifact: a file is damaged.
+            InvalidRequest: the key or a certificate cannot be used.
+            MissingDependency: ``lorary[signing]`` is not installed.
+        """
+        resolved = self.resolve(ref)
+        folder = self._store.fetch(resolved.name, self._pointer(resolved))
+        signature = sign_folder(folder, key, certificate=certificate, chain=chain)
+        self._store.put_signature(resolved.name, resolved.version, signature, actor or _user())
+        return resolved
+
+    def verify_signature(
+        self, ref: str | AdapterRef, policy: TrustPolicy, *, accept_older: bool = False
+    ) -> tuple[Resolved, str]:
+        """Check a version's signature whatever this registry was opened with.
+
+        Args:
+            ref: the version.
+            policy: whose keys are trusted.
+            accept_older: accept that the ref points at an older version than it did before.
+
+        Returns:
+            The version, and the trusted file that it was signed by.
+
+        Raises:
+            AdapterNotFound: no such version.
+            CorruptArtifact: the signature is missing or not right, or the version is older.
+        """
+        resolved = self.resolve(ref)
+        pointer = self._pointer(resolved)
+        folder = self._store.fetch(resolved.name, pointer)
+        signature = self._store.signature(resolved.name, resolved.version)
+        trust = Trust(policy, self.url)
+        key = trust.verify(folder, resolved, pointer, signature, accept_older=accept_older)
+        return resolved, key
+
     def audit(self, name: str) -> builtins.list[AuditEvent]:
         """Return every change of an adapter, oldest first: who, when, what, and why.
 
@@ -563,6 +641,11 @@ class Registry:
             actor=actor or _user(),
             progress=progress,
         )
+
+    def _check_trust(self, folder: Path, resolved: Resolved, pointer: Pointer) -> None:
+        if self._trust.policy.mode != "off":
+            signature = self._store.signature(resolved.name, resolved.version)
+            self._trust.check(folder, resolved, pointer, signature)
 
     def _known(self, name: str) -> int:
         newest = self._store.newest(check_name(name))

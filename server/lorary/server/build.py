@@ -73,8 +73,12 @@ def build_backend(
         MissingDependency: an asset package or a library is missing.
     """
     from lorary.registry import Registry
+    from lorary.registry.trust import TrustPolicy, key_paths
 
-    registry = Registry.open(config.registry, watch=True, cache_bytes=config.disk_cache)
+    trust = TrustPolicy(mode=config.signatures, keys=key_paths(config.trusted_keys or ""))
+    registry = Registry.open(
+        config.registry, watch=True, cache_bytes=config.disk_cache, trust=trust
+    )
 
     startup = startup or Startup()
     # Before the base is loaded: a folder that another server uses ends the start at once.

@@ -92,6 +92,17 @@ class ServerConfig:
         "Registry of adapters: file:///path, a folder, or hf://owner.",
         env="LORARY_REGISTRY",
     )
+    signatures: Literal["off", "warn", "enforce"] = _option(
+        "off",
+        "What is asked of adapters' signatures before they are loaded.",
+        choices=("off", "warn", "enforce"),
+        env="LORARY_SIGNATURES",
+    )
+    trusted_keys: str | None = _option(
+        None,
+        "Public keys and root certificates of signers: PEM files, with ':' between.",
+        env="LORARY_TRUSTED_KEYS",
+    )
     quantize: Literal["auto", "none", "int8", "nf4"] = _option(
         "auto",
         "How the base is quantized; auto is nf4 on CUDA and none on CPU.",
