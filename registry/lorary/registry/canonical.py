@@ -34,7 +34,8 @@ from lorary.registry.safetensors_file import (
     read_tensor,
 )
 from lorary.registry.safetensors_file import write as write_safetensors
-from lorary.registry.validate import AdapterSpec, lora_key
+from lorary.registry.tensor_layout import lora_key
+from lorary.registry.validate import AdapterSpec
 
 _METADATA: Final = {"format": "pt"}
 _IDENTITY_VERSION: Final = 1
@@ -146,14 +147,18 @@ def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: s
 
 def _fold(name: str, b: Array, scale: float) -> tuple[Array, float]:
     """Return ``scale * b`` and the relative error that rounding it made."""
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         exact = b.astype(np.float64) * scale
         folded: Array = exact.astype(b.dtype)
-        if b.dtype != np.float32 and not np.array_equal(folded.astype(np.float64), exact):
+        lost = folded.astype(np.float64)
+        np.subtract(lost, exact, out=lost)
+        if not lost.any():
+            return folded, 0.0
+        if b.dtype != np.float32:
             folded = exact.astype(np.float32)
+            lost = folded.astype(np.float64) - exact
     if not is_finite(folded):
         raise IncompatibleAdapter(
             f"tensor {name} times its scale {scale:g} is beyond float32; the adapter would give NaN"
         )
-    lost = float(np.linalg.norm(folded.astype(np.float64) - exact))
-    return folded, lost / float(np.linalg.norm(exact)) if lost else 0.0
+    return folded, float(np.linalg.norm(lost) / np.linalg.norm(exact))
