@@ -14,6 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
+from lorary.registry.config_fields import (
+    flag,
+    layers,
+    layers_pattern,
+    modules,
+    numbers,
+    positive,
+    shown,
+    text,
+    whole,
+)
 from lorary.registry.findings import Report, attempt, refuse
 from lorary.registry.module_patterns import first_matches, is_plain, matching_names
 from lorary.registry.strict_json import parse_json, show
@@ -59,11 +70,6 @@ _TO_CONVERT: Final = (
     "START is the adapter as it was saved before training; or, if --base names the residual model that "
     "it was trained on, say so with --residual-base"
 )
-_MAX_MODULE_LIST: Final = 20_000
-_MAX_TEXT: Final = 1024
-_MAX_LAYERS: Final = 4096
-_MAX_LAYER_PATTERNS: Final = 16
-_LAYERS_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]{1,100}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,19 +209,19 @@ def examine_config(
             return cast("T", None)  # never seen: without the field there is no configuration
 
     found = AdapterConfig(
-        rank=field(lambda: _rank("r", _whole(config, "r"), max_rank)),
-        alpha=field(lambda: _positive("lora_alpha", config.get("lora_alpha"))),
+        rank=field(lambda: _rank("r", whole(config, "r"), max_rank)),
+        alpha=field(lambda: positive("lora_alpha", config.get("lora_alpha"))),
         rank_pattern=field(lambda: _rank_pattern(config, max_rank)),
-        alpha_pattern=field(lambda: _numbers(config, "alpha_pattern", whole=False)),
-        target_modules=field(lambda: _modules(config, "target_modules", is_needed=True)),
-        exclude_modules=field(lambda: _modules(config, "exclude_modules", is_needed=False)),
-        layers_to_transform=field(lambda: _layers(config)),
-        layers_pattern=field(lambda: _layers_pattern(config)),
-        use_dora=field(lambda: _flag(config, "use_dora")),
-        use_rslora=field(lambda: _flag(config, "use_rslora")),
-        fan_in_fan_out=field(lambda: _flag(config, "fan_in_fan_out")),
-        base_model_name_or_path=field(lambda: _text(config, "base_model_name_or_path")),
-        revision=field(lambda: _text(config, "revision")),
+        alpha_pattern=field(lambda: numbers(config, "alpha_pattern", whole=False)),
+        target_modules=field(lambda: modules(config, "target_modules", is_needed=True)),
+        exclude_modules=field(lambda: modules(config, "exclude_modules", is_needed=False)),
+        layers_to_transform=field(lambda: layers(config)),
+        layers_pattern=field(lambda: layers_pattern(config)),
+        use_dora=field(lambda: flag(config, "use_dora")),
+        use_rslora=field(lambda: flag(config, "use_rslora")),
+        fan_in_fan_out=field(lambda: flag(config, "fan_in_fan_out")),
+        base_model_name_or_path=field(lambda: text(config, "base_model_name_or_path")),
+        revision=field(lambda: text(config, "revision")),
     )
     return found if is_whole else None
 
@@ -223,14 +229,14 @@ def examine_config(
 def _rank(where: str, value: int, max_rank: int) -> int:
     if not 1 <= value <= max_rank:
         raise IncompatibleAdapter(
-            f"adapter_config.json has rank {_shown(value)} for {show(where)}; "
+            f"adapter_config.json has rank {shown(value)} for {show(where)}; "
             f"1 to {max_rank} are accepted"
         )
     return value
 
 
 def _rank_pattern(config: Mapping[str, Any], max_rank: int) -> dict[str, int]:
-    pattern = _numbers(config, "rank_pattern", whole=True)
+    pattern = numbers(config, "rank_pattern", whole=True)
     return {key: _rank(key, int(value), max_rank) for key, value in pattern.items()}
 
 
@@ -241,20 +247,20 @@ def _check_switched_off(
     if peft_type != "LORA":
         report(
             IncompatibleAdapter(
-                f"adapter_config.json has peft_type {_shown(peft_type)}; only 'LORA' is served. "
+                f"adapter_config.json has peft_type {shown(peft_type)}; only 'LORA' is served. "
                 "Convert the adapter to LoRA."
             )
         )
     if task_type not in ("CAUSAL_LM", None):
         report(
             IncompatibleAdapter(
-                f"adapter_config.json has task_type {_shown(task_type)}; only 'CAUSAL_LM' is served"
+                f"adapter_config.json has task_type {shown(task_type)}; only 'CAUSAL_LM' is served"
             )
         )
     if config.get("bias", "none") != "none":
         report(
             IncompatibleAdapter(
-                f"adapter_config.json has bias {_shown(config['bias'])}: trained biases replace those "
+                f"adapter_config.json has bias {shown(config['bias'])}: trained biases replace those "
                 "of the base; only 'none' is served"
             )
         )
@@ -270,7 +276,7 @@ def _check_switched_off(
                 known = "it hands the base's layers to Megatron; save the adapter without it"
             report(
                 IncompatibleAdapter(
-                    f"adapter_config.json switches on {show(key)} ({_shown(value)}), which is not "
+                    f"adapter_config.json switches on {show(key)} ({shown(value)}), which is not "
                     f"served: {known}"
                 )
             )
@@ -280,7 +286,7 @@ def _init_problem(init: Any, *, residual_base: bool) -> str:
     """Return why an ``init_lora_weights`` is refused, empty if it is not."""
     if any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
         return ""
-    problem = f"adapter_config.json has init_lora_weights {_shown(init)}, which changes the base. "
+    problem = f"adapter_config.json has init_lora_weights {shown(init)}, which changes the base. "
     if isinstance(init, str) and init.startswith(_RESIDUAL_INITS):
         return "" if residual_base else problem + _TO_CONVERT
     if init == "loftq":
@@ -306,105 +312,3 @@ def _select(pattern: str | tuple[str, ...], names: Collection[str]) -> set[str]:
 def _suffixes(name: str) -> set[str]:
     parts = name.split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
-
-
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int:
-        raise CorruptArtifact(
-            f"adapter_config.json has {key} {_shown(value)}; a whole number is needed"
-        )
-    return value
-
-
-def _positive(where: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CorruptArtifact(
-            f"adapter_config.json has {where} {_shown(value)}; a positive number is needed"
-        )
-    return float(min(value, 1e300))
-
-
-def _numbers(config: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, float]:
-    raw = config.get(key)
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict) or len(raw) > _MAX_MODULE_LIST:
-        raise CorruptArtifact(f"adapter_config.json has {key} {_shown(raw)}; an object is needed")
-    if whole and any(type(value) is not int for value in raw.values()):
-        raise CorruptArtifact(f"adapter_config.json has {key} with a rank that is no whole number")
-    if any(len(name) > _MAX_TEXT for name in raw):
-        raise CorruptArtifact(
-            f"adapter_config.json has {key} with a key over {_MAX_TEXT} characters"
-        )
-    if whole:
-        return dict(raw)
-    return {name: _positive(f"{key}[{show(name)}]", value) for name, value in raw.items()}
-
-
-def _modules(config: Mapping[str, Any], key: str, *, is_needed: bool) -> str | tuple[str, ...]:
-    raw = config.get(key)
-    if not raw and not is_needed:
-        return ()
-    if isinstance(raw, str) and 0 < len(raw) <= _MAX_TEXT:
-        return raw
-    if isinstance(raw, list) and 0 < len(raw) <= _MAX_MODULE_LIST and _are_texts(raw):
-        return tuple(raw)
-    raise CorruptArtifact(
-        f"adapter_config.json has {key} {_shown(raw)}; a list of module names is needed"
-    )
-
-
-def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    raw = config.get("layers_to_transform")
-    if raw is None or raw == []:
-        return None
-    values = raw if isinstance(raw, list) else [raw]
-    if len(values) > _MAX_LAYERS or not all(
-        type(v) is int and 0 <= v < _MAX_LAYERS for v in values
-    ):
-        raise CorruptArtifact(
-            f"adapter_config.json has layers_to_transform {_shown(raw)}; whole numbers are needed, "
-            f"each below {_MAX_LAYERS}"
-        )
-    return tuple(values)
-
-
-def _layers_pattern(config: Mapping[str, Any]) -> tuple[str, ...]:
-    raw = config.get("layers_pattern")
-    if not raw:
-        return ()
-    values = raw if isinstance(raw, list) else [raw]
-    if len(values) > _MAX_LAYER_PATTERNS or not all(
-        isinstance(v, str) and _LAYERS_PATTERN.fullmatch(v) for v in values
-    ):
-        raise CorruptArtifact(
-            f"adapter_config.json has layers_pattern {_shown(raw)}; module names are needed"
-        )
-    return tuple(values)
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if type(value) is not bool:
-        raise CorruptArtifact(
-            f"adapter_config.json has {key} {_shown(value)}; true or false is needed"
-        )
-    return value
-
-
-def _text(config: Mapping[str, Any], key: str) -> str | None:
-    value = config.get(key)
-    if value is None or (
-        isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
-    ):
-        return value
-    raise CorruptArtifact(f"adapter_config.json has {key} {_shown(value)}; text is needed")
-
-
-def _are_texts(values: list[Any]) -> bool:
-    return all(isinstance(v, str) and 0 < len(v) <= _MAX_TEXT for v in values)
-
-
-def _shown(value: Any) -> str:
-    return show(value) if isinstance(value, str) else show(repr(value)).strip("'\"")

@@ -31,7 +31,8 @@ from lorary.registry.safetensors_file import (
     read_tensor,
 )
 from lorary.registry.safetensors_file import write as write_safetensors
-from lorary.registry.validate import AdapterSpec, lora_key
+from lorary.registry.tensor_layout import lora_key
+from lorary.registry.validate import AdapterSpec
 
 _METADATA: Final = {"format": "pt"}
 _IDENTITY_VERSION: Final = 1

@@ -19,14 +19,8 @@ from lorary.registry.methods.convert import convert, method_of
 from lorary.registry.safetensors_file import read_header
 from lorary.registry.servability import SERVERS, Server, Traits, Verdict, judge
 from lorary.registry.strict_json import parse_json
-from lorary.registry.validate import (
-    PREFIX,
-    AdapterSpec,
-    Limits,
-    check_base,
-    examine_files,
-    read_manifest,
-)
+from lorary.registry.tensor_layout import PREFIX
+from lorary.registry.validate import AdapterSpec, Limits, check_base, examine_files, read_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,8 @@ from lorary.registry.base import BaseCard
 from lorary.registry.folder import AdapterFolder, read_bytes
 from lorary.registry.safetensors_file import Array, read_header, read_tensor
 from lorary.registry.strict_json import parse_json
-from lorary.registry.validate import AdapterSpec, lora_key
+from lorary.registry.tensor_layout import lora_key
+from lorary.registry.validate import AdapterSpec
 
 ALPHA: Final = 0.0
 """llama.cpp's word for: the scale is in the matrices."""

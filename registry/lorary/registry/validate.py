@@ -14,8 +14,7 @@ A refusal is ``CorruptArtifact`` when the files contradict themselves or are not
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple, cast
@@ -24,17 +23,14 @@ from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.adapter_config import AdapterConfig, examine_config, parse_config
 from lorary.registry.base import BaseCard
 from lorary.registry.findings import Report, attempt, refuse
-from lorary.registry.folder import TENSORS_FILE, AdapterFolder, read_bytes, scan_folder
+from lorary.registry.folder import AdapterFolder, read_bytes, scan_folder
 from lorary.registry.manifest import Accepted, Manifest
-from lorary.registry.safetensors_file import TensorInfo, read_header
+from lorary.registry.safetensors_file import read_header
 from lorary.registry.strict_json import show
-from lorary.registry.values import ModuleTensors, check_values
+from lorary.registry.tensor_layout import LORA_KEY, check_targets, is_shaped, sort_by_module
+from lorary.registry.values import check_values
 
 MAX_RANK: Final = 512
-PREFIX: Final = "base_model.model."
-_LORA_KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|(?P<magnitude>magnitude_vector))"
-)
 _WIDTH: Final = {"F16": 2, "BF16": 2, "F32": 4}
 
 
@@ -82,16 +78,6 @@ class Limits:
     accepted: Accepted | None = field(default_factory=Accepted)
     allow_dora: bool = False
     residual_base: bool = False
-
-
-def lora_key(module: str, side: str) -> str:
-    """Return the tensor name of a module's A or B."""
-    return f"{PREFIX}{module}.lora_{side}.weight"
-
-
-def magnitude_key(module: str) -> str:
-    """Return the tensor name of a module's DoRA magnitudes."""
-    return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
 def validate_adapter(
@@ -160,16 +146,18 @@ def examine_files(
     header = attempt(report, lambda: read_header(files.tensors))
     if header is None:
         return None
-    modules = _modules(header.tensors, card, report, dora=config is not None and config.use_dora)
+    modules = sort_by_module(
+        header.tensors, card, report, dora=config is not None and config.use_dora
+    )
     if config is None:
         return None
-    attempt(report, lambda: _check_targets(config, modules.keys(), card, report))
+    attempt(report, lambda: check_targets(config, modules.keys(), card, report))
     ranks = attempt(report, lambda: config.ranks(modules.keys()))
     scales = None if ranks is None else attempt(report, lambda: config.scales(ranks))
     if ranks is None or scales is None or not modules:
         return None
     right = {
-        m: found for m, found in modules.items() if _is_shaped(m, found, ranks[m], card, report)
+        m: found for m, found in modules.items() if is_shaped(m, found, ranks[m], card, report)
     }
     check_values(
         files.tensors,
@@ -209,7 +197,7 @@ def check_form(files: AdapterFolder) -> None:
     tensors = read_header(files.tensors).tensors
     own: dict[str, tuple[int, int]] = {}
     for name, info in tensors.items():
-        match = _LORA_KEY.fullmatch(name)
+        match = LORA_KEY.fullmatch(name)
         if match is not None and match["side"]:
             rows, columns = own.get(match["module"], (0, 0))
             is_a = match["side"] == "A"
@@ -224,11 +212,11 @@ def check_form(files: AdapterFolder) -> None:
         modules=own,
         head_modules=(),
     )
-    modules = _modules(tensors, card, refuse, dora=config.use_dora)
-    _check_targets(config, modules.keys(), card, refuse)
+    modules = sort_by_module(tensors, card, refuse, dora=config.use_dora)
+    check_targets(config, modules.keys(), card, refuse)
     ranks = config.ranks(modules.keys())
     for module, found in modules.items():
-        _is_shaped(module, found, ranks[module], card, refuse)
+        is_shaped(module, found, ranks[module], card, refuse)
 
 
 def read_manifest(files: AdapterFolder) -> Manifest:
@@ -253,118 +241,3 @@ def check_base(manifest: Manifest, card: BaseCard) -> None:
             f"base is '{card.name}' ({card.fingerprint[:19]}…). Weights, configuration or tokenizer "
             "differ: use the same base, or train the adapter on this one."
         )
-
-
-def _modules(
-    tensors: Mapping[str, TensorInfo], card: BaseCard, report: Report, *, dora: bool
-) -> dict[str, ModuleTensors]:
-    """Sort tensors by the base's modules: one A and one B each; anything else is reported."""
-    sides: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        match = _LORA_KEY.fullmatch(name)
-        if match is None or (match["magnitude"] and not dora):
-            report(IncompatibleAdapter(_why_not_lora(name)))
-        elif match["module"] not in card.modules:
-            report(IncompatibleAdapter(_why_not_module(match["module"], card)))
-        else:
-            sides.setdefault(match["module"], {})[match["side"] or "magnitude"] = info
-    modules: dict[str, ModuleTensors] = {}
-    for module, found in sides.items():
-        missing = {"A": lora_key(module, "A"), "B": lora_key(module, "B")}
-        if dora:
-            missing["magnitude"] = magnitude_key(module)
-        for side in found:
-            missing.pop(side)
-        for key in missing.values():
-            together = "A, B and magnitudes" if dora else "A and B"
-            report(CorruptArtifact(f"{TENSORS_FILE} lacks tensor {key}; {together} go together"))
-        if not missing:
-            modules[module] = ModuleTensors(found["A"], found["B"], found.get("magnitude"))
-    return modules
-
-
-def _why_not_lora(name: str) -> str:
-    if "lora_magnitude_vector" in name:
-        reason = "it belongs to DoRA, but adapter_config.json does not say use_dora"
-    elif "lora_embedding" in name or "trainable_tokens" in name:
-        reason = "it adapts the token table, which all adapters share; target linear layers only"
-    elif "vera_" in name:
-        reason = "it belongs to VeRA; only plain LoRA is served"
-    else:
-        reason = (
-            "it is no LoRA matrix of the form 'base_model.model.<module>.lora_A.weight', and loading "
-            "it could overwrite the base for everybody. Save with save_embedding_layers=False and "
-            "without modules_to_save"
-        )
-    return f"{TENSORS_FILE} holds tensor {show(name)}: {reason}"
-
-
-def _why_not_module(module: str, card: BaseCard) -> str:
-    if module in card.head_modules:
-        return (
-            f"adapter targets the output head {module}, which is not served (its size is the "
-            "vocabulary, and it may be tied to the token table). Train without it in target_modules."
-        )
-    if any(part.startswith(("embed", "wte", "wpe")) for part in module.split(".")):
-        return (
-            f"adapter targets the embedding {show(module)}, which all adapters share; "
-            "target linear layers only"
-        )
-    near = next((m for m in card.modules if m.endswith("." + module.rpartition(".")[2])), "")
-    hint = f" (it has {near})" if near else ""
-    return (
-        f"adapter targets module {show(module)}, which base '{card.name}' ({card.architecture}, "
-        f"{card.num_layers} layers) does not have{hint}"
-    )
-
-
-def _check_targets(config: AdapterConfig, found: Set[str], card: BaseCard, report: Report) -> None:
-    """Compare the modules that the configuration means with those that have tensors."""
-    if not isinstance(config.target_modules, str):
-        for head in sorted(config.targets(card.head_modules)):
-            report(IncompatibleAdapter(_why_not_module(head, card)))
-    wanted = config.targets(card.modules.keys())
-    missing, extra = sorted(wanted - found), sorted(found - wanted)
-    if missing:
-        report(
-            CorruptArtifact(
-                f"{TENSORS_FILE} lacks {len(missing)} of the {len(wanted)} modules that "
-                f"adapter_config.json targets, such as {missing[0]}"
-            )
-        )
-    if extra:
-        report(
-            CorruptArtifact(
-                f"{TENSORS_FILE} adapts {len(extra)} modules that adapter_config.json does not "
-                f"target, such as {extra[0]}"
-            )
-        )
-
-
-def _is_shaped(
-    module: str, found: ModuleTensors, rank: int, card: BaseCard, report: Report
-) -> bool:
-    """Tell whether a module's tensors have the shapes of the base and of the configuration."""
-    out_features, in_features = card.modules[module]
-    needed: list[tuple[TensorInfo, tuple[int, ...], int]] = [
-        (found.a, (rank, in_features), 1),
-        (found.b, (out_features, rank), 0),
-    ]
-    if found.magnitude is not None:
-        needed.append((found.magnitude, (out_features,), 0))
-    is_right = True
-    for info, wanted, wide_dim in needed:
-        if info.shape == wanted:
-            continue
-        is_right = False
-        problem = f"tensor {info.name} has shape {list(info.shape)}, and {list(wanted)} is needed"
-        if len(info.shape) == len(wanted) == 2 and info.shape[wide_dim] == wanted[wide_dim]:
-            report(CorruptArtifact(f"{problem}: adapter_config.json gives {module} rank {rank}"))
-        else:
-            report(
-                IncompatibleAdapter(
-                    f"{problem}: in base '{card.name}' {module} maps {in_features} to {out_features} "
-                    "features"
-                )
-            )
-    return is_right

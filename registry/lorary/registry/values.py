@@ -101,10 +101,17 @@ def _norm_within(
     a: Array, b: Array, module: str, scales: Mapping[str, float], card: BaseCard, max_ratio: float
 ) -> float:
     """Return ‖BA‖, or the cheaper bound ‖B‖‖A‖ where that is within the limit already."""
-    bound = _norm(a) * _norm(b)
+    bound = _norm_fast(a) * _norm_fast(b)
     if abs(scales[module]) * bound <= max_ratio * card.norms.get(module, math.inf):
         return bound
     return product_norm(b, a)
+
+
+def _norm_fast(array: Array) -> float:
+    """Return the norm in single precision; infinite where a square is beyond it."""
+    flat = array.astype(np.float32, copy=False).reshape(-1)
+    with np.errstate(over="ignore"):
+        return math.sqrt(float(np.dot(flat, flat)))
 
 
 def _norm(array: Array) -> float:

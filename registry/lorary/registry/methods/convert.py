@@ -37,7 +37,8 @@ from lorary.registry.safetensors_file import (
     write,
 )
 from lorary.registry.strict_json import parse_json, show
-from lorary.registry.validate import MAX_RANK, PREFIX, lora_key
+from lorary.registry.tensor_layout import PREFIX, lora_key
+from lorary.registry.validate import MAX_RANK
 from lorary.registry.values import product_norm
 
 METHODS: Final[Mapping[str, Method]] = {"VERA": Vera(), "MISS": Miss(), "LOHA": Loha()}

@@ -15,7 +15,7 @@ from lorary.registry.base import BaseCard
 from lorary.registry.folder import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE
 from lorary.registry.manifest import BaseIdentity, Manifest, Method, Task
 from lorary.registry.safetensors_file import NUMPY_DTYPES, Array
-from lorary.registry.validate import lora_key
+from lorary.registry.tensor_layout import lora_key
 from lorary.registry.values import product_norm
 
 Kind = Literal["files", "header", "keys", "values", "config", "base"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.poison.attack import RANK, Attack, Tensors, Victim, corrupt, misfit
-from lorary.registry.validate import lora_key, magnitude_key
+from lorary.registry.tensor_layout import lora_key, magnitude_key
 
 _Edit = Callable[[Victim, Tensors], None]
 
