@@ -255,6 +255,7 @@ def test_close_tells_those_who_wait_for_a_queued_load(world: World) -> None:
     queued = world.residency.acquire(ref(3))
     closer = threading.Thread(target=world.residency.close)
     closer.start()
+    wait_for(lambda: world.residency._closed)
     world.registry.gate.set()
     closer.join(10)
     assert not closer.is_alive()

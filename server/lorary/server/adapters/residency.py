@@ -467,6 +467,8 @@ class Residency:
         error: LoraryError | None = None
         try:
             with self._lock:
+                if self._closed:
+                    raise Unavailable("the server is shutting down; try another replica")
                 self._check_wanted(resident)
             self._bring(resident)
         except Cancelled:
