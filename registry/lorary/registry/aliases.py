@@ -5,6 +5,8 @@ r"""Movable aliases of one adapter, as an append-only log of moves.
     {"at": "2026-11-22T10:00:00Z", "actor": "ada", "alias": "prod", "from_version": 2,
      "to_version": 3, "reason": "better F1", "kind": "set"}
 
+A line of kind ``canary`` leaves the alias where it is and says who shares its calls (``splits``).
+
 The state is the log replayed. A move is appended and synced under a lock between processes, after the
 alias was compared with what the mover expected. A line that a crash cut short has no newline: it was
 never acknowledged, readers skip it and the next writer cuts it off.
@@ -22,9 +24,10 @@ from typing import Any, Final, Literal, get_args
 
 from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
 from lorary.registry.durable import locked, storage_errors, sync_folder
+from lorary.registry.splits import Canary, Split, is_change, parse_canary, replay_splits
 from lorary.registry.strict_json import parse_json
 
-MoveKind = Literal["set", "rollback"]
+MoveKind = Literal["set", "rollback", "canary"]
 
 
 class Unset:
@@ -49,7 +52,9 @@ class AliasMove:
         from_version: where it pointed, ``None`` if it did not exist.
         to_version: where it points now, ``None`` if it was removed.
         reason: why, as the mover said.
-        kind: ``set``, or ``rollback`` for a return to where it pointed before.
+        kind: ``set``; ``rollback`` for a return to where it pointed before; ``canary`` for the
+            beginning, change or end of a canary.
+        canary: who shares the alias's calls from here on, ``None`` for nobody.
     """
 
     at: str
@@ -59,10 +64,14 @@ class AliasMove:
     to_version: int | None
     reason: str = ""
     kind: MoveKind = "set"
+    canary: Canary | None = None
 
     def to_json(self) -> bytes:
         """Return the move as a line of the log."""
-        return (json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n").encode()
+        fields = {**dataclasses.asdict(self), "canary": self.canary and self.canary.to_dict()}
+        if self.kind != "canary":
+            del fields["canary"]  # as it was before there were canaries
+        return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
 
 class AliasLog:
@@ -71,49 +80,55 @@ class AliasLog:
     def __init__(self, file: Path, lock: Path) -> None:
         self._file = file
         self._lock = lock
-        self._cache: tuple[tuple[int, int, int], tuple[AliasMove, ...], dict[str, int]] | None = (
-            None
-        )
+        self._cache: tuple[tuple[int, int, int], _Replayed] | None = None
 
     def state(self) -> dict[str, int]:
         """Return where every alias points. One ``stat`` when nothing has changed; do not mutate it."""
-        return self._load()[1]
+        return self._load().state
+
+    def splits(self) -> dict[str, Split]:
+        """Return the canaries that run, by alias; as ``state``."""
+        return self._load().splits
 
     def moves(self) -> tuple[AliasMove, ...]:
         """Return all moves, oldest first."""
-        return self._load()[0]
+        return self._load().moves
 
-    def append(self, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def append(
+        self, move: AliasMove, *, expect: int | Unset | None, expect_serial: int | None = None
+    ) -> AliasMove:
         """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
 
-        A move to where the alias points already changes nothing and is not recorded.
+        A move to where the alias points already changes nothing and is not recorded. With
+        ``expect_serial``, that canary must run.
 
         Raises:
-            Conflict: the alias is elsewhere.
+            Conflict: the alias is elsewhere, or the canary another.
             CorruptArtifact: the log is damaged before its last line.
             StorageError: the log cannot be written.
         """
         with locked(self._lock):
-            move = compared(move, self.state(), expect)
-            if move.from_version != move.to_version:
+            known = self._load()
+            move = compared(move, known.state, expect)
+            if is_change(move, known.splits, expect_serial):
                 with storage_errors(f"record a move in {self._file}"):
                     self._append(move)
             return move
 
-    def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
+    def _load(self) -> _Replayed:
         with storage_errors(f"read {self._file}"):
             try:
                 stat = self._file.stat()
             except FileNotFoundError:
-                return (), {}
+                return _Replayed()
             stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             if self._cache is not None and self._cache[0] == stamp:
-                return self._cache[1], self._cache[2]
+                return self._cache[1]
             raw = self._file.read_bytes()
         moves = parse_moves(raw, str(self._file))
-        state = replay(moves)
-        self._cache = (stamp, moves, state)
-        return moves, state
+        known = _Replayed(moves, replay(moves), replay_splits(moves))
+        self._cache = (stamp, known)
+        return known
 
     def _append(self, move: AliasMove) -> None:
         line = move.to_json()
@@ -131,6 +146,15 @@ class AliasLog:
             os.fsync(file.fileno())
         if is_new:
             sync_folder(self._file.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replayed:
+    """A log, and what follows from it."""
+
+    moves: tuple[AliasMove, ...] = ()
+    state: dict[str, int] = dataclasses.field(default_factory=dict)
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
 
 
 def compared(move: AliasMove, state: Mapping[str, int], expect: int | Unset | None) -> AliasMove:
@@ -167,8 +191,8 @@ def before(moves: Iterable[AliasMove], alias: str) -> tuple[int, int | None]:
     """
     history: list[int | None] = []
     for move in moves:
-        if move.alias != alias:
-            continue
+        if move.alias != alias or move.from_version == move.to_version:
+            continue  # another alias's, or a canary's beginning or end
         if move.kind == "rollback":
             history.pop()
         else:
@@ -199,14 +223,19 @@ def parse_moves(raw: bytes, where: str) -> tuple[AliasMove, ...]:
 def _move(fields: dict[str, Any], where: str) -> AliasMove:
     texts = ("at", "actor", "alias", "reason", "kind")
     versions = ("from_version", "to_version")
+    is_canary = fields.get("kind") == "canary"
     if (
-        fields.keys() != {*texts, *versions}
+        fields.keys() != {*texts, *versions, *(("canary",) if is_canary else ())}
         or not all(isinstance(fields[key], str) for key in texts)
         or not all(fields[key] is None or type(fields[key]) is int for key in versions)
         or fields["kind"] not in get_args(MoveKind)
     ):
         raise CorruptArtifact(f"{where} is damaged; it is no move of an alias")
-    return AliasMove(**fields)
+    if not is_canary:
+        return AliasMove(**fields)
+    if fields["to_version"] is None or fields["from_version"] != fields["to_version"]:
+        raise CorruptArtifact(f"{where} is damaged; a canary does not move its alias")
+    return AliasMove(**{**fields, "canary": parse_canary(fields["canary"], where)})
 
 
 def _shown(version: int | Unset | None) -> str:

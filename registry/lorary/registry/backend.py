@@ -16,6 +16,7 @@ from lorary.registry.address import is_hub, local_path
 from lorary.registry.aliases import AliasMove, Unset
 from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
+from lorary.registry.splits import Split
 from lorary.registry.versions import Pointer
 
 
@@ -46,16 +47,30 @@ class Store(Protocol):
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias of an adapter points."""
 
+    def alias_splits(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries of an adapter that run, by alias."""
+
+    def trouble(self) -> str:
+        """Return why answers may be out of date just now, empty if they are not; asks nobody afar."""
+
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves of an adapter's aliases, oldest first."""
 
-    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def move_alias(
+        self,
+        name: str,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        expect_serial: int | None = None,
+    ) -> AliasMove:
         """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
 
-        A move to where the alias points already changes nothing and is not recorded.
+        A move to where the alias points already changes nothing and is not recorded. With
+        ``expect_serial``, that canary must run (``Split.serial``).
 
         Raises:
-            Conflict: the alias is elsewhere.
+            Conflict: the alias is elsewhere, or the canary another.
         """
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:

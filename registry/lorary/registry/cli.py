@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorary.errors import CorruptArtifact, InvalidRequest, LoraryError, MissingDependency
-from lorary.registry import cli_tables
+from lorary.registry import cli_canary, cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.cli_support import console, print_json, progress_bar, run
@@ -174,7 +174,10 @@ def alias(
     """Point an alias at a version, remove it, or list all."""
     opened = _open(registry)
     if alias is None:
-        _print_aliases(opened.aliases(name), as_json=as_json)
+        found: dict[str, Any] = {**opened.aliases(name)}
+        for split in opened.rollouts.all(name).values():
+            found[split.alias] = {"version": split.version, "canary": split.canary.to_dict()}
+        _print_aliases(found, as_json=as_json)
         return
     if (version is None) != remove:
         raise InvalidRequest("name either a version (registry alias NAME prod 3) or --remove")
@@ -208,6 +211,11 @@ def promote(
         reason=reason or f"promoted {ref}",
     )
     _print_move(move, as_json=as_json)
+
+
+app.command(epilog="Example: registry canary sentiment prod 8 --percent 10 --gate errors=0.02")(
+    cli_canary.canary
+)
 
 
 @app.command(epilog="Example: registry rollback sentiment prod --reason 'errors up'")
@@ -315,7 +323,7 @@ def _expected(text: str | None) -> int | Unset | None:
     return version
 
 
-def _print_aliases(found: dict[str, int], *, as_json: bool) -> None:
+def _print_aliases(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:

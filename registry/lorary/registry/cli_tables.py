@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -85,19 +86,39 @@ def moves(found: Sequence[AliasMove]) -> Table:
             escape(move.actor),
             move.alias,
             "-" if move.from_version is None else str(move.from_version),
-            "-" if move.to_version is None else str(move.to_version),
+            _to(move),
             move.kind,
             escape(move.reason),
         )
     return result
 
 
-def aliases(found: dict[str, int]) -> Table:
-    """One row per alias."""
-    result = table("alias", "version")
-    for alias, version in sorted(found.items()):
-        result.add_row(alias, str(version))
+def _to(move: AliasMove) -> str:
+    if move.canary is not None:
+        return f"{move.to_version}, canary {_canary(move.canary.to_dict())}"
+    return "-" if move.to_version is None else str(move.to_version)
+
+
+def aliases(found: dict[str, Any]) -> Table:
+    """One row per alias; one with a canary is an object of version and canary."""
+    result = table("alias", "version", *(["canary"] if _any_canary(found) else []))
+    for alias, at in sorted(found.items()):
+        if isinstance(at, int):
+            result.add_row(alias, str(at))
+        else:
+            result.add_row(alias, str(at["version"]), _canary(at["canary"]))
     return result
+
+
+def _any_canary(found: dict[str, Any]) -> bool:
+    return not all(isinstance(at, int) for at in found.values())
+
+
+def _canary(found: dict[str, Any]) -> str:
+    gates = ", ".join(f"{name} {value:g}" for name, value in found["gates"].items())
+    shadow = f", shadow {found['shadow']:g} %" if found["shadow"] else ""
+    promoted = f", promoted after {found['promote_after']}" if found["promote_after"] else ""
+    return f"{found['version']} at {found['percent']:g} %{shadow} (gates: {gates}{promoted})"
 
 
 def report(found: VerifyReport) -> Table:

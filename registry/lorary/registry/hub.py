@@ -51,6 +51,7 @@ from lorary.registry.hub_state import NOTHING, STATE_FOLDER, HubState, appended,
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import FileEntry, Manifest
 from lorary.registry.refs import check_name
+from lorary.registry.splits import Split, is_change
 from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
 
@@ -90,6 +91,7 @@ class HubStore:
         self._known: frozenset[str] | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._trouble = ""
         self._watches = watch
         if watch:
             threading.Thread(target=self._watch, name="registry-watch", daemon=True).start()
@@ -129,6 +131,14 @@ class HubStore:
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points."""
         return self._state(name).alias_state()
+
+    def alias_splits(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries that run."""
+        return self._state(name).alias_splits()
+
+    def trouble(self) -> str:
+        """Say what the watch met last, if the Hub was away."""
+        return self._trouble
 
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves."""
@@ -209,15 +219,24 @@ class HubStore:
 
         return self._retried(name, attempt)
 
-    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def move_alias(
+        self,
+        name: str,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        expect_serial: int | None = None,
+    ) -> AliasMove:
         """Append a move to the log in a commit of its own."""
         repo_id = self._repo(name)
 
         def attempt() -> AliasMove:
             state = self._renew(name)
             done = compared(move, state.alias_state(), expect)
-            if done.from_version != done.to_version:
+            if is_change(done, state.alias_splits(), expect_serial):
                 target = "removed" if done.to_version is None else f"to v{done.to_version}"
+                if done.from_version == done.to_version:
+                    target = f"with {done.canary}" if done.canary else "without canary"
                 commit = self._client.commit(
                     repo_id,
                     parent=state.head,
@@ -462,18 +481,17 @@ class HubStore:
 
     def _watch(self) -> None:
         """Renew what is in memory until the store is closed; the Hub may be away meanwhile."""
-        is_away = False
         while not self._stop.is_set():
             try:
                 self._look()
             except LoraryError as error:
-                if not is_away:
+                if not self._trouble:
                     logger.warning("answering from memory: %s", error)
-                is_away = True
+                self._trouble = str(error)
             else:
-                if is_away:
+                if self._trouble:
                     logger.warning("the hub answers again")
-                is_away = False
+                self._trouble = ""
             self._stop.wait(RENEW_S)
 
     def _look(self) -> None:

@@ -22,6 +22,7 @@ from typing import Final
 from lorary.errors import CorruptArtifact
 from lorary.registry.aliases import AliasMove, parse_moves, replay
 from lorary.registry.hub_client import HubClient
+from lorary.registry.splits import Split, replay_splits
 from lorary.registry.strict_json import parse_json
 from lorary.registry.versions import Pointer, parse_pointer
 
@@ -43,6 +44,7 @@ class HubState:
         versions: one per version, from 1: its pointer, or what is wrong with its line.
         moves: all moves of aliases, or what is wrong with the log.
         aliases: where every alias points.
+        splits: the canaries that run, by alias.
         raw_versions: the file, to be appended to.
         raw_aliases: the file, to be appended to.
     """
@@ -51,6 +53,7 @@ class HubState:
     versions: tuple[Pointer | CorruptArtifact, ...] = ()
     moves: tuple[AliasMove, ...] | CorruptArtifact = ()
     aliases: Mapping[str, int] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
     raw_versions: bytes = b""
     raw_aliases: bytes = b""
 
@@ -99,6 +102,11 @@ class HubState:
         self.alias_moves()
         return self.aliases
 
+    def alias_splits(self) -> Mapping[str, Split]:
+        """Return the canaries that run, by alias; raises as ``alias_state``."""
+        self.alias_moves()
+        return self.splits
+
 
 NOTHING: Final = HubState()
 """Of an adapter that has no repository."""
@@ -120,6 +128,7 @@ def read_state(client: HubClient, repo_id: str, head: str) -> HubState:
         versions=tuple(_versions(raw_versions, repo_id)),
         moves=moves,
         aliases={} if isinstance(moves, CorruptArtifact) else replay(moves),
+        splits={} if isinstance(moves, CorruptArtifact) else replay_splits(moves),
         raw_versions=raw_versions,
         raw_aliases=raw_aliases,
     )

@@ -43,6 +43,7 @@ from lorary.registry.durable import (
 from lorary.registry.folder import MANIFEST_FILE
 from lorary.registry.manifest import Manifest
 from lorary.registry.refs import check_name
+from lorary.registry.splits import Split
 from lorary.registry.strict_json import parse_json
 from lorary.registry.unpacked import FOLDERS, VersionFolders
 from lorary.registry.versions import Pointer, Versions
@@ -104,13 +105,32 @@ class LocalStore:
         """Return where every alias points; one ``stat`` when nothing has changed."""
         return self._log(name).state()
 
+    def alias_splits(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries that run; one ``stat`` when nothing has changed."""
+        return self._log(name).splits()
+
+    def trouble(self) -> str:
+        """Say when the folder is gone, as a network file system goes."""
+        try:
+            (self._root / _MARKER).stat()
+        except OSError as error:
+            return f"{self._root} cannot be read: {error.strerror}"
+        return ""
+
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves."""
         return self._log(name).moves()
 
-    def move_alias(self, name: str, move: AliasMove, *, expect: int | Unset | None) -> AliasMove:
+    def move_alias(
+        self,
+        name: str,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        expect_serial: int | None = None,
+    ) -> AliasMove:
         """Append a move to the log, under the adapter's lock."""
-        return self._log(name).append(move, expect=expect)
+        return self._log(name).append(move, expect=expect, expect_serial=expect_serial)
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
         """Return a version's manifest, checked against its digest."""

@@ -64,10 +64,15 @@ def _check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
 def _alias_problems(store: Store, name: str, newest: int) -> list[str]:
     try:
         state = store.alias_state(name)
+        splits = store.alias_splits(name)
     except LoraryError as error:
         return [f"{name}: {error}"]
     return [
         f"{name}: alias '{alias}' points at version {version}, which does not exist"
         for alias, version in sorted(state.items())
         if not 1 <= version <= newest
+    ] + [
+        f"{name}: the canary of alias '{alias}' is version {split.canary.version}, which does not exist"
+        for alias, split in sorted(splits.items())
+        if not 1 <= split.canary.version <= newest
     ]
