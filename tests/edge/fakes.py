@@ -76,11 +76,23 @@ def digest_of(name: str) -> str:
     return "sha256:" + f"{ADAPTERS[name]:x}" * 64
 
 
+class FakeRollouts:
+    """No alias has a canary."""
+
+    def of(self, name: str, alias: str) -> None:
+        return None
+
+
 class FakeRegistry:
     """One version of each adapter; ``alpha`` generates, ``beta`` classifies into 8 and 10."""
 
+    rollouts = FakeRollouts()
+
     def __init__(self) -> None:
         self.broken: BaseException | None = None
+
+    def trouble(self) -> str:
+        return str(self.broken or "")
 
     def resolve(self, ref: str) -> FakeResolved:
         if self.broken is not None:

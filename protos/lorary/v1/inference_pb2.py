@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorary/v1/inference.proto\x12\tlorary.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.lorary.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x85\x01\n\x05Input\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.lorary.v1.ChatMessagesH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.lorary.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xaa\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\rH\n\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x04H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xa8\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Input\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.lorary.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_priority\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"a\n\x10PositionLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.lorary.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.lorary.v1.TokenLogprob\"n\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.lorary.v1.PositionLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"[\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x17\n\x0f\x61\x64\x61pter_load_ns\x18\x02 \x01(\x04\x12\x12\n\nprefill_ns\x18\x03 \x01(\x04\x12\x11\n\tdecode_ns\x18\x04 \x01(\x04\"\xae\x01\n\x07Receipt\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12#\n\x07timings\x18\x08 \x01(\x0b\x32\x12.lorary.v1.Timings\"\xbb\x01\n\x10GenerateComplete\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.lorary.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x04 \x01(\t\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.lorary.v1.Usage\x12#\n\x07receipt\x18\x06 \x01(\x0b\x32\x12.lorary.v1.Receipt\"w\n\x10GenerateResponse\x12)\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x18.lorary.v1.GenerateChunkH\x00\x12/\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1b.lorary.v1.GenerateCompleteH\x00\x42\x07\n\x05\x65vent\"\x8b\x01\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Input\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_priority\"A\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x7f\n\x10\x43lassifyResponse\x12%\n\x06scores\x18\x01 \x03(\x0b\x32\x15.lorary.v1.LabelScore\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Usage\x12#\n\x07receipt\x18\x03 \x01(\x0b\x32\x12.lorary.v1.Receipt\"C\n\x0fTokenizeRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Input\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\"\x16\n\x14GetServerInfoRequest\"\xce\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x11\n\tmax_batch\x18\x08 \x01(\r\x12\x10\n\x08max_rank\x18\t \x01(\r\x12\x1c\n\x14\x61\x64\x61pter_memory_bytes\x18\n \x01(\x04\x12!\n\x19\x61\x64\x61pter_memory_used_bytes\x18\x0b \x01(\x04\x12\"\n\x1asteps_by_distinct_adapters\x18\x0c \x03(\x04\x12\x13\n\x0bnum_running\x18\r \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0e \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb0\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.lorary.v1.GenerateRequest\x1a\x1b.lorary.v1.GenerateResponse0\x01\x12\x43\n\x08\x43lassify\x12\x1a.lorary.v1.ClassifyRequest\x1a\x1b.lorary.v1.ClassifyResponse\x12\x43\n\x08Tokenize\x12\x1a.lorary.v1.TokenizeRequest\x1a\x1b.lorary.v1.TokenizeResponse\x12R\n\rGetServerInfo\x12\x1f.lorary.v1.GetServerInfoRequest\x1a .lorary.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorary/v1/inference.proto\x12\tlorary.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.lorary.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x85\x01\n\x05Input\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.lorary.v1.ChatMessagesH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.lorary.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xaa\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\rH\n\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x04H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xbd\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Input\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.lorary.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0brouting_key\x18\x1e \x01(\tB\x0b\n\t_priority\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"a\n\x10PositionLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.lorary.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.lorary.v1.TokenLogprob\"n\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.lorary.v1.PositionLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"[\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x17\n\x0f\x61\x64\x61pter_load_ns\x18\x02 \x01(\x04\x12\x12\n\nprefill_ns\x18\x03 \x01(\x04\x12\x11\n\tdecode_ns\x18\x04 \x01(\x04\"\xbe\x01\n\x07Receipt\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12#\n\x07timings\x18\x08 \x01(\x0b\x32\x12.lorary.v1.Timings\x12\x0e\n\x06\x63\x61nary\x18\x1e \x01(\x08\"\xbb\x01\n\x10GenerateComplete\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.lorary.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x04 \x01(\t\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.lorary.v1.Usage\x12#\n\x07receipt\x18\x06 \x01(\x0b\x32\x12.lorary.v1.Receipt\"w\n\x10GenerateResponse\x12)\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x18.lorary.v1.GenerateChunkH\x00\x12/\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1b.lorary.v1.GenerateCompleteH\x00\x42\x07\n\x05\x65vent\"\xa0\x01\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Input\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0brouting_key\x18\x1e \x01(\tB\x0b\n\t_priority\"A\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x7f\n\x10\x43lassifyResponse\x12%\n\x06scores\x18\x01 \x03(\x0b\x32\x15.lorary.v1.LabelScore\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Usage\x12#\n\x07receipt\x18\x03 \x01(\x0b\x32\x12.lorary.v1.Receipt\"C\n\x0fTokenizeRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.lorary.v1.Input\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\"\x16\n\x14GetServerInfoRequest\"\xce\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x13\n\x0bmax_context\x18\x07 \x01(\r\x12\x11\n\tmax_batch\x18\x08 \x01(\r\x12\x10\n\x08max_rank\x18\t \x01(\r\x12\x1c\n\x14\x61\x64\x61pter_memory_bytes\x18\n \x01(\x04\x12!\n\x19\x61\x64\x61pter_memory_used_bytes\x18\x0b \x01(\x04\x12\"\n\x1asteps_by_distinct_adapters\x18\x0c \x03(\x04\x12\x13\n\x0bnum_running\x18\r \x01(\r\x12\x13\n\x0bnum_waiting\x18\x0e \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb0\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.lorary.v1.GenerateRequest\x1a\x1b.lorary.v1.GenerateResponse0\x01\x12\x43\n\x08\x43lassify\x12\x1a.lorary.v1.ClassifyRequest\x1a\x1b.lorary.v1.ClassifyResponse\x12\x43\n\x08Tokenize\x12\x1a.lorary.v1.TokenizeRequest\x1a\x1b.lorary.v1.TokenizeResponse\x12R\n\rGetServerInfo\x12\x1f.lorary.v1.GetServerInfoRequest\x1a .lorary.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorary.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2781
-  _globals['_FINISHREASON']._serialized_end=2876
+  _globals['_FINISHREASON']._serialized_start=2839
+  _globals['_FINISHREASON']._serialized_end=2934
   _globals['_CHATMESSAGE']._serialized_start=40
   _globals['_CHATMESSAGE']._serialized_end=84
   _globals['_CHATMESSAGES']._serialized_start=86
@@ -44,37 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=306
   _globals['_SAMPLINGPARAMS']._serialized_end=860
   _globals['_GENERATEREQUEST']._serialized_start=863
-  _globals['_GENERATEREQUEST']._serialized_end=1031
-  _globals['_TOKENLOGPROB']._serialized_start=1033
-  _globals['_TOKENLOGPROB']._serialized_end=1082
-  _globals['_POSITIONLOGPROBS']._serialized_start=1084
-  _globals['_POSITIONLOGPROBS']._serialized_end=1181
-  _globals['_GENERATECHUNK']._serialized_start=1183
-  _globals['_GENERATECHUNK']._serialized_end=1293
-  _globals['_USAGE']._serialized_start=1295
-  _globals['_USAGE']._serialized_end=1375
-  _globals['_TIMINGS']._serialized_start=1377
-  _globals['_TIMINGS']._serialized_end=1468
-  _globals['_RECEIPT']._serialized_start=1471
-  _globals['_RECEIPT']._serialized_end=1645
-  _globals['_GENERATECOMPLETE']._serialized_start=1648
-  _globals['_GENERATECOMPLETE']._serialized_end=1835
-  _globals['_GENERATERESPONSE']._serialized_start=1837
-  _globals['_GENERATERESPONSE']._serialized_end=1956
-  _globals['_CLASSIFYREQUEST']._serialized_start=1959
-  _globals['_CLASSIFYREQUEST']._serialized_end=2098
-  _globals['_LABELSCORE']._serialized_start=2100
-  _globals['_LABELSCORE']._serialized_end=2165
-  _globals['_CLASSIFYRESPONSE']._serialized_start=2167
-  _globals['_CLASSIFYRESPONSE']._serialized_end=2294
-  _globals['_TOKENIZEREQUEST']._serialized_start=2296
-  _globals['_TOKENIZEREQUEST']._serialized_end=2363
-  _globals['_TOKENIZERESPONSE']._serialized_start=2365
-  _globals['_TOKENIZERESPONSE']._serialized_end=2418
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2420
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2442
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=2445
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=2779
-  _globals['_INFERENCE']._serialized_start=2879
-  _globals['_INFERENCE']._serialized_end=3183
+  _globals['_GENERATEREQUEST']._serialized_end=1052
+  _globals['_TOKENLOGPROB']._serialized_start=1054
+  _globals['_TOKENLOGPROB']._serialized_end=1103
+  _globals['_POSITIONLOGPROBS']._serialized_start=1105
+  _globals['_POSITIONLOGPROBS']._serialized_end=1202
+  _globals['_GENERATECHUNK']._serialized_start=1204
+  _globals['_GENERATECHUNK']._serialized_end=1314
+  _globals['_USAGE']._serialized_start=1316
+  _globals['_USAGE']._serialized_end=1396
+  _globals['_TIMINGS']._serialized_start=1398
+  _globals['_TIMINGS']._serialized_end=1489
+  _globals['_RECEIPT']._serialized_start=1492
+  _globals['_RECEIPT']._serialized_end=1682
+  _globals['_GENERATECOMPLETE']._serialized_start=1685
+  _globals['_GENERATECOMPLETE']._serialized_end=1872
+  _globals['_GENERATERESPONSE']._serialized_start=1874
+  _globals['_GENERATERESPONSE']._serialized_end=1993
+  _globals['_CLASSIFYREQUEST']._serialized_start=1996
+  _globals['_CLASSIFYREQUEST']._serialized_end=2156
+  _globals['_LABELSCORE']._serialized_start=2158
+  _globals['_LABELSCORE']._serialized_end=2223
+  _globals['_CLASSIFYRESPONSE']._serialized_start=2225
+  _globals['_CLASSIFYRESPONSE']._serialized_end=2352
+  _globals['_TOKENIZEREQUEST']._serialized_start=2354
+  _globals['_TOKENIZEREQUEST']._serialized_end=2421
+  _globals['_TOKENIZERESPONSE']._serialized_start=2423
+  _globals['_TOKENIZERESPONSE']._serialized_end=2476
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2478
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2500
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=2503
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=2837
+  _globals['_INFERENCE']._serialized_start=2937
+  _globals['_INFERENCE']._serialized_end=3241
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ from prometheus_client import start_http_server
 from lorary.errors import ConfigError, EngineFailed, Unavailable
 from lorary.server.control import ControlService
 from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
+from lorary.server.rollout.build import build_rollout
 from lorary.server.service import InferenceService, Parts
 from lorary.server.targets import Prompts, Targets
 from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -79,6 +80,7 @@ class Server:
             fingerprint=backend.facts.base_fingerprint,
         )
         self._prompts = Prompts(backend.prompts, backend.decode)
+        self._rollout = build_rollout(backend, self._targets, calls, poll_s=config.alias_poll)
         self._control = ControlService(backend.registry, backend.residency, self._targets)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._stop_asked = asyncio.Event()
@@ -100,6 +102,7 @@ class Server:
         port = self._bind(self._grpc)
         metrics_port = self._start_metrics()
         self._backend.engine.start()
+        self._rollout.start()
         await self._grpc.start()
         await self._health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         host = _bracketed(config.host)
@@ -141,6 +144,7 @@ class Server:
         await self._calls.wait_idle(LAST_WORDS_S)
         if self._grpc is not None:
             await self._grpc.stop(LAST_WORDS_S)
+        await self._rollout.stop()
         await asyncio.to_thread(self._backend.close)
         for part in (self._targets, self._prompts):
             part.close()
@@ -188,9 +192,11 @@ class Server:
             metrics=self._metrics,
             facts=backend.facts,
             limits=backend.limits,
+            rollout=self._rollout,
         )
         self._metrics.describe(backend.facts)
         self._metrics.watch(backend.engine, backend.residency)
+        self._metrics.registry.register(self._rollout.collector(config.tracked_adapters))
         register: Any = inference_pb2_grpc.add_InferenceServicer_to_server
         register(InferenceService(parts), server)
         register = control_pb2_grpc.add_ControlServicer_to_server

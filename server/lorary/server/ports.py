@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lorary.errors import LoraryError
     from lorary.registry.manifest import BaseIdentity, Task
+    from lorary.registry.splits import Split
     from lorary.server.engine.request import Lease, Output, Request, StepStats
 
     Deliver = Callable[[list[Output]], None]
@@ -85,6 +86,26 @@ class VersionLike(Protocol):
         ...
 
 
+class RolloutsLike(Protocol):
+    """Canaries in the registry. Called from worker threads."""
+
+    def of(self, name: str, alias: str) -> Split | None:
+        """Return the canary of an alias, if one runs."""
+        ...
+
+    def stop(self, name: str, alias: str, *, expect: Split, reason: str, actor: str) -> object:
+        """End a canary.
+
+        Raises:
+            Conflict: another one runs by now, or the alias was moved.
+        """
+        ...
+
+    def promote(self, name: str, alias: str, *, expect: Split, reason: str, actor: str) -> object:
+        """Point the alias at its canary; raises as ``stop``."""
+        ...
+
+
 class RegistryLike(Protocol):
     """Where refs become versions. Called from worker threads, several at once."""
 
@@ -100,6 +121,21 @@ class RegistryLike(Protocol):
 
     def manifest(self, resolved: Any) -> Any:
         """Return a ``ManifestLike``; raises as ``resolve``, and CorruptArtifact."""
+        ...
+
+    @property
+    def rollouts(self) -> RolloutsLike:
+        """The canaries behind aliases."""
+        ...
+
+    def trouble(self) -> str:
+        """Return why answers may be out of date just now; empty if they are not."""
+        ...
+
+    def set_alias(
+        self, name: str, alias: str, version: int | None, *, expect: Any, reason: str, actor: str
+    ) -> Any:
+        """Point an alias at a version, or remove it; see ``lorary.registry.store``."""
         ...
 
     def list(self) -> Sequence[VersionLike]:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorary.errors import IncompatibleAdapter, InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from lorary.registry.manifest import Task
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
+    from lorary.server.rollout.splits import Trial
     from lorary.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
@@ -29,7 +30,13 @@ MAX_CACHED_TASKS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a call's ``adapter`` turned out to be; all but ``ref`` is empty for the bare base."""
+    """What a call's ``adapter`` turned out to be; all but ``ref`` is empty for the bare base.
+
+    Attributes:
+        trial: the canary whose calls this one is among.
+        is_canary: whether the canary answers it.
+        is_shadowed: whether the canary gets a copy of it.
+    """
 
     ref: str
     name: str = ""
@@ -37,6 +44,9 @@ class Target:
     digest: str = ""
     task: Task | None = None
     resolved: Any = None
+    trial: Trial | None = None
+    is_canary: bool = False
+    is_shadowed: bool = False
 
 
 class Targets:
@@ -54,9 +64,28 @@ class Targets:
         self._fingerprint = fingerprint
         self._pool = ThreadPoolExecutor(NUM_REGISTRY_THREADS, thread_name_prefix="lorary-registry")
         self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self._follow: Callable[[str, str | None], Awaitable[Target]] | None = None
 
-    async def resolve(self, ref: str) -> Target:
-        """Return what ``ref`` means now.
+    def follow(self, resolve: Callable[[str, str | None], Awaitable[Target]]) -> None:
+        """Let ``resolve`` say what a ref means to callers (``rollout.aliases``)."""
+        self._follow = resolve
+
+    async def resolve(self, ref: str, key: str | None = None) -> Target:
+        """Return what ``ref`` means to a caller: what is served, which follows what is registered.
+
+        Args:
+            ref: what the caller wrote.
+            key: decides who is in a canary; ``None`` for the alias's holder.
+
+        Raises:
+            LoraryError: as ``lookup``.
+        """
+        if ref and self._follow is not None:
+            return await self._follow(ref, key)
+        return await self.lookup(ref)
+
+    async def lookup(self, ref: str) -> Target:
+        """Return what ``ref`` means in the registry now.
 
         Raises:
             InvalidRef: it does not parse.
@@ -65,7 +94,10 @@ class Targets:
         """
         if not ref:
             return Target(ref="")
-        resolved = await self.run(self._registry.resolve, ref)
+        return await self.describe(ref, await self.run(self._registry.resolve, ref))
+
+    async def describe(self, ref: str, resolved: Any) -> Target:
+        """Return a version as the target of ``ref``; raises as ``lookup``."""
         return Target(
             ref=ref,
             name=resolved.name,
