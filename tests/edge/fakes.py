@@ -19,7 +19,7 @@ import itertools
 import threading
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -78,6 +78,9 @@ def digest_of(name: str) -> str:
 
 class FakeRollouts:
     """No alias has a canary."""
+
+    def all(self, name: str) -> dict[str, Any]:
+        return {}
 
     def of(self, name: str, alias: str) -> None:
         return None
@@ -163,6 +166,7 @@ class FakeResident:
     rank: int
     device_bytes: int
     num_holders: int
+    num_pages: int = 1
 
 
 @dataclass
@@ -208,6 +212,15 @@ class FakeResidency:
 
     def unload(self, digest: str) -> None:
         self.resident.pop(digest, None)
+
+    def pin(self, digest: str, *, pinned: bool = True) -> FakeResident | None:
+        resident = self.resident.get(digest)
+        if resident is not None:
+            self.resident[digest] = resident = replace(resident, pinned=pinned)
+        return resident
+
+    def listen(self, listener: Callable[[str, Any, str], object]) -> None:
+        self.listener = listener
 
     def snapshot(self) -> list[FakeResident]:
         return list(self.resident.values())

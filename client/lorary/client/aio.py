@@ -99,6 +99,7 @@ class AsyncClient:
         adapter: str = "",
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> GenerateResult:
@@ -113,6 +114,8 @@ class AsyncClient:
             adapter: ``name``, ``name@alias``, ``name@3``, ``name@sha256:…``; empty: the bare base.
             priority: -10 to 10; higher is served sooner while requests wait for a place.
             request_id: an id for the server's log; the server makes one when empty.
+            routing_key: who calls, such as a user's id: the same key gets the same version while an
+                alias has a canary. The request's id when empty.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``.
 
@@ -125,7 +128,16 @@ class AsyncClient:
             await client.generate(prompt="Once upon a time", max_tokens=32, temperature=0.8, seed=1)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            1,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            routing_key,
         )
         (answer,) = await self._all(request, timeout_s)
         return answer
@@ -141,12 +153,22 @@ class AsyncClient:
         adapter: str = "",
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> list[GenerateResult]:
         """Return ``n`` answers to the same input, by index; see ``generate``."""
         request = m.generate_request(
-            n, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            n,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            routing_key,
         )
         return await self._all(request, timeout_s)
 
@@ -160,6 +182,7 @@ class AsyncClient:
         adapter: str = "",
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> AsyncIterator[Chunk | GenerateResult]:
@@ -177,7 +200,16 @@ class AsyncClient:
                         print(receipt.digest)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            1,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            routing_key,
         )
         return self._stream(request, timeout_s)
 
@@ -192,6 +224,7 @@ class AsyncClient:
         labels: Sequence[str] = (),
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
     ) -> Classification:
         """Return the probability of every label, in one pass over the input.
@@ -203,7 +236,7 @@ class AsyncClient:
             (await client.classify("the film was a delight", adapter="sentiment@prod")).label
         """
         request = m.classify_request(
-            text, prompt, messages, token_ids, adapter, labels, priority, request_id
+            text, prompt, messages, token_ids, adapter, labels, priority, request_id, routing_key
         )
         return m.classification(await self._call(self._inference.Classify, request, timeout_s))
 

@@ -114,6 +114,7 @@ def generate_request(
     priority: int,
     request_id: str,
     sampling: Mapping[str, Any],
+    routing_key: str = "",
 ) -> inference_pb2.GenerateRequest:
     """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
     request = inference_pb2.GenerateRequest(
@@ -121,6 +122,7 @@ def generate_request(
         input=make_input(text, prompt, messages, token_ids),
         sampling=make_sampling({**sampling, "n": n}),
         request_id=request_id,
+        routing_key=routing_key,
     )
     _set("priority", setattr, request, "priority", priority)
     return request
@@ -135,6 +137,7 @@ def classify_request(
     labels: Sequence[str],
     priority: int,
     request_id: str,
+    routing_key: str = "",
 ) -> inference_pb2.ClassifyRequest:
     """Return the request for labels' probabilities; raises as ``make_input``."""
     request = inference_pb2.ClassifyRequest(
@@ -142,6 +145,7 @@ def classify_request(
         input=make_input(text, prompt, messages, token_ids),
         labels=labels,
         request_id=request_id,
+        routing_key=routing_key,
     )
     _set("priority", setattr, request, "priority", priority)
     return request
@@ -228,6 +232,7 @@ def receipt(message: inference_pb2.Receipt) -> Receipt:
         base_fingerprint=message.base_fingerprint,
         quantization=message.quantization,
         request_id=message.request_id,
+        canary=message.canary,
         timings=Timings(
             queue_s=timings.queue_ns / 1e9,
             adapter_load_s=timings.adapter_load_ns / 1e9,

@@ -29,7 +29,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base."""
+    """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base.
+
+    ``canary`` says that the alias's canary answered, and not the version that it points at.
+    """
 
     ref: str
     name: str
@@ -39,6 +42,7 @@ class Receipt:
     quantization: str
     request_id: str
     timings: Timings
+    canary: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,6 +98,7 @@ class Client:
         adapter: str = "",
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> GenerateResult:
@@ -112,6 +113,8 @@ class Client:
             adapter: ``name``, ``name@alias``, ``name@3``, ``name@sha256:…``; empty: the bare base.
             priority: -10 to 10; higher is served sooner while requests wait for a place.
             request_id: an id for the server's log; the server makes one when empty.
+            routing_key: who calls, such as a user's id: the same key gets the same version while an
+                alias has a canary. The request's id when empty.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``.
 
@@ -124,7 +127,16 @@ class Client:
             client.generate(prompt="Once upon a time", max_tokens=32, temperature=0.8, seed=1)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            1,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            routing_key,
         )
         (answer,) = self._all(request, timeout_s)
         return answer
@@ -140,12 +152,22 @@ class Client:
         adapter: str = "",
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> list[GenerateResult]:
         """Return ``n`` answers to the same input, by index; see ``generate``."""
         request = m.generate_request(
-            n, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            n,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            routing_key,
         )
         return self._all(request, timeout_s)
 
@@ -159,6 +181,7 @@ class Client:
         adapter: str = "",
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> Iterator[Chunk | GenerateResult]:
@@ -176,7 +199,16 @@ class Client:
                         print(receipt.digest)
         """
         request = m.generate_request(
-            1, text, prompt, messages, token_ids, adapter, priority, request_id, sampling
+            1,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            priority,
+            request_id,
+            sampling,
+            routing_key,
         )
         return self._stream(request, timeout_s)
 
@@ -191,6 +223,7 @@ class Client:
         labels: Sequence[str] = (),
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
     ) -> Classification:
         """Return the probability of every label, in one pass over the input.
@@ -202,7 +235,7 @@ class Client:
             client.classify("the film was a delight", adapter="sentiment@prod").label
         """
         request = m.classify_request(
-            text, prompt, messages, token_ids, adapter, labels, priority, request_id
+            text, prompt, messages, token_ids, adapter, labels, priority, request_id, routing_key
         )
         return m.classification(self._call(self._inference.Classify, request, timeout_s))
 

@@ -29,6 +29,7 @@ from lorary.errors import ConfigError, EngineFailed, Unavailable
 from lorary.server.control import ControlService
 from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
 from lorary.server.rollout.build import build_rollout
+from lorary.server.rollout.health import AdapterHealth
 from lorary.server.service import InferenceService, Parts
 from lorary.server.targets import Prompts, Targets
 from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -81,8 +82,11 @@ class Server:
         )
         self._prompts = Prompts(backend.prompts, backend.decode)
         self._rollout = build_rollout(backend, self._targets, calls, poll_s=config.alias_poll)
-        self._control = ControlService(backend.registry, backend.residency, self._targets)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._control = ControlService(
+            backend.registry, backend.residency, self._targets, self._rollout, calls
+        )
+        self._health = AdapterHealth(self._targets, backend.residency, self._rollout.feed)
+        self._rollout.follower.on_trouble = self._health.on_trouble
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
@@ -104,6 +108,7 @@ class Server:
         self._backend.engine.start()
         self._rollout.start()
         await self._grpc.start()
+        await self._health.begin()
         await self._health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         host = _bracketed(config.host)
         return Addresses(grpc=f"{host}:{port}", metrics=f"http://{host}:{metrics_port}/metrics")
@@ -141,6 +146,7 @@ class Server:
         """Stop every part now, in order; idempotent."""
         self._calls.refuse("the server has stopped; try another replica.")
         self._calls.fail_all(Unavailable("the server stops; try another replica."))
+        self._rollout.feed.close()
         await self._calls.wait_idle(LAST_WORDS_S)
         if self._grpc is not None:
             await self._grpc.stop(LAST_WORDS_S)

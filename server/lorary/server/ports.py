@@ -89,6 +89,10 @@ class VersionLike(Protocol):
 class RolloutsLike(Protocol):
     """Canaries in the registry. Called from worker threads."""
 
+    def all(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries of an adapter that run, by alias."""
+        ...
+
     def of(self, name: str, alias: str) -> Split | None:
         """Return the canary of an alias, if one runs."""
         ...
@@ -182,6 +186,11 @@ class ResidentLike(Protocol):
         ...
 
     @property
+    def num_pages(self) -> int:
+        """Pages it takes on the device."""
+        ...
+
+    @property
     def num_holders(self) -> int:
         """Leases that hold it now."""
         ...
@@ -209,6 +218,14 @@ class ResidencyLike(Protocol):
 
     def unload(self, digest: str) -> object:
         """Unpin it and free it once nobody holds it; idempotent."""
+        ...
+
+    def pin(self, digest: str, *, pinned: bool = True) -> object | None:
+        """Pin or unpin what is here or on its way; ``None`` when it is neither."""
+        ...
+
+    def listen(self, listener: Callable[[str, Any, str], object]) -> None:
+        """Tell of every change: kind, what resolved, why. The listener returns at once."""
         ...
 
     def snapshot(self) -> Sequence[ResidentLike]:

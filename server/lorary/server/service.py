@@ -98,8 +98,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 prepared = await prepare(target)
                 prototype = prepared.request
                 with (
-                    self._running(target, prototype, num_answers) as outputs,
                     self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
+                    self._running(target, prototype, num_answers) as outputs,
                 ):
                     await self._stream(
                         outputs, target, prototype, num_answers, observation, context
@@ -129,8 +129,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             with self._parts.rollout.observer.observed(target) as observation:
                 prepared = await prepare(target)
                 with (
-                    self._running(target, prepared.request, 1) as outputs,
                     self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
+                    self._running(target, prepared.request, 1) as outputs,
                 ):
                     output = await _next(outputs)
                     observation.see(output)
@@ -229,7 +229,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         from the others.
         """
         engine = self._parts.engine
-        with self._parts.calls.listening(prototype.request_id) as outputs:
+        with self._parts.calls.listening(prototype.request_id, target.digest) as outputs:
             try:
                 for index in range(num_answers):
                     self._submit(replace(prototype, lease=self._lease(target), index=index))

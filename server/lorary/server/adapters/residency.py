@@ -82,6 +82,7 @@ class ResidentAdapter:
     rank: int
     device_bytes: int
     num_holders: int
+    num_pages: int = 0
     storage_error: float = 0.0
     """Largest relative error of a module's B·A that keeping it in fewer bits has brought."""
 
@@ -175,8 +176,27 @@ class Residency:
         self._residents: dict[str, _Resident] = {}
         self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="adapter-load")
         self._closed = False
+        self._listener: Callable[[str, Resolved, str], object] | None = None
 
     # -- callers ------------------------------------------------------------------------------
+
+    def listen(self, listener: Callable[[str, Resolved, str], object]) -> None:
+        """Tell ``listener`` what happens: kind (``rollout.events``), version, why.
+
+        It is called on any thread and under the residency's lock, so it must return at once.
+        """
+        self._listener = listener
+
+    def pin(self, digest: str, *, pinned: bool = True) -> ResidentAdapter | None:
+        """Keep a version from being evicted, or let it be again; None when it is not here."""
+        with self._lock:
+            resident = self._residents.get(digest)
+            if resident is None or resident.state == "failed":
+                return None
+            if resident.pinned != pinned:
+                resident.pinned = pinned
+                self._tell("pinned" if pinned else "unpinned", resident)
+            return self._describe(resident)
 
     def acquire(self, resolved: Resolved) -> AdapterLease:
         """Hold a version, and begin to load it when it is not on the device; returns at once.
@@ -202,7 +222,9 @@ class Residency:
         """
         with self._lock:
             resident = self._find_or_start(resolved)
-            resident.pinned = resident.pinned or pin
+            if pin and not resident.pinned:
+                resident.pinned = True
+                self._tell("pinned", resident)
         if not resident.done.wait(timeout_s):
             raise Unavailable(
                 f"'{resolved.name}@{resolved.version}' is still loading after {timeout_s} s; "
@@ -227,6 +249,7 @@ class Residency:
                 self._remove(resident, "unload")
                 return None
             resident.state = "unloading"
+            self._tell("unloading", resident)
             return self._describe(resident)
 
     def release(self, lease: AdapterLease, resident: _Resident) -> None:
@@ -275,6 +298,7 @@ class Residency:
         if resident is None:
             resident = self._residents[resolved.digest] = _Resident(resolved)
             self._workers.submit(self._load_worker, resident)
+            self._tell("loading", resident)
         elif resident.state == "unloading":
             resident.state = "resident"
         return resident
@@ -288,6 +312,7 @@ class Residency:
             pinned=resident.pinned,
             rank=resident.rank,
             device_bytes=len(resident.pages) * self._pool.page_bytes,
+            num_pages=len(resident.pages),
             num_holders=resident.num_holders,
             storage_error=0.0 if resident.entry is None else resident.entry.error,
         )
@@ -299,8 +324,13 @@ class Residency:
         self._pool.free(resident.pages)
         resident.entry = None
         self._freed.notify_all()
+        self._tell("evicted", resident, cause)
         if self._observer is not None:
             self._observer.on_evict(cause)
+
+    def _tell(self, kind: str, resident: _Resident, why: str = "") -> None:
+        if self._listener is not None:
+            self._listener(kind, resident.resolved, why)
 
     def _evict_one(self) -> bool:
         """Free the least recently used version that nobody holds or pinned."""
@@ -357,6 +387,7 @@ class Residency:
                 resident.state, resident.error = "failed", error
                 resident.failed_at_s = time.monotonic()
                 self._forget_old_failures()
+                self._tell("load_failed", resident, str(error))
         resident.done.set()
         if self._observer is not None:
             self._observer.on_load(name, time.monotonic() - started, error)
@@ -385,6 +416,7 @@ class Residency:
             resident.state = "resident"
             # Published last: from here on steps may read the pages.
             resident.entry = entry
+            self._tell("resident", resident)
 
     def _forget_old_failures(self) -> None:
         """Keep the record of failures bounded, whatever callers ask for."""

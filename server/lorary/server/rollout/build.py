@@ -6,11 +6,11 @@ import asyncio
 import os
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorary.server.rollout.aliases import Follower
 from lorary.server.rollout.endings import Endings
-from lorary.server.rollout.events import Feed
+from lorary.server.rollout.events import Event, Feed
 from lorary.server.rollout.metrics import RolloutCollector
 from lorary.server.rollout.observed import Observer
 from lorary.server.rollout.shadow import Shadows
@@ -38,6 +38,18 @@ class Rollout:
         self.feed.attach(asyncio.get_running_loop())
         self.follower.start()
 
+    def on_residency(self, kind: Any, resolved: Any, why: str) -> None:
+        """Tell of a change on the device; callable from any thread."""
+        self.feed.tell(
+            Event(
+                kind=kind,
+                name=resolved.name,
+                version=resolved.version,
+                digest=resolved.digest,
+                detail=why,
+            )
+        )
+
     async def stop(self) -> None:
         """Stop following and end all copies; lines that are being written to the registry are."""
         await self.shadows.stop()
@@ -63,7 +75,7 @@ def build_rollout(backend: Backend, targets: Targets, calls: Calls, *, poll_s: f
     )
     endings.on_written = follower.look
     targets.follow(follower.resolve)
-    return Rollout(
+    rollout = Rollout(
         follower=follower,
         endings=endings,
         shadows=Shadows(
@@ -73,6 +85,8 @@ def build_rollout(backend: Backend, targets: Targets, calls: Calls, *, poll_s: f
         traffic=traffic,
         feed=feed,
     )
+    backend.residency.listen(rollout.on_residency)
+    return rollout
 
 
 def server_name() -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lorary.errors import Unavailable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -66,6 +68,16 @@ class Subscription:
         self._events: deque[Event] = deque(maxlen=limit)
         self._num_lost = 0
         self._ready = asyncio.Event()
+        self._is_closed = False
+
+    def wake(self) -> None:
+        """Let whoever waits look around, although nothing happened."""
+        self._ready.set()
+
+    def close(self) -> None:
+        """End the subscription from our side."""
+        self._is_closed = True
+        self.wake()
 
     def put(self, event: Event) -> None:
         """Keep an event; the oldest is lost when there is no room."""
@@ -74,8 +86,14 @@ class Subscription:
         self._ready.set()
 
     async def take(self) -> tuple[list[Event], int]:
-        """Wait for events; return them, and how many before them were lost."""
+        """Wait for events; return them, and how many before them were lost.
+
+        Raises:
+            Unavailable: the server stops.
+        """
         await self._ready.wait()
+        if self._is_closed:
+            raise Unavailable("the server stops; watch another replica.")
         events, num_lost = list(self._events), self._num_lost
         self._events.clear()
         self._num_lost = 0
@@ -114,6 +132,16 @@ class Feed:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
+
+    def wake(self) -> None:
+        """Let every subscriber look around; on the event loop."""
+        for subscription in self._subscriptions:
+            subscription.wake()
+
+    def close(self) -> None:
+        """End every subscription; on the event loop."""
+        for subscription in self._subscriptions:
+            subscription.close()
 
     def _put(self, event: Event) -> None:
         for subscription in self._subscriptions:

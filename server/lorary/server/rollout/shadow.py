@@ -70,7 +70,9 @@ class Shadows:
         observation: Observation,
         prepare: Callable[[Target], Awaitable[Prepared]],
     ) -> Iterator[None]:
-        """Run a copy beside the call that runs inside, if ``target`` asks for one.
+        """Run a copy beside the call that is submitted inside, if ``target`` asks for one.
+
+        The copy's task gets its first turn when the block waits, so its call is submitted before it.
 
         Args:
             target: what answers the call.
@@ -150,7 +152,7 @@ class Shadows:
         """Run the copy on the engine and return what it answers."""
         key = f"{original.request_id}/copy"
         theirs = Observation()
-        with self._calls.listening(key) as outputs:
+        with self._calls.listening(key, candidate.digest) as outputs:
             lease: Any = self._residency.acquire(candidate.resolved)
             request = replace(copy, request_id=key, index=0, priority=-MAX_PRIORITY, lease=lease)
             try:
