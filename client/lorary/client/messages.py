@@ -279,4 +279,14 @@ def adapter_info(message: control_pb2.Adapter) -> AdapterInfo:
         device_bytes=message.device_bytes,
         num_running=message.num_running,
         task=message.task,
+        num_served=message.num_served,
+        last_used_s=message.last_used_unix_ms / 1000,
+        canaries=tuple((c.alias, c.percent, c.shadow) for c in message.canaries),
+        num_pages=message.num_pages,
     )
+
+
+def unload_request(adapter: str, *, force: bool) -> control_pb2.UnloadAdapterRequest:
+    """Return the request to unload a version."""
+    mode = control_pb2.UNLOAD_MODE_FORCE if force else control_pb2.UNLOAD_MODE_DRAIN
+    return control_pb2.UnloadAdapterRequest(adapter=adapter, mode=mode)

@@ -9,6 +9,7 @@ import grpc
 
 from lorary.client import messages as m
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
+from lorary.client.control import ControlCalls
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
 from lorary.errors import Unavailable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
 
 
-class Client:
+class Client(ControlCalls):
     """A connection to one server; safe to share between threads.
 
     Args:
@@ -276,9 +277,11 @@ class Client:
         answer = self._call(self._control.LoadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 
-    def unload_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Free a version's memory once its running calls have ended."""
-        request = control_pb2.UnloadAdapterRequest(adapter=adapter)
+    def unload_adapter(
+        self, adapter: str, *, force: bool = False, timeout_s: float | None = None
+    ) -> AdapterInfo:
+        """Free a version's memory once its running calls have ended; ``force`` ends them."""
+        request = m.unload_request(adapter, force=force)
         answer = self._call(self._control.UnloadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 

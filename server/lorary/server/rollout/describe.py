@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorary.v1 import control_pb2 as pb
 
@@ -43,9 +43,10 @@ def behind(followed: Followed) -> pb.BehindAlias:
 
 def event(happened: Event) -> pb.WatchResponse:
     """Return an event as a message of a watch."""
+    kind: Any = pb.EventKind.Value(f"EVENT_KIND_{happened.kind.upper()}")
     return pb.WatchResponse(
         event=pb.Event(
-            kind=pb.EventKind.Value(f"EVENT_KIND_{happened.kind.upper()}"),
+            kind=kind,
             name=happened.name,
             version=happened.version,
             digest=happened.digest,
