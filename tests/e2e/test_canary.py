@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import urllib.request
 from typing import TYPE_CHECKING
 
 from lorary.client import AsyncClient, Client, GenerateResult
@@ -12,6 +11,7 @@ from lorary.registry import Registry
 from lorary.server.rollout.splits import share
 from tests.conftest import AdapterRecipe, build_adapter, write_manifest
 from tests.e2e.conftest import registry_cli
+from tests.processes import metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
     from tests.processes import ServerProcess
 
 PROMPT = [7, 21, 33]
-
-
-def metric(server: ServerProcess, name: str, **labels: str) -> float:
-    """Return one sample of /metrics; 0 where there is none."""
-    with urllib.request.urlopen(server.metrics_url) as answer:
-        text = answer.read().decode()
-    for line in text.splitlines():
-        match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
-        if match and labels.items() <= dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")).items():
-            return float(match[2])
-    return 0.0
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -67,15 +56,21 @@ async def test_a_canary_that_answers_otherwise_is_rolled_back_and_no_stream_brea
         registry_cli(
             *("canary", "careful", "prod", "2", "--percent", "30", "--registry", world.registry)
         )
-        await until(lambda: metric(server, "lorary_canary_percent", **here, how="answers") == 30)
+        await until(
+            lambda: metric(server.metrics_url, "lorary_canary_percent", **here, how="answers") == 30
+        )
         users = [f"user-{i}" for i in range(40)]
         for _ in range(2):  # sticky: the same callers again
             for user, answer in zip(users, await asyncio.gather(*map(ask, users)), strict=True):
                 is_drawn = share("canary\0careful\0prod\0002", user) < 30
                 assert answer.receipt.canary == is_drawn
                 assert answer.receipt.digest == digests[is_drawn]
-        drawn = metric(server, "lorary_canary_calls_total", **here, role="canary", result="ok")
-        others = metric(server, "lorary_canary_calls_total", **here, role="holder", result="ok")
+        drawn = metric(
+            server.metrics_url, "lorary_canary_calls_total", **here, role="canary", result="ok"
+        )
+        others = metric(
+            server.metrics_url, "lorary_canary_calls_total", **here, role="holder", result="ok"
+        )
         assert (drawn + others, 0.1 < drawn / 80 < 0.5) == (80, True)
 
         running = [asyncio.create_task(ask(user, 200)) for user in users[:12]]
@@ -83,7 +78,9 @@ async def test_a_canary_that_answers_otherwise_is_rolled_back_and_no_stream_brea
             *("canary", "careful", "prod", "2", "--percent", "10", "--shadow", "100"),
             *("--gate", "divergence=0.2", "--gate", "calls=5", "--registry", world.registry),
         )
-        await until(lambda: metric(server, "lorary_canary_percent", **here, how="copies") == 100)
+        await until(
+            lambda: metric(server.metrics_url, "lorary_canary_percent", **here, how="copies") == 100
+        )
         async with asyncio.timeout(90):
             while opened.rollouts.of("careful", "prod") is not None:
                 # One after the other: copies are only made while nobody waits.
@@ -96,10 +93,10 @@ async def test_a_canary_that_answers_otherwise_is_rolled_back_and_no_stream_brea
         assert re.match(r"gate divergence: \d+ copies differ .* allowed is 0.2", last.reason)
         shown = registry_cli("log", "careful", "--json", "--registry", world.registry).stdout
         assert last.reason in shown
-        await until(lambda: metric(server, "lorary_canary_percent", **here) == 0)
+        await until(lambda: metric(server.metrics_url, "lorary_canary_percent", **here) == 0)
         assert {a.receipt.version for a in await asyncio.gather(*map(ask, users[:8]))} == {1}
-    assert metric(server, "lorary_canaries_ended_total", result="failed") == 1
-    assert metric(server, "lorary_shadow_calls_total", result="different") >= 5
+    assert metric(server.metrics_url, "lorary_canaries_ended_total", result="failed") == 1
+    assert metric(server.metrics_url, "lorary_shadow_calls_total", result="different") >= 5
 
 
 def test_a_canary_that_holds_its_gates_takes_the_alias(

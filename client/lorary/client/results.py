@@ -147,7 +147,7 @@ class AdapterInfo:
 class RolloutInfo:
     """A canary on the server: what the alias log says of it, and what was measured.
 
-    ``state`` is ``loading``, ``running``, ``failed`` or ``passed``; only while running does it get calls.
+    ``state`` is ``loading``, ``running``, ``failed`` or ``passed``; running or passed, it gets calls.
     """
 
     name: str

@@ -355,7 +355,8 @@ class Follower:
     def _forget_idle(self) -> None:
         now = time.monotonic()
         for known in self.followed:
-            if known.alias and now - known.used_s > IDLE_S:
+            # What was measured of a canary is kept however rare its calls are.
+            if known.alias and known.trial is None and now - known.used_s > IDLE_S:
                 self._drop(known)
 
     def _drop(self, known: Followed) -> None:

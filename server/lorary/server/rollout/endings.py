@@ -58,6 +58,7 @@ class Endings:
         self._feed = feed
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: dict[Trial, str] = {}
+        self._writing: set[Trial] = set()
         self.counts = {"failed": 0, "promoted": 0, "lost": 0}
         self.on_written: Callable[[str], Awaitable[object]] | None = None
 
@@ -105,7 +106,10 @@ class Endings:
         task.add_done_callback(self._tasks.discard)
 
     async def _write(self, trial: Trial, reason: str) -> None:
+        if trial in self._writing:
+            return
         is_promoted = trial.state == "passed"
+        self._writing.add(trial)
         try:
             await self._run(self._record, trial, reason, is_promoted)
         except (Conflict, AdapterNotFound) as error:
@@ -128,6 +132,8 @@ class Endings:
                     detail=reason,
                 )
                 self._feed.tell(event)
+        finally:
+            self._writing.discard(trial)
         self._pending.pop(trial, None)
         if self.on_written is not None:
             await self.on_written(trial.name)

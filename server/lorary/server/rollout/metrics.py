@@ -89,9 +89,8 @@ class RolloutCollector:
             split = trial.split
             canary = [trial.name, split.alias, str(split.canary.version)]
             holder = [trial.name, split.alias, str(split.version)]
-            is_running = trial.state == "running"
-            percent.add_metric([*canary, "answers"], split.canary.percent * is_running)
-            percent.add_metric([*canary, "copies"], split.canary.shadow * is_running)
+            percent.add_metric([*canary, "answers"], split.canary.percent * trial.is_open)
+            percent.add_metric([*canary, "copies"], split.canary.shadow * trial.is_open)
             for place, role, tally in (
                 (holder, "holder", trial.holder),
                 (canary, "canary", trial.canary),

@@ -39,7 +39,7 @@ class Trial:
 
     Attributes:
         state: ``loading`` until the candidate is on the device; ``failed`` or ``passed`` once judged.
-            Only while ``running`` does it get calls.
+            It gets calls while ``is_open``.
         candidate: what answers.
         problem: why it is not running, or why its end could not be written.
         holder, canary: what the two sides' calls came to.
@@ -64,14 +64,19 @@ class Trial:
         """The alias, for people."""
         return f"{self.name}@{self.split.alias}"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it gets calls: it runs, or has passed and the alias has not turned yet."""
+        return self.state in ("running", "passed")
+
     def takes(self, key: str) -> bool:
         """Whether the canary answers the call with this key."""
-        return self.state == "running" and share(self._canary_seed, key) < self.split.canary.percent
+        return self.is_open and share(self._canary_seed, key) < self.split.canary.percent
 
     def copies_call(self, key: str) -> bool:
         """Whether the canary gets a copy of a call that its holder answers."""
         shadow = self.split.canary.shadow
-        return bool(shadow) and self.state == "running" and share(self._shadow_seed, key) < shadow
+        return bool(shadow) and self.is_open and share(self._shadow_seed, key) < shadow
 
     def judge(self) -> Verdict:
         """Return what the gates say now."""
