@@ -292,3 +292,31 @@ async def test_unknown_refs_leave_nothing_behind(edge: Edge) -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await ask(edge, ref=f"nobody-{number}@prod")
     assert sample(edge, "lorary_aliases_followed") == 0
+
+
+async def test_copies_are_compared_counted_and_never_answered(
+    edge: Edge, registry: Registry
+) -> None:
+    assert isinstance(edge.residency, VersionedResidency)
+    await ask(edge)
+    gates = Gates(calls=3, errors=0.1)
+    registry.rollouts.start("a", "prod", Canary(version=2, percent=0, shadow=100, gates=gates))
+    place = {"adapter": "a", "alias": "prod", "version": "2"}
+    await eventually(lambda: sample(edge, "lorary_canary_percent", **place, how="copies") == 100)
+    assert (await ask(edge, tokens=3)).version == 1
+    scored = await edge.inference.Classify(
+        pb.ClassifyRequest(adapter="a@prod", input=pb.Input(prompt="2 5"), labels=["8", "6"])
+    )
+    assert (scored.receipt.version, scored.receipt.canary) == (1, False)
+    await eventually(lambda: sample(edge, "lorary_shadow_calls_total", result="same") == 2)
+    copy = next(r for r in edge.engine.submitted if r.request_id.endswith("/copy"))
+    original = next(r for r in edge.engine.submitted if f"{r.request_id}/copy" == copy.request_id)
+    assert copy.priority == -10
+    assert copy.sampling.seed == original.sampling.seed is not None, "both draw alike"
+    assert copy.lease.digest == registry.resolve("a@2").digest
+
+    edge.residency.poisoned[2] = CorruptArtifact("garbage")
+    assert (await ask(edge)).version == 1, "a copy that fails is nobody's error"
+    await eventually(lambda: registry.rollouts.of("a", "prod") is None)
+    assert "33.3% of 3 calls failed" in registry.log("a")[-1].reason
+    await eventually(lambda: edge.residency.num_held == 0)

@@ -37,6 +37,7 @@ def filled(forge: Forge, anywhere: Registry) -> Registry:
     return anywhere
 
 
+@pytest.mark.parametrize("anywhere", ["folder", "hub"], indirect=True)
 def test_a_canary_begins_is_seen_by_others_and_ends_by_compare_and_swap(filled: Registry) -> None:
     began = filled.rollouts.start("a", "prod", CANARY, actor="ada", reason="try it")
     assert (began.kind, began.from_version, began.to_version) == ("canary", 1, 1)
@@ -73,6 +74,7 @@ def test_a_canary_begins_is_seen_by_others_and_ends_by_compare_and_swap(filled: 
     assert filled.verify().is_ok
 
 
+@pytest.mark.parametrize("anywhere", ["folder", "hub"], indirect=True)
 def test_a_rollback_undoes_the_canary_first_and_a_move_ends_it(filled: Registry) -> None:
     filled.set_alias("a", "prod", 2)
     filled.rollouts.start("a", "prod", Canary(version=1, percent=0, shadow=50))
@@ -87,6 +89,7 @@ def test_a_rollback_undoes_the_canary_first_and_a_move_ends_it(filled: Registry)
     assert filled.rollouts.all("a") == {}
 
 
+@pytest.mark.parametrize("anywhere", ["folder"], indirect=True)
 def test_what_cannot_be_a_canary(filled: Registry) -> None:
     rollouts = filled.rollouts
     for wrong, error in (
