@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,3 +79,14 @@ def serving(base: Path, registry: Path, work: Path) -> Iterator[ServerProcess]:
         yield ServerProcess(address=facts["address"], metrics_url=facts["metrics"])
         process.terminate()
         assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()[-4000:]
+
+
+def metric(url: str, name: str, **labels: str) -> float:
+    """Return one sample of /metrics; 0 where there is none."""
+    with urllib.request.urlopen(url) as answer:
+        text = answer.read().decode()
+    for line in text.splitlines():
+        match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+        if match and labels.items() <= dict(re.findall(r'(\w+)="([^"]*)"', match[1] or "")).items():
+            return float(match[2])
+    return 0.0

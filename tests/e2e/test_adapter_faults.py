@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorary import errors
 from lorary.registry import BaseCard, Registry
-from lorary.registry.manifest import FileEntry
+from lorary.registry.manifest import Accepted, FileEntry
 from lorary.registry.publish import stage_version
 from tests.conftest import AdapterRecipe, build_adapter, write_manifest
 
@@ -60,7 +60,9 @@ def smuggle(
             name=name,
             base=BaseCard.from_folder(world.base),
             description="",
-            allow_zero=False,
+            accepted=Accepted(),
+            residual_base=False,
+            originals=None,
             progress=None,
         )
         damage(staged)

@@ -44,19 +44,26 @@ async def test_promoting_an_alias_turns_the_next_call_and_spares_the_running_one
                 token_ids=PROMPT, adapter="rolling@prod", max_tokens=max_tokens, ignore_eos=True
             )
 
+        async def turned_to(version: int) -> GenerateResult:
+            """Ask until new calls get a version; running ones go on meanwhile."""
+            async with asyncio.timeout(30):
+                while (answer := await ask(12)).receipt.version != version:
+                    pass
+            return answer
+
         before = await ask(12)
         assert before.receipt.digest == first["digest"], "latest is not prod"
         running = [asyncio.create_task(ask(240)) for _ in range(8)]
         await until_all_run(client, len(running))
         opened.set_alias("rolling", "prod", 2)
-        turned = await ask(12)
+        turned = await turned_to(2)
         assert (turned.receipt.digest, turned.receipt.version) == (second["digest"], 2)
         assert turned.token_ids != before.token_ids
         for answer in await asyncio.gather(*running):
             assert answer.receipt.digest == first["digest"]
             assert answer.token_ids[:12] == before.token_ids
         registry_cli("rollback", "rolling", "prod", "--registry", world.registry)
-        back = await ask(12)
+        back = await turned_to(1)
         assert back.receipt.digest == first["digest"]
         assert back.token_ids == before.token_ids
 

@@ -19,6 +19,7 @@ from lorary.errors import AdapterNotFound, LoraryError
 from lorary.registry import BaseCard, Registry
 from tests.conftest import peft_greedy
 from tests.edge.test_serve_process import served
+from tests.processes import metric
 from tests.registry.conftest import use_hub
 
 PROMPT = [5, 9, 12, 30]
@@ -89,7 +90,7 @@ def test_a_server_answers_from_a_hub_and_without_it(
         assert says("a@prod", "alpha")
         monkeypatch.setenv("LORARY_HOME", str(tmp_path / "home" / "lorary"))
         registry.push(tiny_adapters["bravo"], "a", base=card, aliases=["prod"])
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while ask("a@prod").receipt.version != 2:
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -100,6 +101,13 @@ def test_a_server_answers_from_a_hub_and_without_it(
         assert says("a@prod", "bravo")
         with pytest.raises(AdapterNotFound):
             ask("nobody@prod")
+        while not (trouble := client.snapshot().registry_trouble):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert "HF_ENDPOINT" in trouble, trouble
+        assert metric(ready["metrics"], "lorary_registry_up") == 0
+        assert says("a@prod", "bravo")
+        assert says("a@1", "alpha")
 
 
 def test_a_server_starts_while_the_hub_is_away(hub: subprocess.Popen[str], tiny_base: Path) -> None:

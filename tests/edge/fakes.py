@@ -19,7 +19,7 @@ import itertools
 import threading
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -87,11 +87,38 @@ def digest_of(name: str) -> str:
     return "sha256:" + f"{ADAPTERS[name]:x}" * 64
 
 
+class FakeRollouts:
+    """No alias has a canary."""
+
+    def all(self, name: str) -> dict[str, Any]:
+        return {}
+
+    def of(self, name: str, alias: str) -> None:
+        return None
+
+    def stop(self, name: str, alias: str, *, expect: Any, reason: str, actor: str) -> None:
+        raise AssertionError("there is no canary")
+
+    promote = stop
+
+
 class FakeRegistry:
     """One version of each adapter; ``alpha`` generates, ``beta`` classifies into 8 and 10."""
 
     def __init__(self) -> None:
         self.broken: BaseException | None = None
+
+    @property
+    def rollouts(self) -> FakeRollouts:
+        return FakeRollouts()
+
+    def set_alias(
+        self, name: str, alias: str, version: int | None, *, expect: Any, reason: str, actor: str
+    ) -> None:
+        raise AssertionError("the fakes' aliases do not move")
+
+    def trouble(self) -> str:
+        return str(self.broken or "")
 
     def resolve(self, ref: str) -> FakeResolved:
         if self.broken is not None:
@@ -164,6 +191,7 @@ class FakeResident:
     rank: int
     device_bytes: int
     num_holders: int
+    num_pages: int = 1
 
 
 @dataclass
@@ -229,6 +257,15 @@ class FakeResidency:
 
     def host_stats(self) -> HostStats:
         return HostStats(num_adapters=1, num_bytes=4096, num_hits=3, num_misses=2)
+
+    def pin(self, digest: str, *, pinned: bool = True) -> FakeResident | None:
+        resident = self.resident.get(digest)
+        if resident is not None:
+            self.resident[digest] = resident = replace(resident, pinned=pinned)
+        return resident
+
+    def listen(self, listener: Callable[[str, Any, str], object]) -> None:
+        self.listener = listener
 
     def snapshot(self) -> list[FakeResident]:
         return list(self.resident.values())
@@ -408,13 +445,23 @@ def _stub(kind: Any, channel: grpc.aio.Channel) -> Any:
 
 
 @asynccontextmanager
-async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
-    """Start a server on free loopback ports; stop it, whatever the test did with it."""
+async def serving(
+    *,
+    limit: int = 64,
+    registry: Any = None,
+    residency: FakeResidency | None = None,
+    fingerprint: str = FINGERPRINT,
+    **options: Any,
+) -> AsyncIterator[Edge]:
+    """Start a server on free loopback ports; stop it, whatever the test did with it.
+
+    ``registry``, with the ``fingerprint`` of its adapters' base, and ``residency`` replace the fakes.
+    """
     values = {"base": "tiny", "registry": "unused", "port": 0, "metrics_port": 0, **options}
     config = ServerConfig(**values)
     calls, metrics = Calls(limit), ServerMetrics(num_tracked_adapters=config.tracked_adapters)
-    engine, residency = FakeEngine(calls.deliver, metrics), FakeResidency()
-    registry = FakeRegistry()
+    engine, residency = FakeEngine(calls.deliver, metrics), residency or FakeResidency()
+    registry = registry or FakeRegistry()
     backend = Backend(
         engine=engine,
         residency=residency,
@@ -424,7 +471,7 @@ async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
         facts=ServerFacts(
             version="0.0",
             base="tiny",
-            base_fingerprint=FINGERPRINT,
+            base_fingerprint=fingerprint,
             quantization="none",
             device="cpu",
             dtype="float32",

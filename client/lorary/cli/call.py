@@ -62,6 +62,9 @@ def call(
     priority: Annotated[
         int, typer.Option(help="-10 to 10; higher is served sooner when there is a queue.")
     ] = 0,
+    key: Annotated[
+        str, typer.Option("--key", help="Who calls: decides whether a canary answers.")
+    ] = "",
     target: TargetOption = DEFAULT_TARGET,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
@@ -72,7 +75,12 @@ def call(
         raise InvalidRequest("--classify gives one answer at once; leave out --stream and -n.")
     if stream and num_answers > 1:
         raise InvalidRequest("--stream prints one answer; leave out -n.")
-    asked: dict[str, Any] = {**given, **adapter_arguments(adapter), "priority": priority}
+    asked: dict[str, Any] = {
+        **given,
+        **adapter_arguments(adapter),
+        "priority": priority,
+        "routing_key": key,
+    }
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -168,6 +176,7 @@ def _answerer(receipt: Receipt) -> str:
 
 def _print_receipt(receipt: Receipt, num_tokens: int) -> None:
     name = f"{_answerer(receipt)} {receipt.digest[:19]}" if receipt.name else "base"
+    name += " (canary)" if receipt.canary else ""
     times = receipt.timings
     seconds = times.queue_s + times.prefill_s + times.decode_s
     tokens = f", {num_tokens} tokens" if num_tokens else ""

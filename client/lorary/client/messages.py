@@ -118,6 +118,7 @@ def generate_request(
     sampling: Mapping[str, Any],
     adapters: Adapters = (),
     scale: float | None = None,
+    routing_key: str = "",
 ) -> inference_pb2.GenerateRequest:
     """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
     request = inference_pb2.GenerateRequest(
@@ -126,6 +127,7 @@ def generate_request(
         sampling=make_sampling({**sampling, "n": n}),
         request_id=request_id,
         adapters=weighted(adapters),
+        routing_key=routing_key,
     )
     _set("priority", setattr, request, "priority", priority)
     if scale is not None:
@@ -144,6 +146,7 @@ def classify_request(
     request_id: str,
     adapters: Adapters = (),
     scale: float | None = None,
+    routing_key: str = "",
 ) -> inference_pb2.ClassifyRequest:
     """Return the request for labels' probabilities; raises as ``make_input``."""
     request = inference_pb2.ClassifyRequest(
@@ -152,6 +155,7 @@ def classify_request(
         labels=labels,
         request_id=request_id,
         adapters=weighted(adapters),
+        routing_key=routing_key,
     )
     _set("priority", setattr, request, "priority", priority)
     if scale is not None:
@@ -255,6 +259,7 @@ def receipt(message: inference_pb2.Receipt) -> Receipt:
         base_fingerprint=message.base_fingerprint,
         quantization=message.quantization,
         request_id=message.request_id,
+        canary=message.canary,
         timings=Timings(
             queue_s=timings.queue_ns / 1e9,
             adapter_load_s=timings.adapter_load_ns / 1e9,
@@ -315,4 +320,14 @@ def adapter_info(message: control_pb2.Adapter) -> AdapterInfo:
         verified_divergence=message.verified_divergence,
         verified_limit=message.verified_limit,
         quarantined=message.quarantined,
+        num_served=message.num_served,
+        last_used_s=message.last_used_unix_ms / 1000,
+        canaries=tuple((c.alias, c.percent, c.shadow) for c in message.canaries),
+        num_pages=message.num_pages,
     )
+
+
+def unload_request(adapter: str, *, force: bool) -> control_pb2.UnloadAdapterRequest:
+    """Return the request to unload a version."""
+    mode = control_pb2.UNLOAD_MODE_FORCE if force else control_pb2.UNLOAD_MODE_DRAIN
+    return control_pb2.UnloadAdapterRequest(adapter=adapter, mode=mode)

@@ -43,6 +43,7 @@ class Receipt:
     """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base.
 
     A composition's ``digest`` is ``mix:sha256:…``, computed from those of its ``parts`` and their weights.
+    ``canary`` says that the alias's canary answered, and not the version that it points at.
     """
 
     ref: str
@@ -54,6 +55,7 @@ class Receipt:
     request_id: str
     timings: Timings
     parts: tuple[ComposedAdapter, ...] = ()
+    canary: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,3 +153,72 @@ class AdapterInfo:
     verified_limit: float = 0.0
     quarantined: bool = False
     """Refused until ``load_adapter`` names it: it failed its checks."""
+    num_served: int = 0
+    """Calls that it answered since the server started."""
+    last_used_s: float = 0.0
+    """When it last answered one, in seconds since 1970; 0: never."""
+    canaries: tuple[tuple[str, float, float], ...] = ()
+    """Aliases whose canary it is: alias, percent of calls, percent of copies."""
+    num_pages: int = 0
+    """Pages it takes on the device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutInfo:
+    """A canary on the server: what the alias log says of it, and what was measured.
+
+    ``state`` is ``loading``, ``running``, ``failed`` or ``passed``; running or passed, it gets calls.
+    """
+
+    name: str
+    alias: str
+    holder_version: int
+    canary_version: int
+    percent: float
+    shadow: float
+    state: str
+    problem: str
+    holder_calls: int
+    holder_errors: int
+    holder_p95_s: float
+    canary_calls: int
+    canary_errors: int
+    canary_p95_s: float
+    num_compared: int
+    num_same: int
+    divergence: float
+    since: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Adapters and rollouts on the server.
+
+    ``behind`` says why refs in use do not get what they mean by now; ``registry_trouble`` why the registry
+    is away, empty while it is not.
+    """
+
+    adapters: tuple[AdapterInfo, ...]
+    rollouts: tuple[RolloutInfo, ...]
+    behind: dict[str, str]
+    registry_trouble: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterEvent:
+    """Something that happened; ``kind`` is ``resident``, ``evicted``, ``alias_moved`` or another."""
+
+    kind: str
+    name: str
+    version: int
+    digest: str
+    alias: str
+    detail: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsLost:
+    """So many events were lost, because they were read too slowly; a snapshot follows."""
+
+    num_lost: int

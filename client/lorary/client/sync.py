@@ -9,6 +9,7 @@ import grpc
 
 from lorary.client import messages as m
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
+from lorary.client.control import ControlCalls
 from lorary.client.credentials import Credentials
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
 
 
-class Client:
+class Client(ControlCalls):
     """A connection to one server; safe to share between threads.
 
     Args:
@@ -108,6 +109,7 @@ class Client:
         scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> GenerateResult:
@@ -125,6 +127,8 @@ class Client:
             scale: what the change of the single ``adapter`` is multiplied by; default 1.
             priority: -10 to 10; higher is served sooner while requests wait for a place.
             request_id: an id for the server's log; the server makes one when empty.
+            routing_key: who calls, such as a user's id: the same key gets the same version while an
+                alias has a canary. The request's id when empty.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``.
 
@@ -148,6 +152,7 @@ class Client:
             sampling,
             adapters,
             scale,
+            routing_key,
         )
         (answer,) = self._all(request, timeout_s)
         return answer
@@ -165,6 +170,7 @@ class Client:
         scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> list[GenerateResult]:
@@ -181,6 +187,7 @@ class Client:
             sampling,
             adapters,
             scale,
+            routing_key,
         )
         return self._all(request, timeout_s)
 
@@ -196,6 +203,7 @@ class Client:
         scale: float | None = None,
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
         **sampling: Unpack[m.SamplingOptions],
     ) -> Iterator[Chunk | GenerateResult]:
@@ -224,6 +232,7 @@ class Client:
             sampling,
             adapters,
             scale,
+            routing_key,
         )
         return self._stream(request, timeout_s)
 
@@ -240,6 +249,7 @@ class Client:
         labels: Sequence[str] = (),
         priority: int = 0,
         request_id: str = "",
+        routing_key: str = "",
         timeout_s: float | None = None,
     ) -> Classification:
         """Return the probability of every label, in one pass over the input.
@@ -261,6 +271,7 @@ class Client:
             request_id,
             adapters,
             scale,
+            routing_key,
         )
         return m.classification(self._call(self._inference.Classify, request, timeout_s))
 
@@ -304,9 +315,11 @@ class Client:
         answer = self._call(self._control.LoadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 
-    def unload_adapter(self, adapter: str, *, timeout_s: float | None = None) -> AdapterInfo:
-        """Free a version's memory once its running calls have ended."""
-        request = control_pb2.UnloadAdapterRequest(adapter=adapter)
+    def unload_adapter(
+        self, adapter: str, *, force: bool = False, timeout_s: float | None = None
+    ) -> AdapterInfo:
+        """Free a version's memory once its running calls have ended; ``force`` ends them."""
+        request = m.unload_request(adapter, force=force)
         answer = self._call(self._control.UnloadAdapter, request, timeout_s)
         return m.adapter_info(answer.adapter)
 

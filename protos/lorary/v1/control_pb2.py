@@ -24,29 +24,67 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lorary/v1/control.proto\x12\tlorary.v1\"\xa5\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\x12\'\n\tresidency\x18\x05 \x01(\x0e\x32\x14.lorary.v1.Residency\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x0c\n\x04task\x18\n \x01(\t\x12\x10\n\x08verified\x18\x14 \x01(\t\x12\x1b\n\x13verified_divergence\x18\x15 \x01(\x01\x12\x16\n\x0everified_limit\x18\x16 \x01(\x01\x12\x13\n\x0bquarantined\x18\x17 \x01(\x08\",\n\x13ListAdaptersRequest\x12\x15\n\rresident_only\x18\x01 \x01(\x08\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.lorary.v1.Adapter\"2\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0b\n\x03pin\x18\x02 \x01(\x08\"K\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\x12\x0f\n\x07load_ns\x18\x02 \x01(\x04\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"<\n\x15UnloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter*\x86\x01\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x16\n\x12RESIDENCY_REGISTRY\x10\x01\x12\x15\n\x11RESIDENCY_LOADING\x10\x02\x12\x16\n\x12RESIDENCY_RESIDENT\x10\x03\x12\x17\n\x13RESIDENCY_UNLOADING\x10\x04\x32\xfc\x01\n\x07\x43ontrol\x12O\n\x0cListAdapters\x12\x1e.lorary.v1.ListAdaptersRequest\x1a\x1f.lorary.v1.ListAdaptersResponse\x12L\n\x0bLoadAdapter\x12\x1d.lorary.v1.LoadAdapterRequest\x1a\x1e.lorary.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.lorary.v1.UnloadAdapterRequest\x1a .lorary.v1.UnloadAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lorary/v1/control.proto\x12\tlorary.v1\"\x91\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\x12\'\n\tresidency\x18\x05 \x01(\x0e\x32\x14.lorary.v1.Residency\x12\x0e\n\x06pinned\x18\x06 \x01(\x08\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x14\n\x0c\x64\x65vice_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x0c\n\x04task\x18\n \x01(\t\x12\x10\n\x08verified\x18\x14 \x01(\t\x12\x1b\n\x13verified_divergence\x18\x15 \x01(\x01\x12\x16\n\x0everified_limit\x18\x16 \x01(\x01\x12\x13\n\x0bquarantined\x18\x17 \x01(\x08\x12\x12\n\nnum_served\x18\x1e \x01(\x04\x12\x19\n\x11last_used_unix_ms\x18\x1f \x01(\x04\x12(\n\x08\x63\x61naries\x18  \x03(\x0b\x32\x16.lorary.v1.CanaryShare\x12\x11\n\tnum_pages\x18! \x01(\r\"=\n\x0b\x43\x61naryShare\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x01\x12\x0e\n\x06shadow\x18\x03 \x01(\x01\"M\n\tCallTally\x12\x11\n\tnum_calls\x18\x01 \x01(\x04\x12\x12\n\nnum_errors\x18\x02 \x01(\x04\x12\x19\n\x11\x66irst_token_p95_s\x18\x03 \x01(\x01\"\xae\x02\n\x07Rollout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x16\n\x0eholder_version\x18\x03 \x01(\r\x12\x16\n\x0e\x63\x61nary_version\x18\x04 \x01(\r\x12\x0f\n\x07percent\x18\x05 \x01(\x01\x12\x0e\n\x06shadow\x18\x06 \x01(\x01\x12\r\n\x05state\x18\x07 \x01(\t\x12\x0f\n\x07problem\x18\x08 \x01(\t\x12$\n\x06holder\x18\t \x01(\x0b\x32\x14.lorary.v1.CallTally\x12$\n\x06\x63\x61nary\x18\n \x01(\x0b\x32\x14.lorary.v1.CallTally\x12\x14\n\x0cnum_compared\x18\x0b \x01(\x04\x12\x10\n\x08num_same\x18\x0c \x01(\x04\x12\x12\n\ndivergence\x18\r \x01(\x01\x12\r\n\x05since\x18\x0e \x01(\t\";\n\x0b\x42\x65hindAlias\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\",\n\x13ListAdaptersRequest\x12\x15\n\rresident_only\x18\x01 \x01(\x08\"\xa4\x01\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.lorary.v1.Adapter\x12$\n\x08rollouts\x18\x1e \x03(\x0b\x32\x12.lorary.v1.Rollout\x12&\n\x06\x62\x65hind\x18\x1f \x03(\x0b\x32\x16.lorary.v1.BehindAlias\x12\x18\n\x10registry_trouble\x18  \x01(\t\"2\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0b\n\x03pin\x18\x02 \x01(\x08\"K\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\x12\x0f\n\x07load_ns\x18\x02 \x01(\x04\"L\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12#\n\x04mode\x18\x1e \x01(\x0e\x32\x15.lorary.v1.UnloadMode\"<\n\x15UnloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"^\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\x12#\n\x07rollout\x18\x02 \x01(\x0b\x32\x12.lorary.v1.Rollout\"7\n\x16PrefetchAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\">\n\x17PrefetchAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"9\n\x12PinAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x14UnpinAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.lorary.v1.Adapter\"\x0e\n\x0cWatchRequest\"\x8d\x01\n\x05\x45vent\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.lorary.v1.EventKind\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\r\n\x05\x61lias\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x12\n\nat_unix_ms\x18\x07 \x01(\x04\"\x83\x01\n\rWatchResponse\x12\x33\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1f.lorary.v1.ListAdaptersResponseH\x00\x12!\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x10.lorary.v1.EventH\x00\x12\x12\n\x08num_lost\x18\x03 \x01(\x04H\x00\x42\x06\n\x04what\"\x8e\x01\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x1b\n\x0e\x65xpect_version\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\tB\x11\n\x0f_expect_version\"<\n\x10SetAliasResponse\x12\x14\n\x0c\x66rom_version\x18\x01 \x01(\r\x12\x12\n\nto_version\x18\x02 \x01(\r*\x86\x01\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x16\n\x12RESIDENCY_REGISTRY\x10\x01\x12\x15\n\x11RESIDENCY_LOADING\x10\x02\x12\x16\n\x12RESIDENCY_RESIDENT\x10\x03\x12\x17\n\x13RESIDENCY_UNLOADING\x10\x04*W\n\nUnloadMode\x12\x1b\n\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11UNLOAD_MODE_DRAIN\x10\x01\x12\x15\n\x11UNLOAD_MODE_FORCE\x10\x02*\xa7\x03\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45VENT_KIND_LOADING\x10\x01\x12\x17\n\x13\x45VENT_KIND_RESIDENT\x10\x02\x12\x1a\n\x16\x45VENT_KIND_LOAD_FAILED\x10\x03\x12\x16\n\x12\x45VENT_KIND_EVICTED\x10\x04\x12\x18\n\x14\x45VENT_KIND_UNLOADING\x10\x05\x12\x15\n\x11\x45VENT_KIND_PINNED\x10\x06\x12\x17\n\x13\x45VENT_KIND_UNPINNED\x10\x07\x12\x1a\n\x16\x45VENT_KIND_ALIAS_MOVED\x10\x08\x12\x1b\n\x17\x45VENT_KIND_ALIAS_BEHIND\x10\t\x12\x1d\n\x19\x45VENT_KIND_CANARY_STARTED\x10\n\x12\x1b\n\x17\x45VENT_KIND_CANARY_ENDED\x10\x0b\x12\x1e\n\x1a\x45VENT_KIND_CANARY_PROMOTED\x10\x0c\x12\x1c\n\x18\x45VENT_KIND_REGISTRY_AWAY\x10\r\x12\x1c\n\x18\x45VENT_KIND_REGISTRY_BACK\x10\x0e\x32\xc0\x05\n\x07\x43ontrol\x12O\n\x0cListAdapters\x12\x1e.lorary.v1.ListAdaptersRequest\x1a\x1f.lorary.v1.ListAdaptersResponse\x12L\n\x0bLoadAdapter\x12\x1d.lorary.v1.LoadAdapterRequest\x1a\x1e.lorary.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.lorary.v1.UnloadAdapterRequest\x1a .lorary.v1.UnloadAdapterResponse\x12I\n\nGetAdapter\x12\x1c.lorary.v1.GetAdapterRequest\x1a\x1d.lorary.v1.GetAdapterResponse\x12X\n\x0fPrefetchAdapter\x12!.lorary.v1.PrefetchAdapterRequest\x1a\".lorary.v1.PrefetchAdapterResponse\x12I\n\nPinAdapter\x12\x1c.lorary.v1.PinAdapterRequest\x1a\x1d.lorary.v1.PinAdapterResponse\x12O\n\x0cUnpinAdapter\x12\x1e.lorary.v1.UnpinAdapterRequest\x1a\x1f.lorary.v1.UnpinAdapterResponse\x12<\n\x05Watch\x12\x17.lorary.v1.WatchRequest\x1a\x18.lorary.v1.WatchResponse0\x01\x12\x43\n\x08SetAlias\x12\x1a.lorary.v1.SetAliasRequest\x1a\x1b.lorary.v1.SetAliasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorary.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESIDENCY']._serialized_start=675
-  _globals['_RESIDENCY']._serialized_end=809
+  _globals['_RESIDENCY']._serialized_start=2387
+  _globals['_RESIDENCY']._serialized_end=2521
+  _globals['_UNLOADMODE']._serialized_start=2523
+  _globals['_UNLOADMODE']._serialized_end=2610
+  _globals['_EVENTKIND']._serialized_start=2613
+  _globals['_EVENTKIND']._serialized_end=3036
   _globals['_ADAPTER']._serialized_start=39
-  _globals['_ADAPTER']._serialized_end=332
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=334
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=378
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=380
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=440
-  _globals['_LOADADAPTERREQUEST']._serialized_start=442
-  _globals['_LOADADAPTERREQUEST']._serialized_end=492
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=494
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=569
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=571
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=610
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=612
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=672
-  _globals['_CONTROL']._serialized_start=812
-  _globals['_CONTROL']._serialized_end=1064
+  _globals['_ADAPTER']._serialized_end=440
+  _globals['_CANARYSHARE']._serialized_start=442
+  _globals['_CANARYSHARE']._serialized_end=503
+  _globals['_CALLTALLY']._serialized_start=505
+  _globals['_CALLTALLY']._serialized_end=582
+  _globals['_ROLLOUT']._serialized_start=585
+  _globals['_ROLLOUT']._serialized_end=887
+  _globals['_BEHINDALIAS']._serialized_start=889
+  _globals['_BEHINDALIAS']._serialized_end=948
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=950
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=994
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=997
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1161
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1163
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1213
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1215
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1290
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1292
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1368
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1370
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1430
+  _globals['_GETADAPTERREQUEST']._serialized_start=1432
+  _globals['_GETADAPTERREQUEST']._serialized_end=1468
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1470
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1564
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_start=1566
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_end=1621
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_start=1623
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_end=1685
+  _globals['_PINADAPTERREQUEST']._serialized_start=1687
+  _globals['_PINADAPTERREQUEST']._serialized_end=1723
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1725
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1782
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1784
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1822
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1824
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1883
+  _globals['_WATCHREQUEST']._serialized_start=1885
+  _globals['_WATCHREQUEST']._serialized_end=1899
+  _globals['_EVENT']._serialized_start=1902
+  _globals['_EVENT']._serialized_end=2043
+  _globals['_WATCHRESPONSE']._serialized_start=2046
+  _globals['_WATCHRESPONSE']._serialized_end=2177
+  _globals['_SETALIASREQUEST']._serialized_start=2180
+  _globals['_SETALIASREQUEST']._serialized_end=2322
+  _globals['_SETALIASRESPONSE']._serialized_start=2324
+  _globals['_SETALIASRESPONSE']._serialized_end=2384
+  _globals['_CONTROL']._serialized_start=3039
+  _globals['_CONTROL']._serialized_end=3743
 # @@protoc_insertion_point(module_scope)

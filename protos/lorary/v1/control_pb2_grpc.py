@@ -50,6 +50,36 @@ class ControlStub(object):
                 request_serializer=lorary_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=lorary_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.GetAdapter = channel.unary_unary(
+                '/lorary.v1.Control/GetAdapter',
+                request_serializer=lorary_dot_v1_dot_control__pb2.GetAdapterRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_control__pb2.GetAdapterResponse.FromString,
+                _registered_method=True)
+        self.PrefetchAdapter = channel.unary_unary(
+                '/lorary.v1.Control/PrefetchAdapter',
+                request_serializer=lorary_dot_v1_dot_control__pb2.PrefetchAdapterRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_control__pb2.PrefetchAdapterResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/lorary.v1.Control/PinAdapter',
+                request_serializer=lorary_dot_v1_dot_control__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_control__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/lorary.v1.Control/UnpinAdapter',
+                request_serializer=lorary_dot_v1_dot_control__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_control__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/lorary.v1.Control/Watch',
+                request_serializer=lorary_dot_v1_dot_control__pb2.WatchRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_control__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/lorary.v1.Control/SetAlias',
+                request_serializer=lorary_dot_v1_dot_control__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_control__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -71,7 +101,49 @@ class ControlServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Free an adapter's memory once its running requests have ended; idempotent.
+        """Free an adapter's memory once its running requests have ended, or end them; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAdapter(self, request, context):
+        """Describe one version, its state here, and the canary behind its alias.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrefetchAdapter(self, request, context):
+        """Begin to load an adapter and answer at once, or when it is resident; it can be evicted; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Never evict what is resident; loads nothing; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Let it be evicted again; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Tell what happens: a snapshot first, then events until the caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Point an alias at a version in the registry, if it is where the caller expects.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +166,36 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=lorary_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=lorary_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'GetAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdapter,
+                    request_deserializer=lorary_dot_v1_dot_control__pb2.GetAdapterRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_control__pb2.GetAdapterResponse.SerializeToString,
+            ),
+            'PrefetchAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefetchAdapter,
+                    request_deserializer=lorary_dot_v1_dot_control__pb2.PrefetchAdapterRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_control__pb2.PrefetchAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=lorary_dot_v1_dot_control__pb2.PinAdapterRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_control__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=lorary_dot_v1_dot_control__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_control__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=lorary_dot_v1_dot_control__pb2.WatchRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_control__pb2.WatchResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=lorary_dot_v1_dot_control__pb2.SetAliasRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_control__pb2.SetAliasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +280,168 @@ class Control(object):
             '/lorary.v1.Control/UnloadAdapter',
             lorary_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
             lorary_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Control/GetAdapter',
+            lorary_dot_v1_dot_control__pb2.GetAdapterRequest.SerializeToString,
+            lorary_dot_v1_dot_control__pb2.GetAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefetchAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Control/PrefetchAdapter',
+            lorary_dot_v1_dot_control__pb2.PrefetchAdapterRequest.SerializeToString,
+            lorary_dot_v1_dot_control__pb2.PrefetchAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Control/PinAdapter',
+            lorary_dot_v1_dot_control__pb2.PinAdapterRequest.SerializeToString,
+            lorary_dot_v1_dot_control__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Control/UnpinAdapter',
+            lorary_dot_v1_dot_control__pb2.UnpinAdapterRequest.SerializeToString,
+            lorary_dot_v1_dot_control__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorary.v1.Control/Watch',
+            lorary_dot_v1_dot_control__pb2.WatchRequest.SerializeToString,
+            lorary_dot_v1_dot_control__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Control/SetAlias',
+            lorary_dot_v1_dot_control__pb2.SetAliasRequest.SerializeToString,
+            lorary_dot_v1_dot_control__pb2.SetAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -91,7 +91,7 @@ class WeightedAdapter(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("adapter", "input", "sampling", "request_id", "priority", "adapters", "scale")
+    __slots__ = ("adapter", "input", "sampling", "request_id", "priority", "adapters", "scale", "routing_key")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     input: Input
     sampling: SamplingParams
@@ -106,7 +107,8 @@ class GenerateRequest(_message.Message):
     priority: int
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     scale: float
-    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ...) -> None: ...
+    routing_key: str
+    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -173,7 +175,7 @@ class ComposedAdapter(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("ref", "name", "version", "digest", "base_fingerprint", "quantization", "request_id", "timings", "parts")
+    __slots__ = ("ref", "name", "version", "digest", "base_fingerprint", "quantization", "request_id", "timings", "parts", "canary")
     REF_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +185,7 @@ class Receipt(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FIELD_NUMBER: _ClassVar[int]
     ref: str
     name: str
     version: int
@@ -192,7 +195,8 @@ class Receipt(_message.Message):
     request_id: str
     timings: Timings
     parts: _containers.RepeatedCompositeFieldContainer[ComposedAdapter]
-    def __init__(self, ref: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., request_id: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ...) -> None: ...
+    canary: bool
+    def __init__(self, ref: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., request_id: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ..., canary: bool = ...) -> None: ...
 
 class GenerateComplete(_message.Message):
     __slots__ = ("index", "text", "finish_reason", "matched_stop", "usage", "receipt")
@@ -219,7 +223,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., complete: _Optional[_Union[GenerateComplete, _Mapping]] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("adapter", "input", "labels", "request_id", "priority", "adapters", "scale")
+    __slots__ = ("adapter", "input", "labels", "request_id", "priority", "adapters", "scale", "routing_key")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +231,7 @@ class ClassifyRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     input: Input
     labels: _containers.RepeatedScalarFieldContainer[str]
@@ -234,7 +239,8 @@ class ClassifyRequest(_message.Message):
     priority: int
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     scale: float
-    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ...) -> None: ...
+    routing_key: str
+    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ...) -> None: ...
 
 class LabelScore(_message.Message):
     __slots__ = ("label", "probability", "logprob")

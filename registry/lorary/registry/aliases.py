@@ -6,7 +6,8 @@ r"""Movable aliases of one adapter, as an append-only log of moves.
      "to_version": 3, "reason": "better F1", "kind": "set"}
 
 A move that had to meet requirements says so in a further field, ``figures`` (``requirements``); one
-that went through without them has ``"forced": true``.
+that went through without them has ``"forced": true``. A line of kind ``canary`` leaves the alias where it
+is and says who shares its calls (``splits``).
 
 The state is the log replayed. A move is appended and synced under a lock between processes, after the
 alias was compared with what the mover expected. A line that a crash cut short has no newline: it was
@@ -26,9 +27,10 @@ from typing import Any, Final, Literal, get_args
 from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact, StorageError
 from lorary.registry.durable import append_line, locked, storage_errors, sync_file
 from lorary.registry.requirements import Figure, parse_figures
+from lorary.registry.splits import Canary, Split, is_change, parse_canary, replay_splits
 from lorary.registry.strict_json import parse_json
 
-MoveKind = Literal["set", "rollback"]
+MoveKind = Literal["set", "rollback", "canary"]
 _OPTIONAL: Final = frozenset({"figures", "forced"})
 
 
@@ -54,9 +56,11 @@ class AliasMove:
         from_version: where it pointed, ``None`` if it did not exist.
         to_version: where it points now, ``None`` if it was removed.
         reason: why, as the mover said.
-        kind: ``set``, or ``rollback`` for a return to where it pointed before.
+        kind: ``set``; ``rollback`` for a return to where it pointed before; ``canary`` for the
+            beginning, change or end of a canary.
         figures: the requirements that were asked for, each with what it compared.
         forced: whether it went through although the alias is protected.
+        canary: who shares the alias's calls from here on, ``None`` for nobody.
     """
 
     at: str
@@ -68,10 +72,13 @@ class AliasMove:
     kind: MoveKind = "set"
     figures: tuple[Figure, ...] = ()
     forced: bool = False
+    canary: Canary | None = None
 
     def to_json(self) -> bytes:
         """Return the move as a line of the log; what only some moves have is left out of the others."""
-        fields = dataclasses.asdict(self)
+        fields = {**dataclasses.asdict(self), "canary": self.canary and self.canary.to_dict()}
+        if self.kind != "canary":
+            del fields["canary"]
         said = {key: value for key, value in fields.items() if key not in _OPTIONAL or value}
         return (json.dumps(said, ensure_ascii=False) + "\n").encode()
 
@@ -89,59 +96,77 @@ class AliasLog:
         self._file = file
         self._path = str(file)
         self._lock = lock
-        self._cache: tuple[tuple[int, int, int], tuple[AliasMove, ...], dict[str, int]] | None = (
-            None
-        )
+        self._cache: tuple[tuple[int, int, int], _Replayed] | None = None
 
     def state(self) -> dict[str, int]:
         """Return where every alias points. One ``stat`` when nothing has changed; do not mutate it."""
-        return self._load()[1]
+        return self._load().state
+
+    def splits(self) -> dict[str, Split]:
+        """Return the canaries that run, by alias; as ``state``."""
+        return self._load().splits
 
     def moves(self) -> tuple[AliasMove, ...]:
         """Return all moves, oldest first."""
-        return self._load()[0]
+        return self._load().moves
 
     def append(
-        self, move: AliasMove, *, expect: int | Unset | None, admit: Admit | None = None
+        self,
+        move: AliasMove,
+        *,
+        expect: int | Unset | None,
+        expect_serial: int | None = None,
+        admit: Admit | None = None,
     ) -> AliasMove:
         """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
 
-        A move to where the alias points already changes nothing and is not recorded.
+        A move to where the alias points already changes nothing and is not recorded. With
+        ``expect_serial``, that canary must run.
 
         Raises:
-            Conflict: the alias is elsewhere.
+            Conflict: the alias is elsewhere, or the canary another.
             LoraryError: ``admit`` raised it.
             CorruptArtifact: the log is damaged before its last line.
             StorageError: the log cannot be written.
         """
         with locked(self._lock):
-            move = compared(move, self.state(), expect)
+            known = self._load()
+            move = compared(move, known.state, expect)
             if admit is not None:
                 move = admit(move)
             with storage_errors(f"record a move in {self._file}"):
-                if move.from_version != move.to_version:
+                if is_change(move, known.splits, expect_serial):
                     append_line(self._file, move.to_json())
                 elif self._file.exists():
                     sync_file(self._file)  # who moved it there may have died before it could
             return move
 
-    def _load(self) -> tuple[tuple[AliasMove, ...], dict[str, int]]:
+    def _load(self) -> _Replayed:
         # Outside of storage_errors, which takes as long as the look itself: servers do this in every call.
         try:
             stat = os.stat(self._path)
         except FileNotFoundError:
-            return (), {}
+            return _Replayed()
         except OSError as error:
             raise StorageError(f"cannot read {self._file}: {error.strerror or error}") from error
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._cache is not None and self._cache[0] == stamp:
-            return self._cache[1], self._cache[2]
+            return self._cache[1]
         with storage_errors(f"read {self._file}"):
             raw = self._file.read_bytes()
         moves = parse_moves(raw, str(self._file))
-        state = replay(moves)
-        self._cache = (stamp, moves, state)
-        return moves, state
+        known = _Replayed(moves, replay(moves), replay_splits(moves))
+        self._cache = (stamp, known)
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class _Replayed:
+    """A log, and what follows from it."""
+
+    moves: tuple[AliasMove, ...] = ()
+    state: dict[str, int] = dataclasses.field(default_factory=dict)
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
 
 
 def compared(move: AliasMove, state: Mapping[str, int], expect: int | Unset | None) -> AliasMove:
@@ -178,8 +203,8 @@ def before(moves: Iterable[AliasMove], alias: str) -> tuple[int, int | None]:
     """
     history: list[int | None] = []
     for move in moves:
-        if move.alias != alias:
-            continue
+        if move.alias != alias or move.from_version == move.to_version:
+            continue  # another alias's, or a canary's beginning or end
         if move.kind == "rollback":
             history.pop()
         else:
@@ -211,6 +236,9 @@ def _move(fields: dict[str, Any], where: str) -> AliasMove:
     texts = ("at", "actor", "alias", "reason", "kind")
     versions = ("from_version", "to_version")
     needed = {*texts, *versions}
+    is_canary = fields.get("kind") == "canary"
+    if is_canary:
+        needed.add("canary")
     if (
         not needed <= fields.keys() <= needed | _OPTIONAL
         or not all(isinstance(fields[key], str) for key in texts)
@@ -219,7 +247,12 @@ def _move(fields: dict[str, Any], where: str) -> AliasMove:
         or type(fields.get("forced", False)) is not bool
     ):
         raise CorruptArtifact(f"{where} is damaged; it is no move of an alias")
-    return AliasMove(**fields | {"figures": parse_figures(fields.get("figures", []), where)})
+    found = {**fields, "figures": parse_figures(fields.get("figures", []), where)}
+    if not is_canary:
+        return AliasMove(**found)
+    if fields["to_version"] is None or fields["from_version"] != fields["to_version"]:
+        raise CorruptArtifact(f"{where} is damaged; a canary does not move its alias")
+    return AliasMove(**{**found, "canary": parse_canary(fields["canary"], where)})
 
 
 def _shown(version: int | Unset | None) -> str:

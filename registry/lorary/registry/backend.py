@@ -19,6 +19,7 @@ from lorary.registry.blobs import Progress
 from lorary.registry.manifest import Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.results import Freed
+from lorary.registry.splits import Split
 from lorary.registry.summaries import Summary
 from lorary.registry.versions import Pointer
 
@@ -53,6 +54,12 @@ class Store(Protocol):
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias of an adapter points."""
 
+    def alias_splits(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries of an adapter that run, by alias."""
+
+    def trouble(self) -> str:
+        """Return why answers may be out of date just now, empty if they are not; asks nobody afar."""
+
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves of an adapter's aliases, oldest first."""
 
@@ -62,21 +69,24 @@ class Store(Protocol):
         move: AliasMove,
         *,
         expect: int | Unset | None,
+        expect_serial: int | None = None,
         admit: Admit | None = None,
     ) -> AliasMove:
         """Record ``move`` if the alias is where ``expect`` says; ``from_version`` is filled in.
 
-        A move to where the alias points already changes nothing and is not recorded.
+        A move to where the alias points already changes nothing and is not recorded. With
+        ``expect_serial``, that canary must run (``Split.serial``).
 
         Args:
             name: the adapter.
             move: the move.
             expect: where the alias must point before.
+            expect_serial: the canary that must run; whichever if None.
             admit: called, perhaps repeatedly, with the move when nothing can come before it any more:
                 what it reads of the adapter is what the move follows on.
 
         Raises:
-            Conflict: the alias is elsewhere.
+            Conflict: the alias is elsewhere, or the canary another.
             LoraryError: ``admit`` raised it.
         """
 

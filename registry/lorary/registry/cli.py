@@ -81,6 +81,12 @@ COMMANDS: Final[dict[str, Entry]] = {
         "Point an alias at a version whose figures meet what is required.",
         "promote sentiment 7 --to prod --require 'accuracy>=0.90' --require 'accuracy>=prod-0.01'",
     ),
+    "canary": Entry(
+        ALIASES,
+        "lorary.registry.cli_canary:canary",
+        "Let a second version answer a share of an alias's calls; end that, or promote it.",
+        "canary sentiment prod 8 --percent 10 --gate errors=0.02",
+    ),
     "rollback": Entry(
         ALIASES,
         "lorary.registry.cli_aliases:rollback",

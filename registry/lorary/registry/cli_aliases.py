@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -79,7 +79,9 @@ def alias(
     """Point an alias at a version, remove it, or list all."""
     opened = open_registry(registry)
     if alias is None:
-        found = opened.aliases(name)
+        found: dict[str, Any] = {**opened.aliases(name)}
+        for split in opened.rollouts.all(name).values():
+            found[split.alias] = {"version": split.version, "canary": split.canary.to_dict()}
         if as_json:
             print_json(found)
         else:

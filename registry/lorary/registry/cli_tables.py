@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -89,7 +89,7 @@ def moves(found: Sequence[AliasMove]) -> Table:
             escape(move.actor),
             move.alias,
             "-" if move.from_version is None else str(move.from_version),
-            "-" if move.to_version is None else str(move.to_version),
+            _to(move),
             f"{move.kind} [yellow](forced)[/]" if move.forced else move.kind,
             escape("\n".join([move.reason, *map(str, move.figures)]).strip()),
         )
@@ -106,7 +106,7 @@ def history(moves: Sequence[AliasMove], marks: Sequence[Mark]) -> Table:
             f"{move.kind} (forced)" if move.forced else move.kind,
             move.alias,
             "-" if move.from_version is None else str(move.from_version),
-            "-" if move.to_version is None else str(move.to_version),
+            _to(move),
             "\n".join([move.reason, *map(str, move.figures)]).strip(),
         )
         for move in moves
@@ -174,18 +174,41 @@ def mirrored(found: Sequence[Mirrored]) -> Table:
     return result
 
 
-def aliases(found: dict[str, int], marks: Marks) -> Table:
-    """One row per alias, protected ones that point nowhere included."""
-    result = table("alias", "version", "protected")
+def _to(move: AliasMove) -> str:
+    if move.canary is not None:
+        return f"{move.to_version}, canary {_canary(move.canary.to_dict())}"
+    return "-" if move.to_version is None else str(move.to_version)
+
+
+def aliases(found: dict[str, Any], marks: Marks) -> Table:
+    """One row per alias, protected ones that point nowhere included.
+
+    One with a canary is an object of version and canary.
+    """
+    has_canary = _any_canary(found)
+    result = table("alias", "version", *(["canary"] if has_canary else []), "protected")
     for alias in sorted(found.keys() | marks.protected.keys()):
-        version = found.get(alias)
+        at = found.get(alias)
+        version = at if at is None or isinstance(at, int) else at["version"]
         mark = marks.protected.get(alias)
         rules = "" if mark is None else ", ".join(mark.require) or "moves by --force only"
         shown = "-" if version is None else str(version)
         if version in marks.deprecated:
             shown += " [yellow](deprecated)[/]"
-        result.add_row(alias, shown, escape(rules))
+        canary = [_canary(at["canary"]) if isinstance(at, dict) else ""] if has_canary else []
+        result.add_row(alias, shown, *canary, escape(rules))
     return result
+
+
+def _any_canary(found: dict[str, Any]) -> bool:
+    return not all(isinstance(at, int) for at in found.values())
+
+
+def _canary(found: dict[str, Any]) -> str:
+    gates = ", ".join(f"{name} {value:g}" for name, value in found["gates"].items())
+    shadow = f", shadow {found['shadow']:g} %" if found["shadow"] else ""
+    promoted = f", promoted after {found['promote_after']}" if found["promote_after"] else ""
+    return f"{found['version']} at {found['percent']:g} %{shadow} (gates: {gates}{promoted})"
 
 
 def report(found: VerifyReport) -> Table:

@@ -21,7 +21,7 @@ from lorary.registry.cli_options import (
 from lorary.registry.cli_support import console, print_json, progress_bar, warn
 from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import MAX_RATIO, Manifest
-from lorary.registry.refs import check_name, parse_ref
+from lorary.registry.refs import check_name
 
 if TYPE_CHECKING:
     from lorary.registry.base import BaseCard
@@ -102,9 +102,8 @@ def pull(
     resolved = opened.resolve(ref)
     info = opened.info(resolved)
     _warn_if_deprecated(info)
-    exact = parse_ref(f"{info.name}@{info.version}")
     with progress_bar("pulling", 2 * info.size_bytes) as progress:
-        path = opened.pull(exact, dest, progress)
+        path = opened.pull(resolved, dest, progress)
     if as_json:
         print_json({"path": str(path), "version": info})
     else:

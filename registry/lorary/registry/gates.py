@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lorary.errors import AdapterNotFound, InvalidRequest, Refused
 from lorary.registry.aliases import Admit, AliasMove
 from lorary.registry.backend import Store
+from lorary.registry.marks import Mark
 from lorary.registry.requirements import (
     Figure,
     Requirement,
@@ -40,6 +41,9 @@ def gate(store: Store, name: str, *, require: Sequence[str] = (), force: bool = 
         if move.to_version is not None:
             marks.check_there(name, move.to_version)
         protection = marks.protected.get(move.alias)
+        if move.canary is not None:
+            marks.check_there(name, move.canary.version)
+            return move if protection is None else _admitted_canary(store, name, move, protection)
         if protection is None or move.from_version == move.to_version:
             rules: list[Requirement] = []
         else:
@@ -62,6 +66,19 @@ def gate(store: Store, name: str, *, require: Sequence[str] = (), force: bool = 
         return dataclasses.replace(move, figures=figures, forced=needs_force)
 
     return admit
+
+
+def _admitted_canary(store: Store, name: str, move: AliasMove, protection: Mark) -> AliasMove:
+    """Admit a canary behind a protected alias: callers will meet it, so it must meet the same rules."""
+    assert move.canary is not None
+    what = f"version {move.canary.version} of '{name}' was not made the canary of '{move.alias}'"
+    candidate = dataclasses.replace(move, to_version=move.canary.version)
+    rules = [parse_requirement(text) for text in protection.require]
+    figures = figures_of(store, name, candidate, rules)
+    check_figures(f"{what}; the alias is protected", figures)
+    if not rules and not move.reason.strip():
+        raise Refused(f"{what}: the alias is protected {protection}. Say why with --reason.")
+    return dataclasses.replace(move, figures=figures)
 
 
 def figures_of(
@@ -100,7 +117,10 @@ def deletable(store: Store, name: str, version: int) -> Callable[[], None]:
 
     def allow() -> None:
         store.marks(name).check_there(name, version)
-        users = sorted(alias for alias, at in store.alias_state(name).items() if at == version)
+        used = {alias: at for alias, at in store.alias_state(name).items() if at == version}
+        splits = store.alias_splits(name).values()
+        canaries = [f"the canary of {s.alias}" for s in splits if s.canary.version == version]
+        users = [*sorted(used), *canaries]
         if users:
             raise Refused(
                 f"version {version} of '{name}' is in use: {', '.join(users)} "

@@ -59,6 +59,7 @@ from lorary.registry.marks import Mark, Marks
 from lorary.registry.refs import check_name
 from lorary.registry.results import Freed
 from lorary.registry.signing import MAX_SIGNATURE_BYTES
+from lorary.registry.splits import Split, is_change
 from lorary.registry.summaries import Summary, read_summaries
 from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
@@ -101,6 +102,7 @@ class HubStore:
         self._known: frozenset[str] | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._trouble = ""
         self._watches = watch
         if watch:
             threading.Thread(target=self._watch, name="registry-watch", daemon=True).start()
@@ -144,6 +146,14 @@ class HubStore:
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points."""
         return self._state(name).alias_state()
+
+    def alias_splits(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries that run."""
+        return self._state(name).alias_splits()
+
+    def trouble(self) -> str:
+        """Say what the watch met last, if the Hub was away."""
+        return self._trouble
 
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves."""
@@ -297,6 +307,7 @@ class HubStore:
         move: AliasMove,
         *,
         expect: int | Unset | None,
+        expect_serial: int | None = None,
         admit: Admit | None = None,
     ) -> AliasMove:
         """Append a move to the log in a commit of its own."""
@@ -307,8 +318,10 @@ class HubStore:
             done = compared(move, state.alias_state(), expect)
             if admit is not None:
                 done = admit(done)
-            if done.from_version != done.to_version:
+            if is_change(done, state.alias_splits(), expect_serial):
                 target = "removed" if done.to_version is None else f"to v{done.to_version}"
+                if done.from_version == done.to_version:
+                    target = f"with {done.canary}" if done.canary else "without canary"
                 commit = self._client.commit(
                     repo_id,
                     parent=state.head,
@@ -661,18 +674,17 @@ class HubStore:
 
     def _watch(self) -> None:
         """Renew what is in memory until the store is closed; the Hub may be away meanwhile."""
-        is_away = False
         while not self._stop.is_set():
             try:
                 self._look()
             except LoraryError as error:
-                if not is_away:
+                if not self._trouble:
                     logger.warning("answering from memory: %s", error)
-                is_away = True
+                self._trouble = str(error)
             else:
-                if is_away:
+                if self._trouble:
                     logger.warning("the hub answers again")
-                is_away = False
+                self._trouble = ""
             self._stop.wait(RENEW_S)
 
     def _look(self) -> None:

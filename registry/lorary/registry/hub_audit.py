@@ -27,7 +27,7 @@ _PUSH: Final = re.compile(r"v([1-9][0-9]*): ")
 _MARK: Final = re.compile(rf"(?:{'|'.join(sorted(MARKS))}) (?:v[1-9][0-9]*|alias \S+)")
 _RESERVE: Final = re.compile(r"reserve v[1-9][0-9]*")
 _SIGN: Final = re.compile(r"sign v([1-9][0-9]*): (.*)")
-_MOVE: Final = re.compile(r"alias \S+ (?:removed|to v[1-9][0-9]*)")
+_MOVE: Final = re.compile(r"alias \S+ (?:removed|to v[1-9][0-9]*|without canary|with .+)")
 
 
 def hub_audit(

@@ -24,6 +24,7 @@ from lorary.errors import CorruptArtifact
 from lorary.registry.aliases import AliasMove, parse_moves, replay
 from lorary.registry.hub_client import HubClient
 from lorary.registry.marks import NO_MARKS, Marks, parse_marks
+from lorary.registry.splits import Split, replay_splits
 from lorary.registry.strict_json import parse_json
 from lorary.registry.versions import Pointer, parse_pointer
 
@@ -47,6 +48,7 @@ class HubState:
         moves: all moves of aliases, or what is wrong with the log.
         aliases: where every alias points.
         known_marks: all marks, or what is wrong with the log.
+        splits: the canaries that run, by alias.
         raw_versions: the file, to be appended to.
         raw_aliases: the file, to be appended to.
         raw_marks: the file, to be appended to.
@@ -57,6 +59,7 @@ class HubState:
     moves: tuple[AliasMove, ...] | CorruptArtifact = ()
     aliases: Mapping[str, int] = field(default_factory=dict)
     known_marks: Marks | CorruptArtifact = NO_MARKS
+    splits: Mapping[str, Split] = field(default_factory=dict)
     raw_versions: bytes = b""
     raw_aliases: bytes = b""
     raw_marks: bytes = b""
@@ -116,6 +119,11 @@ class HubState:
             raise self.known_marks
         return self.known_marks
 
+    def alias_splits(self) -> Mapping[str, Split]:
+        """Return the canaries that run, by alias; raises as ``alias_state``."""
+        self.alias_moves()
+        return self.splits
+
 
 NOTHING: Final = HubState()
 """Of an adapter that has no repository."""
@@ -145,6 +153,7 @@ def read_state(client: HubClient, repo_id: str, head: str) -> HubState:
         versions=tuple(_versions(raw_versions, repo_id)),
         moves=moves,
         aliases={} if isinstance(moves, CorruptArtifact) else replay(moves),
+        splits={} if isinstance(moves, CorruptArtifact) else replay_splits(moves),
         raw_versions=raw_versions,
         raw_aliases=raw_aliases,
     )

@@ -53,6 +53,7 @@ from lorary.registry.manifest import Manifest
 from lorary.registry.marks import Mark, MarkLog, Marks
 from lorary.registry.refs import check_name
 from lorary.registry.results import Freed
+from lorary.registry.splits import Split
 from lorary.registry.strict_json import parse_json
 from lorary.registry.summaries import Summaries, Summary, read_summaries
 from lorary.registry.unpacked import FOLDERS, VersionFolders
@@ -126,6 +127,18 @@ class LocalStore:
         """Return where every alias points; one ``stat`` when nothing has changed."""
         return self._log(name).state()
 
+    def alias_splits(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries that run; one ``stat`` when nothing has changed."""
+        return self._log(name).splits()
+
+    def trouble(self) -> str:
+        """Say when the folder is gone, as a network file system goes."""
+        try:
+            (self._root / _MARKER).stat()
+        except OSError as error:
+            return f"{self._root} cannot be read: {error.strerror}"
+        return ""
+
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves."""
         return self._log(name).moves()
@@ -136,11 +149,12 @@ class LocalStore:
         move: AliasMove,
         *,
         expect: int | Unset | None,
+        expect_serial: int | None = None,
         admit: Admit | None = None,
     ) -> AliasMove:
         """Append a move to the log, under the adapter's lock."""
         self._audit(name).last()  # a damaged log refuses changes, rather than miss them
-        done = self._log(name).append(move, expect=expect, admit=admit)
+        done = self._log(name).append(move, expect=expect, expect_serial=expect_serial, admit=admit)
         with locked(self.folder(name) / "lock"):
             self._record_done(name)
         return done

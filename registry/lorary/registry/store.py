@@ -39,7 +39,9 @@ from lorary.registry.pull import check_free, copy_version
 from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
 from lorary.registry.requirements import parse_requirement
 from lorary.registry.results import Freed, Resolved, VerifyReport, VersionInfo
+from lorary.registry.rollouts import Rollouts
 from lorary.registry.signing import sign_folder
+from lorary.registry.splits import Canary
 from lorary.registry.summaries import Summary, summarized
 from lorary.registry.trust import Trust, TrustPolicy
 from lorary.registry.verify import verify_all, verify_version
@@ -94,6 +96,15 @@ class Registry:
     def store(self) -> Store:
         """Where the versions are kept."""
         return self._store
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The canaries behind aliases."""
+        return Rollouts(self._store, self._describe_move)
+
+    def trouble(self) -> str:
+        """Return why answers may be out of date just now (the Hub is away); empty if they are not."""
+        return self._store.trouble()
 
     def push(
         self,
@@ -380,6 +391,8 @@ class Registry:
     def rollback(self, name: str, alias: str, *, reason: str = "", actor: str = "") -> AliasMove:
         """Return an alias to where it pointed before its last move; again, and it goes further back.
 
+        While it has a canary, that is what the last move began: the canary ends, the alias stays.
+
         Raises:
             AdapterNotFound: no such adapter or alias, or nothing to return to.
             Conflict: somebody moved the alias meanwhile.
@@ -387,6 +400,11 @@ class Registry:
         """
         _check_movable(alias)
         self._known(name)
+        split = self.rollouts.of(name, alias)
+        if split is not None:
+            return self.rollouts.stop(
+                name, alias, expect=split, reason=reason, actor=actor, kind="rollback"
+            )
         current, previous = before(self._store.alias_moves(name), alias)
         return self._move(
             name, alias, previous, expect=current, reason=reason, actor=actor, kind="rollback"
@@ -696,7 +714,21 @@ class Registry:
         require: Sequence[str] = (),
         force: bool = False,
     ) -> AliasMove:
-        move = AliasMove(
+        move = self._describe_move(alias, version, reason=reason, actor=actor, kind=kind)
+        admit = gate(self._store, name, require=require, force=force)
+        return self._store.move_alias(name, move, expect=expect, admit=admit)
+
+    @staticmethod
+    def _describe_move(
+        alias: str,
+        version: int | None,
+        *,
+        reason: str,
+        actor: str,
+        kind: MoveKind,
+        canary: Canary | None = None,
+    ) -> AliasMove:
+        return AliasMove(
             at=utc_now(),
             actor=actor or _user(),
             alias=alias,
@@ -704,9 +736,8 @@ class Registry:
             to_version=version,
             reason=reason,
             kind=kind,
+            canary=canary,
         )
-        admit = gate(self._store, name, require=require, force=force)
-        return self._store.move_alias(name, move, expect=expect, admit=admit)
 
     def _info(self, name: str, pointer: Pointer) -> VersionInfo:
         summary = summarized(self._store.manifest(name, pointer))

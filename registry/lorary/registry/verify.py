@@ -79,6 +79,7 @@ def check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
 def _alias_problems(store: Store, name: str, newest: int, deleted: Container[int]) -> list[str]:
     try:
         state = store.alias_state(name)
+        splits = store.alias_splits(name)
     except LoraryError as error:
         return [f"{name}: {error}"]
     return [
@@ -86,4 +87,9 @@ def _alias_problems(store: Store, name: str, newest: int, deleted: Container[int
         + ("was deleted" if version in deleted else "does not exist")
         for alias, version in sorted(state.items())
         if version in deleted or not 1 <= version <= newest
+    ] + [
+        f"{name}: the canary of alias '{alias}' is version {split.canary.version}, which "
+        + ("was deleted" if split.canary.version in deleted else "does not exist")
+        for alias, split in sorted(splits.items())
+        if split.canary.version in deleted or not 1 <= split.canary.version <= newest
     ]

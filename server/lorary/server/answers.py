@@ -79,6 +79,7 @@ def receipt(facts: ServerFacts, target: Target, request_id: str, finish: Finish)
         base_fingerprint=facts.base_fingerprint,
         quantization=facts.quantization,
         request_id=request_id,
+        canary=target.is_canary,
         timings=pb.Timings(
             queue_ns=finish.queue_ns,
             adapter_load_ns=finish.adapter_load_ns,

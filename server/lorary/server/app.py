@@ -30,6 +30,8 @@ from lorary.server.access.grants import GrantsFile, read_grants
 from lorary.server.access.guard import AccessInterceptor, Guard
 from lorary.server.control import ControlService
 from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
+from lorary.server.rollout.build import build_rollout
+from lorary.server.rollout.health import AdapterHealth
 from lorary.server.service import InferenceService, Parts
 from lorary.server.targets import Prompts, Targets
 from lorary.server.tls import check_files, server_credentials
@@ -83,8 +85,12 @@ class Server:
         )
         self._prompts = Prompts(backend.prompts, backend.decode)
         self._guard = None if config.access is None else Guard(GrantsFile(config.access))
-        self._control = ControlService(backend.registry, backend.residency, self._targets)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._rollout = build_rollout(backend, self._targets, calls, poll_s=config.alias_poll)
+        self._control = ControlService(
+            backend.registry, backend.residency, self._targets, self._rollout, calls
+        )
+        self._health = AdapterHealth(self._targets, backend.residency, self._rollout.feed)
+        self._rollout.follower.on_trouble = self._health.on_trouble
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
@@ -104,7 +110,9 @@ class Server:
         port = self._bind(self._grpc)
         metrics_port = self._start_metrics()
         self._backend.engine.start()
+        self._rollout.start()
         await self._grpc.start()
+        await self._health.begin()
         await self._health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         host = _bracketed(config.host)
         return Addresses(grpc=f"{host}:{port}", metrics=f"http://{host}:{metrics_port}/metrics")
@@ -142,9 +150,11 @@ class Server:
         """Stop every part now, in order; idempotent."""
         self._calls.refuse("the server has stopped; try another replica.")
         self._calls.fail_all(Unavailable("the server stops; try another replica."))
+        self._rollout.feed.close()
         await self._calls.wait_idle(LAST_WORDS_S)
         if self._grpc is not None:
             await self._grpc.stop(LAST_WORDS_S)
+        await self._rollout.stop()
         await asyncio.to_thread(self._backend.close)
         for part in (self._targets, self._prompts):
             part.close()
@@ -194,9 +204,11 @@ class Server:
             metrics=self._metrics,
             facts=backend.facts,
             limits=backend.limits,
+            rollout=self._rollout,
         )
         self._metrics.describe(backend.facts)
         self._metrics.watch(backend.engine, backend.residency)
+        self._metrics.registry.register(self._rollout.collector(config.tracked_adapters))
         register: Any = inference_pb2_grpc.add_InferenceServicer_to_server
         register(InferenceService(parts), server)
         register = control_pb2_grpc.add_ControlServicer_to_server

@@ -31,6 +31,7 @@ class Calls:
         self._limit = limit
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._digests: dict[str, tuple[str, ...]] = {}
         self._num_in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -70,14 +71,15 @@ class Calls:
                 self._idle.set()
 
     @contextmanager
-    def listening(self, key: str) -> Iterator[asyncio.Queue[Output]]:
-        """Receive the outputs of the engine's request ``key``, in order."""
+    def listening(self, key: str, digests: tuple[str, ...] = ()) -> Iterator[asyncio.Queue[Output]]:
+        """Receive the outputs of the engine's request ``key``, in order; versions ``digests`` answer it."""
         queue: asyncio.Queue[Output] = asyncio.Queue()
         self._queues[key] = queue
+        self._digests[key] = digests
         try:
             yield queue
         finally:
-            del self._queues[key]
+            del self._queues[key], self._digests[key]
 
     def deliver(self, outputs: list[Output]) -> None:
         """Hand over one step's outputs; called on the engine's thread."""
@@ -94,6 +96,13 @@ class Calls:
         """End every call in flight with ``error``."""
         for key, queue in self._queues.items():
             queue.put_nowait(Output(request_id=key, index=0, error=error))
+
+    def fail_digest(self, digest: str, error: LoraryError) -> int:
+        """End every call that a version answers with ``error``; return how many."""
+        keys = [key for key, held in self._digests.items() if digest in held]
+        for key in keys:
+            self._queues[key].put_nowait(Output(request_id=key, index=0, error=error))
+        return len(keys)
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no call is in flight; whether that came true in time."""

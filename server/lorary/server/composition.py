@@ -115,8 +115,9 @@ async def resolve_adapters(
     residency: ResidencyLike,
     *,
     max_rank: int,
+    key: str | None = None,
 ) -> Target:
-    """Return what refs with weights mean now.
+    """Return what refs with weights mean now; ``key`` decides who is in a canary.
 
     Raises:
         InvalidRef, AdapterNotFound, IncompatibleAdapter: as ``Targets.resolve``, of any part.
@@ -126,8 +127,8 @@ async def resolve_adapters(
     if not named:
         return await targets.resolve("")
     if len(named) == 1 and named[0][1] == 1.0:
-        return await targets.resolve(named[0][0])
-    found = await asyncio.gather(*(targets.resolve(ref) for ref, _ in named))
+        return await targets.resolve(named[0][0], key)
+    found = await asyncio.gather(*(targets.resolve(ref, key) for ref, _ in named))
     parts = tuple(
         Part(
             ref=target.ref,

@@ -235,6 +235,12 @@ class ServerConfig:
         low=0,
         high=4096,
     )
+    alias_poll: float = _option(
+        1.0,
+        "Seconds between two looks at the aliases in use, give or take a quarter.",
+        low=0.01,
+        high=3600.0,
+    )
     patience: float = _option(
         5.0,
         "Seconds after which requests that were passed over for priority or fairness are owed a place.",

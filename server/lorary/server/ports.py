@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lorary.errors import LoraryError
     from lorary.registry.manifest import BaseIdentity, Method, Task
+    from lorary.registry.splits import Split
     from lorary.server.adapters.verification import Verdict
     from lorary.server.engine.request import Lease, Output, Request, StepStats
 
@@ -91,6 +92,30 @@ class VersionLike(Protocol):
         ...
 
 
+class RolloutsLike(Protocol):
+    """Canaries in the registry. Called from worker threads."""
+
+    def all(self, name: str) -> Mapping[str, Split]:
+        """Return the canaries of an adapter that run, by alias."""
+        ...
+
+    def of(self, name: str, alias: str) -> Split | None:
+        """Return the canary of an alias, if one runs."""
+        ...
+
+    def stop(self, name: str, alias: str, *, expect: Split, reason: str, actor: str) -> object:
+        """End a canary.
+
+        Raises:
+            Conflict: another one runs by now, or the alias was moved.
+        """
+        ...
+
+    def promote(self, name: str, alias: str, *, expect: Split, reason: str, actor: str) -> object:
+        """Point the alias at its canary; raises as ``stop``."""
+        ...
+
+
 class RegistryLike(Protocol):
     """Where refs become versions. Called from worker threads, several at once."""
 
@@ -106,6 +131,21 @@ class RegistryLike(Protocol):
 
     def manifest(self, resolved: Any) -> Any:
         """Return a ``ManifestLike``; raises as ``resolve``, and CorruptArtifact."""
+        ...
+
+    @property
+    def rollouts(self) -> RolloutsLike:
+        """The canaries behind aliases."""
+        ...
+
+    def trouble(self) -> str:
+        """Return why answers may be out of date just now; empty if they are not."""
+        ...
+
+    def set_alias(
+        self, name: str, alias: str, version: int | None, *, expect: Any, reason: str, actor: str
+    ) -> Any:
+        """Point an alias at a version, or remove it; see ``lorary.registry.store``."""
         ...
 
     def list(self) -> Sequence[VersionLike]:
@@ -149,6 +189,11 @@ class ResidentLike(Protocol):
     @property
     def device_bytes(self) -> int:
         """Bytes it takes on the device."""
+        ...
+
+    @property
+    def num_pages(self) -> int:
+        """Pages it takes on the device."""
         ...
 
     @property
@@ -223,6 +268,14 @@ class ResidencyLike(Protocol):
 
     def unload(self, digest: str) -> object:
         """Unpin it and free it once nobody holds it; idempotent."""
+        ...
+
+    def pin(self, digest: str, *, pinned: bool = True) -> object | None:
+        """Pin or unpin what is here or on its way; ``None`` when it is neither."""
+        ...
+
+    def listen(self, listener: Callable[[str, Any, str], object]) -> None:
+        """Tell of every change: kind, what resolved, why. The listener returns at once."""
         ...
 
     def snapshot(self) -> Sequence[ResidentLike]:

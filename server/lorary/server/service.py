@@ -31,6 +31,7 @@ from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.interceptors import add_trailing, request_id, set_request_id
+from lorary.server.rollout.shadow import Prepared
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from lorary.server.engine.request import Lease, Output
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import EngineLike, ResidencyLike
+    from lorary.server.rollout.build import Rollout
+    from lorary.server.rollout.observed import Observation
     from lorary.server.targets import Prompts, Target, Targets
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -65,6 +68,7 @@ class Parts:
     metrics: ServerMetrics
     facts: ServerFacts
     limits: validate.Limits
+    rollout: Rollout
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -80,15 +84,31 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with self._parts.calls.admitted():
             kind = self._check(request, context)
             sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
-            target = await self._target(request, context)
-            prompt_ids = await self._prompt_ids(request.input, kind, target)
-            sampling = validate.complete(
-                sampling, request.sampling, target.task, len(prompt_ids), self._parts.limits
-            )
-            prototype = self._request(prompt_ids, sampling, arrived_s, context)
-            prototype.priority = request.priority
-            with self._running(target, prototype, num_answers) as outputs:
-                await self._stream(outputs, target, prototype, num_answers, context)
+            key = request.routing_key or request_id()
+            target = await self._target(request, context, key)
+            if target.is_shadowed and sampling.seed is None:
+                # A sampled answer and its copy can only be compared when they draw alike.
+                sampling = replace(sampling, seed=secrets.randbits(63))
+
+            async def prepare(target: Target) -> Prepared:
+                prompt_ids = await self._prompt_ids(request.input, kind, target)
+                complete = validate.complete(
+                    sampling, request.sampling, target.task, len(prompt_ids), self._parts.limits
+                )
+                prototype = self._request(prompt_ids, complete, arrived_s, context)
+                prototype.priority = request.priority
+                return Prepared(request=prototype)
+
+            with self._parts.rollout.observer.observed(target) as observation:
+                prepared = await prepare(target)
+                prototype = prepared.request
+                with (
+                    self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
+                    self._running(target, prototype, num_answers) as outputs,
+                ):
+                    await self._stream(
+                        outputs, target, prototype, num_answers, observation, context
+                    )
 
     async def Classify(  # noqa: N802
         self, request: pb.ClassifyRequest, context: Context
@@ -97,22 +117,34 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
             kind = self._check(request, context)
-            target = await self._target(request, context)
-            labels = validate.read_labels(request.labels, target.task)
-            label_ids = await self._parts.prompts.label_ids(labels)
-            # All labels but their last tokens lie behind the prompt in the cache, side by side.
-            room = max(1, sum(len(ids) - 1 for ids in label_ids))
-            prompt_ids = await self._prompt_ids(request.input, kind, target, room=room)
-            prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
-            prototype.labels = label_ids
-            prototype.priority = request.priority
-            with self._running(target, prototype, 1) as outputs:
-                output = await _next(outputs)
-            if output.finish is None:
-                raise LoraryError("the engine answered a scoring request without scores.")
+            key = request.routing_key or request_id()
+            target = await self._target(request, context, key)
+
+            async def prepare(target: Target) -> Prepared:
+                labels = validate.read_labels(request.labels, target.task)
+                label_ids = await self._parts.prompts.label_ids(labels)
+                # All labels but their last tokens lie behind the prompt in the cache, side by side.
+                room = max(1, sum(len(ids) - 1 for ids in label_ids))
+                prompt_ids = await self._prompt_ids(request.input, kind, target, room=room)
+                prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
+                prototype.labels = label_ids
+                prototype.priority = request.priority
+                return Prepared(request=prototype, labels=labels)
+
+            with self._parts.rollout.observer.observed(target) as observation:
+                prepared = await prepare(target)
+                with (
+                    self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
+                    self._running(target, prepared.request, 1) as outputs,
+                ):
+                    output = await _next(outputs)
+                    observation.see(output)
+                if output.finish is None:
+                    raise LoraryError("the engine answered a scoring request without scores.")
+                scores = answers.label_scores(prepared.labels, output.finish.label_logprobs)
             self._parts.metrics.answer(target.name, arrived_s).on_output(output)
         return pb.ClassifyResponse(
-            scores=answers.label_scores(labels, output.finish.label_logprobs),
+            scores=scores,
             usage=answers.usage(output.finish),
             receipt=answers.receipt(self._parts.facts, target, request_id(), output.finish),
         )
@@ -153,18 +185,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _check(self, request: pb.GenerateRequest | pb.ClassifyRequest, context: Context) -> str:
         """Check what can be checked without a registry; return the input's kind."""
+        validate.check_routing_key(request.routing_key)
         validate.check_request_id(request.request_id)
         if request.request_id:
             set_request_id(context, request.request_id)
         validate.check_priority(request.priority)
         return validate.check_input(request.input, self._parts.limits)
 
-    async def _target(self, request: HasAdapters, context: Context) -> Target:
+    async def _target(
+        self, request: HasAdapters, context: Context, key: str | None = None
+    ) -> Target:
         target = await resolve_adapters(
             self._parts.targets,
             read_adapters(request),
             self._parts.residency,
             max_rank=self._parts.facts.max_rank,
+            key=key,
         )
         add_trailing(context, DIGEST_KEY, target.digest)
         return target
@@ -207,7 +243,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         from the others.
         """
         engine = self._parts.engine
-        with self._parts.calls.listening(prototype.request_id) as outputs:
+        with self._parts.calls.listening(prototype.request_id, target.digests) as outputs:
             try:
                 prototype.account = target.lead
                 for index in range(num_answers):
@@ -238,6 +274,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         target: Target,
         prototype: Request,
         num_answers: int,
+        observation: Observation,
         context: Context,
     ) -> None:
         """Write events until every answer has ended."""
@@ -247,6 +284,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         while num_open:
             output = await _next(outputs)
             meters[output.index].on_output(output)
+            observation.see(output)
             if output.token_ids or output.text:
                 await context.write(answers.chunk(output))
             if output.finish is not None:

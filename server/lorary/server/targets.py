@@ -18,11 +18,12 @@ from lorary.errors import AdapterNotFound, IncompatibleAdapter, InvalidRequest
 from lorary.server.access import caller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from lorary.registry.manifest import Task
     from lorary.server.composition import Part
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
+    from lorary.server.rollout.splits import Trial
     from lorary.v1 import inference_pb2 as pb
 
 log = logging.getLogger("lorary.server")
@@ -38,6 +39,11 @@ class Target:
     """What a call's ``adapter`` turned out to be; all but ``ref`` is empty for the bare base.
 
     ``parts`` are a composition's. Its digest is its own, ``resolved`` is None, and ``rank`` is the sum.
+
+    Attributes:
+        trial: the canary whose calls this one is among.
+        is_canary: whether the canary answers it.
+        is_shadowed: whether the canary gets a copy of it.
     """
 
     ref: str
@@ -48,11 +54,19 @@ class Target:
     resolved: Any = None
     parts: tuple[Part, ...] = ()
     rank: int = 0
+    trial: Trial | None = None
+    is_canary: bool = False
+    is_shadowed: bool = False
 
     @property
     def lead(self) -> str:
         """The digest that the call counts against where adapters share the server."""
         return self.parts[0].digest if self.parts else self.digest
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of all versions that answer the call together."""
+        return tuple(part.digest for part in self.parts) if self.parts else (self.digest,)
 
 
 class Targets:
@@ -72,20 +86,59 @@ class Targets:
         # Task and rank.
         self._tasks: OrderedDict[str, tuple[Task, int]] = OrderedDict()
         self._said: set[str] = set()
+        self._follow: Callable[[str, str | None], Awaitable[Target]] | None = None
 
-    async def resolve(self, ref: str) -> Target:
-        """Return what ``ref`` means now.
+    def follow(self, resolve: Callable[[str, str | None], Awaitable[Target]]) -> None:
+        """Let ``resolve`` say what a ref means to callers (``rollout.aliases``)."""
+        self._follow = resolve
+
+    async def resolve(self, ref: str, key: str | None = None) -> Target:
+        """Return what ``ref`` means to the current caller: what is served, which follows what is registered.
+
+        To a tenant, what is absent and what is not its own look the same.
+
+        Args:
+            ref: what the caller wrote.
+            key: decides who is in a canary; ``None`` for the alias's holder.
 
         Raises:
-            InvalidRef: it does not parse.
             AdapterNotFound: no such version, or none that the current caller may see.
-            IncompatibleAdapter: it was made for another base.
             AccessDenied: the current caller may not use the bare base.
+            LoraryError: as ``lookup``.
         """
         if not ref:
             caller.check_base()
+        if caller.current.get() is None:
+            return await self._served(ref, key)
+        # Asked first in any case, so that neither words nor time tell what exists.
+        with suppress(AdapterNotFound):
+            target = await self._served(ref, key)
+            if not ref or caller.may_use(target.name):
+                return target
+        raise AdapterNotFound(
+            f"adapter '{ref}' does not exist, or is not visible to tenant "
+            f"'{caller.tenant_name()}'. Check the name; its administrator knows what is visible."
+        )
+
+    async def _served(self, ref: str, key: str | None) -> Target:
+        if ref and self._follow is not None:
+            return await self._follow(ref, key)
+        return await self.lookup(ref)
+
+    async def lookup(self, ref: str) -> Target:
+        """Return what ``ref`` means in the registry now, whoever asks.
+
+        Raises:
+            InvalidRef: it does not parse.
+            AdapterNotFound: no such version.
+            IncompatibleAdapter: it was made for another base.
+        """
+        if not ref:
             return Target(ref="")
-        resolved = await self._find(ref)
+        return await self.describe(ref, await self.run(self._registry.resolve, ref))
+
+    async def describe(self, ref: str, resolved: Any) -> Target:
+        """Return a version as the target of ``ref``; raises as ``lookup``."""
         if resolved.deprecated:
             self._say_deprecated(resolved)
         task, rank = await self._task(resolved)
@@ -97,20 +150,6 @@ class Targets:
             task=task,
             resolved=resolved,
             rank=rank,
-        )
-
-    async def _find(self, ref: str) -> Any:
-        """Resolve a ref for the current caller, to whom absent and forbidden look the same."""
-        if caller.current.get() is None:
-            return await self.run(self._registry.resolve, ref)
-        # Asked first in any case, so that neither words nor time tell what exists.
-        with suppress(AdapterNotFound):
-            resolved = await self.run(self._registry.resolve, ref)
-            if caller.may_use(resolved.name):
-                return resolved
-        raise AdapterNotFound(
-            f"adapter '{ref}' does not exist, or is not visible to tenant "
-            f"'{caller.tenant_name()}'. Check the name; its administrator knows what is visible."
         )
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:

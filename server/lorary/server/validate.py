@@ -29,6 +29,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_TEMPERATURE = 100.0
 MAX_PRIORITY = 10
+MAX_ROUTING_KEY = 256
 # No real text has this many characters per token; longer inputs are refused before the tokenizer
 # spends seconds on them.
 MAX_CHARS_PER_TOKEN = 32
@@ -50,6 +51,16 @@ def check_request_id(value: str) -> None:
             f"{MAX_REQUEST_ID_CHARS} printable ASCII characters are allowed. Shorten it, or leave "
             "it empty.",
             field="request_id",
+        )
+
+
+def check_routing_key(value: str) -> None:
+    """Refuse a key longer than any that people route by."""
+    if len(value) > MAX_ROUTING_KEY:
+        raise InvalidRequest(
+            f"routing_key has {len(value)} characters; at most {MAX_ROUTING_KEY} are allowed. Send "
+            "a user's or a session's id, or leave it empty.",
+            field="routing_key",
         )
 
 

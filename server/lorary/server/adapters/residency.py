@@ -112,8 +112,27 @@ class Residency:
             initializer=self._transfers.prepare_thread,
         )
         self._closed = False
+        self._listener: Callable[[str, Resolved, str], object] | None = None
 
     # -- callers ------------------------------------------------------------------------------
+
+    def listen(self, listener: Callable[[str, Resolved, str], object]) -> None:
+        """Tell ``listener`` what happens: kind (``rollout.events``), version, why.
+
+        It is called on any thread and under the residency's lock, so it must return at once.
+        """
+        self._listener = listener
+
+    def pin(self, digest: str, *, pinned: bool = True) -> ResidentAdapter | None:
+        """Keep a version from being evicted, or let it be again; None when it is not here."""
+        with self._lock:
+            resident = self._residents.get(digest)
+            if resident is None or resident.state == "failed":
+                return None
+            if resident.pinned != pinned:
+                resident.pinned = pinned
+                self._tell("pinned" if pinned else "unpinned", resident)
+            return self._describe(resident)
 
     def acquire(self, resolved: Resolved) -> AdapterLease:
         """Hold a version, and begin to load it when it is not on the device; returns at once.
@@ -161,7 +180,9 @@ class Residency:
         with self._lock:
             resident = self._find_or_start(resolved)
             resident.may_evict = True
-            resident.pinned = resident.pinned or pin
+            if pin and not resident.pinned:
+                resident.pinned = True
+                self._tell("pinned", resident)
             resident.num_waiters += 1
         try:
             if not resident.done.wait(timeout_s):
@@ -212,6 +233,7 @@ class Residency:
                 self._remove(resident, "unload")
                 return None
             resident.state = "unloading"
+            self._tell("unloading", resident)
             return self._describe(resident)
 
     def demote(self, digest: str) -> bool:
@@ -316,6 +338,7 @@ class Residency:
                 raise error
             resident = self._residents[digest] = Resident(resolved)
             self._workers.submit(self._load_worker, resident)
+            self._tell("loading", resident)
         elif resident.state == "unloading":
             resident.state = "resident"
         self._eviction.use(digest)
@@ -331,6 +354,7 @@ class Residency:
             pinned=resident.pinned,
             rank=resident.rank,
             device_bytes=len(resident.pages) * self._pool.page_bytes,
+            num_pages=len(resident.pages),
             num_holders=resident.num_holders,
             storage_error=0.0 if resident.entry is None else resident.entry.error,
         )
@@ -350,8 +374,13 @@ class Residency:
         self._pool.free(resident.pages)
         resident.entry = None
         self._freed.notify_all()
+        self._tell("evicted", resident, cause)
         if self._observer is not None:
             self._observer.on_evict(cause)
+
+    def _tell(self, kind: str, resident: Resident, why: str = "") -> None:
+        if self._listener is not None:
+            self._listener(kind, resident.resolved, why)
 
     def _forget(self, resident: Resident, error: LoraryError) -> None:
         """End a load that came to nothing."""
@@ -488,6 +517,7 @@ class Residency:
                 self._verifier.on_load_error(resident.resolved, error)
             with self._lock:
                 self._forget(resident, error)
+                self._tell("load_failed", resident, str(error))
                 if not self._closed:
                     self._failures.note(resident.resolved.digest, error)
         resident.done.set()
@@ -539,3 +569,4 @@ class Residency:
             resident.state = "resident"
             # Published last: from here on steps may read the pages.
             resident.entry = entry
+            self._tell("resident", resident)

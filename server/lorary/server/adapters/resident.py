@@ -72,5 +72,6 @@ class ResidentAdapter:
     rank: int
     device_bytes: int
     num_holders: int
+    num_pages: int = 0
     storage_error: float = 0.0
     """Largest relative error of a module's B·A that keeping it in fewer bits has brought."""

@@ -1,0 +1,1 @@
+"""Versions under traffic: aliases that move, canaries, shadows, gates, and who is told."""
