@@ -360,6 +360,7 @@ class Edge:
     address: str
     metrics_url: str
     channel: grpc.aio.Channel
+    http: str = ""
 
     @property
     def inference(self) -> Any:
@@ -417,6 +418,7 @@ async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
                 addresses.grpc,
                 addresses.metrics,
                 channel,
+                addresses.http or "",
             )
     finally:
         engine.gate.set()

@@ -37,7 +37,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self._targets = targets
 
     async def ListAdapters(  # noqa: N802
-        self, request: pb.ListAdaptersRequest, context: Context
+        self, request: pb.ListAdaptersRequest, context: Context | None
     ) -> pb.ListAdaptersResponse:
         """List versions, by name and number, with their residency."""
         versions = await self._targets.run(self._registry.list)

@@ -1,4 +1,4 @@
-"""The gRPC face of the data plane: decode, submit, stream, encode; no torch.
+"""The data plane: decode, submit, stream, encode; no torch. gRPC calls it, and so does the HTTP door.
 
 The life of one ``Generate`` call:
 
@@ -21,7 +21,7 @@ import secrets
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorary.errors import DeadlineExceeded, LoraryError
 from lorary.server import answers, validate
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator, Sequence
 
-    import grpc
-
     from lorary.server.answers import ServerFacts
+    from lorary.server.caller import Caller, Facts
     from lorary.server.calls import Calls
     from lorary.server.engine.request import Lease, Output
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import EngineLike, ResidencyLike
     from lorary.server.targets import Prompts, Target, Targets
 
-    Context = grpc.aio.ServicerContext[Any, Any]
+    Context = Caller
 
+ADAPTER_KEY = "lorary-adapter"
+VERSION_KEY = "lorary-adapter-version"
 DIGEST_KEY = "lorary-adapter-digest"
 
 
@@ -113,7 +114,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     async def Tokenize(  # noqa: N802
-        self, request: pb.TokenizeRequest, context: Context
+        self, request: pb.TokenizeRequest, context: Facts
     ) -> pb.TokenizeResponse:
         """Return the ids that Generate would read."""
         with self._parts.calls.admitted():
@@ -154,8 +155,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         validate.check_priority(request.priority)
         return validate.check_input(request.input, self._parts.limits)
 
-    async def _target(self, ref: str, context: Context) -> Target:
+    async def _target(self, ref: str, context: Facts) -> Target:
         target = await self._parts.targets.resolve(ref)
+        if target.digest:
+            add_trailing(context, ADAPTER_KEY, target.name)
+            add_trailing(context, VERSION_KEY, str(target.version))
         add_trailing(context, DIGEST_KEY, target.digest)
         return target
 
