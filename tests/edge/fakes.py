@@ -18,13 +18,21 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from lorary.errors import AdapterNotFound, Cancelled, DeadlineExceeded, LoraryError, Unavailable
+from lorary.errors import (
+    AdapterNotFound,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    LoraryError,
+    Unavailable,
+)
 from lorary.registry import parse_ref
 from lorary.registry.manifest import BaseIdentity, Task
 from lorary.server.answers import ServerFacts
@@ -32,7 +40,14 @@ from lorary.server.app import Server
 from lorary.server.build import Backend
 from lorary.server.calls import Calls
 from lorary.server.config import ServerConfig
-from lorary.server.engine.request import Finish, Output, PositionLogprobs, Request, StepStats
+from lorary.server.engine.request import (
+    Constraint,
+    Finish,
+    Output,
+    PositionLogprobs,
+    Request,
+    StepStats,
+)
 from lorary.server.metrics import ServerMetrics
 from lorary.server.validate import Limits
 from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
@@ -124,6 +139,19 @@ class FakePrompts:
 
     def label_ids(self, label: str) -> tuple[int, ...]:
         return (int(label),)
+
+
+class FakeCompiler:
+    """Every grammar but ``"("`` compiles; answers take no notice of it."""
+
+    def submit(self, constraint: Constraint) -> Future[Any]:
+        compiling: Future[Any] = Future()
+        if constraint.text == "(":
+            error = InvalidRequest("the constraint cannot be used.", field="sampling.regex")
+            compiling.set_exception(error)
+        else:
+            compiling.set_result(object())
+        return compiling
 
 
 @dataclass
@@ -388,6 +416,7 @@ async def serving(*, limit: int = 64, **options: Any) -> AsyncIterator[Edge]:
         residency=residency,
         registry=registry,
         prompts=FakePrompts(),
+        grammars=FakeCompiler(),
         decode=lambda ids: "".join(f"{i} " for i in ids),
         facts=ServerFacts(
             version="0.0",

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from lorary.errors import CorruptArtifact, Overloaded, RegistryUnavailable
+from lorary.server.engine.request import Constraint
 from tests.edge.fakes import FINGERPRINT, digest_of, eventually, serving
 
 if TYPE_CHECKING:
@@ -123,6 +124,50 @@ async def test_options_reach_the_engine_with_openais_defaults(
     assert (sampling.seed, asked.priority) == (2**64 - 1, 3)
     await client.completions.create(model="", prompt=[2, 5], max_tokens=1)
     assert edge.engine.submitted[-1].sampling.temperature == 1.0
+
+
+async def test_constraints_and_biases_reach_the_engine(
+    edge: Edge, client: openai.AsyncOpenAI
+) -> None:
+    """In OpenAI's words and in vLLM's; the texts are those that gRPC would carry."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    cases: list[tuple[dict[str, Any], Constraint | None]] = [
+        ({"response_format": {"type": "text"}}, None),
+        (
+            {"response_format": {"type": "json_object"}},
+            Constraint("json_schema", '{"type": "object"}'),
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "strict": True, "schema": schema},
+                }
+            },
+            Constraint("json_schema", json.dumps(schema)),
+        ),
+        (
+            {"extra_body": {"structured_outputs": {"json": schema}}},
+            Constraint("json_schema", json.dumps(schema)),
+        ),
+        (
+            {"extra_body": {"structured_outputs": {"choice": ["6", "é"]}}},
+            Constraint("choice", '["6", "é"]'),
+        ),
+        ({"extra_body": {"structured_outputs": {"regex": "6+"}}}, Constraint("regex", "6+")),
+        (
+            {"extra_body": {"structured_outputs": {"grammar": "start: A"}}},
+            Constraint("lark", "start: A"),
+        ),
+    ]
+    for options, wanted in cases:
+        await client.chat.completions.create(
+            model="", messages=GREETING, max_tokens=1, logit_bias={"7": -100, "3": 2}, **options
+        )
+        asked = edge.engine.submitted[-1]
+        assert asked.sampling.constraint == wanted
+        assert (asked.grammar is not None) == (wanted is not None)
+        assert asked.sampling.logit_bias == ((3, 2.0), (7, -100.0))
 
 
 async def test_a_stream_says_role_text_end_usage_and_done(
@@ -248,6 +293,14 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     ({"temprature": 0.5}, "temprature"),
     ({"priority": 11}, "priority"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"structured_outputs": {"regex": "("}}, "response_format"),
+    ({"structured_outputs": {"x": "("}}, "structured_outputs.x"),
 ]
 
 

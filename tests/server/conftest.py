@@ -111,6 +111,7 @@ class EngineWorld:
             assembled.lora,
         )
         self.fused = assembled.fused
+        self.grammars = assembled.grammars
         if start:
             self.engine.start()
         self._count = 0
@@ -128,6 +129,8 @@ class EngineWorld:
     ) -> str:
         self._count += 1
         request_id = request_id or f"r{self._count}"
+        constraint = sampling.get("constraint")
+        grammar = None if constraint is None else self.grammars.submit(constraint).result()
         lease: Any = BaseLease()
         if adapter:
             lease = self.residency.acquire(self.registry.resolve(adapter))
@@ -139,6 +142,7 @@ class EngineWorld:
                 sampling=Sampling(**{"max_tokens": 12, **sampling}),
                 lease=lease,
                 labels=labels,
+                grammar=grammar,
                 deadline_s=deadline_s,
             )
         )
@@ -147,6 +151,7 @@ class EngineWorld:
     def close(self) -> None:
         self.engine.shutdown()
         self.residency.close()
+        self.grammars.close()
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,7 @@ class Server:
             residency=backend.residency,
             targets=self._targets,
             prompts=self._prompts,
+            grammars=backend.grammars,
             calls=calls,
             metrics=metrics,
             facts=backend.facts,

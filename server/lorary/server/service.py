@@ -17,6 +17,7 @@ which alone knows when no step reads the adapter any more.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterator, Sequence
 
     from lorary.server.answers import ServerFacts
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lorary.server.calls import Calls
     from lorary.server.engine.request import Lease, Output
     from lorary.server.metrics import ServerMetrics
-    from lorary.server.ports import EngineLike, ResidencyLike
+    from lorary.server.ports import CompilerLike, EngineLike, ResidencyLike
     from lorary.server.targets import Prompts, Target, Targets
 
     Context = Caller
@@ -58,6 +58,7 @@ class Parts:
     residency: ResidencyLike
     targets: Targets
     prompts: Prompts
+    grammars: CompilerLike
     calls: Calls
     metrics: ServerMetrics
     facts: ServerFacts
@@ -83,6 +84,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
             prototype = self._request(prompt_ids, sampling, arrived_s, context)
             prototype.priority = request.priority
+            if sampling.constraint is not None:
+                compiling = self._parts.grammars.submit(sampling.constraint)
+                prototype.grammar = await asyncio.wrap_future(compiling)
             with self._running(target, prototype, num_answers) as outputs:
                 await self._stream(outputs, target, prototype, num_answers, context)
 

@@ -15,6 +15,7 @@ from lorary.server.adapters.loader import load_adapter
 from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.blocks import blocks_for
+from lorary.server.engine.constraints import Compiler
 from lorary.server.engine.engine import Engine
 from lorary.server.engine.fair_queue import PATIENCE_S
 from lorary.server.engine.kv_cache import KVCache, KVShape
@@ -92,6 +93,7 @@ class Assembled:
     residency: Residency
     lora: LoraModel
     fused: FusedModel | None
+    grammars: Compiler
 
 
 def assemble(
@@ -176,7 +178,12 @@ def assemble(
     residency = Residency(
         pool=lora.pool, load=load, on_change=engine.wake, observer=residency_observer
     )
-    return Assembled(engine, residency, lora, fused)
+    grammars = Compiler(
+        tokenizer,
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        eos_ids=end_tokens(model, tokenizer),
+    )
+    return Assembled(engine, residency, lora, fused, grammars)
 
 
 def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:

@@ -232,6 +232,8 @@ class Engine:
         if not request.labels:
             sequence.text = TextStream(self._backend, request.sampling.stop)
             sequence.drafter = Drafter() if self._draft_rows else None
+            if request.grammar is not None:
+                sequence.matcher = request.grammar.matcher()
             if not request.sampling.is_greedy:
                 seed = request.sampling.seed
                 # Answers of one call differ; the same index of the same seed does not.
@@ -304,7 +306,10 @@ class Engine:
                 continue
             room = self._cache.shape.context - len(sequence.token_ids)
             left = sequence.request.sampling.max_tokens - sequence.num_generated - 1
-            draft = sequence.drafter.draft(sequence.token_ids, min(spare, room, left))
+            most = min(spare, room, left)
+            draft = sequence.drafter.draft(sequence.token_ids, most)
+            if sequence.matcher is not None and most > 0:
+                draft = sequence.matcher.draft(draft, most)
             # A guess is not worth somebody's place in the next step.
             is_room = self._blocks.num_free > len(scheduled.decode)
             if draft and is_room and self._grow(sequence, len(sequence.token_ids) + len(draft)):
@@ -403,11 +408,14 @@ class Engine:
             for i, s in enumerate(sequences)
             if s.request.sampling.logprobs is not None
         }
+        for i, sequence in enumerate(sequences):
+            if sequence.matcher is not None:
+                sequence.matcher.apply(rows[i])
         tokens = sample(rows, sequences, self._eos_ids)
         outputs = []
         for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             output = self._append(sequence, token)
-            if i in wanted:
+            if i in wanted and output.error is None:
                 top = sequence.request.sampling.logprobs or 0
                 output.logprobs.append(position_logprobs(wanted[i], token, top))
             outputs.append(output)
@@ -440,10 +448,10 @@ class Engine:
             whole.text += output.text
             whole.token_ids += output.token_ids
             whole.logprobs += output.logprobs
-            whole.finish = output.finish
+            whole.finish, whole.error = output.finish, output.error
             is_right = i < len(draft) and output.token_ids == [draft[i]]
             num_right += is_right
-            if whole.finish is not None or not is_right:
+            if whole.finish is not None or whole.error is not None or not is_right:
                 break
         assert sequence.drafter is not None
         sequence.drafter.learn(len(draft), num_right, len(sequence.token_ids))
@@ -465,6 +473,9 @@ class Engine:
         )
         reason: FinishReason | None = None
         matched = ""
+        matcher = sequence.matcher
+        if matcher is not None and not is_end and (problem := matcher.consume(token)):
+            return self._end(sequence, error=InvalidRequest(problem, field="sampling.constraint"))
         if is_end:
             reason, matched = "stop", self._tokenizer.convert_ids_to_tokens(token)
         else:
@@ -472,6 +483,8 @@ class Engine:
             if sequence.text.matched_stop:
                 if sequence.num_generated >= sampling.min_tokens:
                     reason, matched = "stop", sequence.text.matched_stop
+            elif matcher is not None and matcher.is_finished:
+                reason = "stop"
             elif (
                 sequence.num_generated >= sampling.max_tokens
                 or len(sequence.token_ids) >= self._cache.shape.context

@@ -26,7 +26,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
     """Choose one token per row.
 
     Args:
-        logits: float32 [R, vocab]; changed in place where a row has penalties.
+        logits: float32 [R, vocab]; changed in place where a row has biases or penalties.
         sequences: R sequences, in row order; their generators advance.
         eos_ids: tokens that a row may not choose before its ``min_tokens``.
 
@@ -36,6 +36,9 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
     drawn: list[int] = []
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
+        if sampling.logit_bias:
+            ids, values = zip(*sampling.logit_bias, strict=True)
+            logits[row, list(ids)] += torch.tensor(values, device=logits.device)
         if sampling.has_penalties:
             _penalize(logits[row], sequence)
         if sequence.num_generated < sampling.min_tokens:

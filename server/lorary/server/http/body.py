@@ -84,6 +84,11 @@ class Fields:
         value = self._typed(name, dict, "an object")
         return None if value is None else Fields(value, f"{self._path}{name}.")
 
+    def mapping(self, name: str) -> dict[str, Any] | None:
+        """Return an object as it is, whose names are the caller's own."""
+        value: dict[str, Any] | None = self._typed(name, dict, "an object")
+        return value
+
     def list(self, name: str, kind: type, words: str) -> list[Any] | None:
         """Return a list whose items are all of one type; ``words`` name it in errors."""
         value = self._typed(name, list, f"a list of {words}")

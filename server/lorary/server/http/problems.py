@@ -44,6 +44,7 @@ _TYPES = {
 }
 # The protocol's paths, as the members of OpenAI's bodies.
 _PARAMS = (
+    (re.compile(r"^sampling\.(json_schema|choice|regex|lark|constraint)"), "response_format"),
     (re.compile(r"^sampling\.(.*)"), r"\1"),
     (re.compile(r"^input\.chat\.(messages.*)"), r"\1"),
     (re.compile(r"^input\.chat$"), "messages"),

@@ -2,11 +2,12 @@
 
 ``model`` is a ref; empty, left out, or the base's own name is the bare base. Beside OpenAI's members those of
 vLLM are taken: ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``, ``stop_token_ids``,
-``priority`` (as in SGLang, higher is sooner).
+``priority`` (as in SGLang, higher is sooner), ``structured_outputs``.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,12 @@ def read_completion(members: Mapping[str, Any], base: str) -> Ask:
             "Leave best_of out, and choose among n answers by their logprobs.",
         )
     is_echo = fields.switch("echo")
+    if is_echo and logprobs is not None:
+        raise fields.error(
+            "echo",
+            "echo was sent with logprobs; log probabilities of prompts are not served. Leave "
+            "one of them out.",
+        )
     fields.refuse(_REFUSED_COMPLETION)
     template = _request(fields, adapter, params)
     is_stream, has_usage = _streaming(fields)
@@ -239,12 +246,63 @@ def _sampling(fields: Fields) -> pb.SamplingParams:
     elif stop is not None:
         stop = Fields({"stop": stop}).list("stop", str, "strings")
     params.stop.extend(_unicode(fields, "stop", text) for text in stop or ())
+    _constrain(fields, params)
+    _bias(fields, params)
     for i, token_id in enumerate(fields.list("stop_token_ids", int, "token ids") or ()):
         try:
             params.stop_token_ids.append(token_id)
         except ValueError as error:
             raise fields.error(f"stop_token_ids[{i}]", f"{token_id} is no token id.") from error
     return params
+
+
+def _constrain(fields: Fields, params: pb.SamplingParams) -> None:
+    """Read what the answer must be: OpenAI's response_format, or vLLM's structured_outputs."""
+    wanted = fields.object("response_format")
+    if wanted is not None:
+        kind = wanted.text("type")
+        schema: Any = {"type": "object"}
+        if kind == "json_schema":
+            named = wanted.object("json_schema")
+            schema = named.take("schema") if named is not None else None
+            if not isinstance(schema, dict | bool):
+                raise fields.error("response_format", "response_format has no json_schema.schema.")
+        elif kind not in ("json_object", "text"):
+            raise wanted.error("type", f"type is {kind!r}; it is text, json_object or json_schema.")
+        wanted.finish()
+        if kind != "text":
+            params.json_schema = json.dumps(schema)
+    outputs = fields.object("structured_outputs")
+    if outputs is None:
+        return
+    if params.WhichOneof("constraint") is not None:
+        raise fields.error(
+            "structured_outputs", "structured_outputs was sent with response_format."
+        )
+    schema = outputs.take("json")
+    if schema is not None:
+        written = schema if isinstance(schema, str) else json.dumps(schema)
+        params.json_schema = _unicode(outputs, "json", written)
+    for name, field in (("regex", "regex"), ("grammar", "lark")):
+        text = outputs.text(name)
+        if text is not None:
+            setattr(params, field, _unicode(outputs, name, text))
+    choices = outputs.list("choice", str, "texts")
+    if choices is not None:
+        params.choice.texts.extend(_unicode(outputs, "choice", text) for text in choices)
+    outputs.finish()
+
+
+def _bias(fields: Fields, params: pb.SamplingParams) -> None:
+    """Read logit_bias, whose keys are token ids as strings."""
+    for token_id, value in (fields.mapping("logit_bias") or {}).items():
+        try:
+            params.logit_bias[int(token_id)] = value
+        except (TypeError, ValueError) as error:
+            raise fields.error(
+                "logit_bias",
+                f"logit_bias has {token_id!r}: {value!r}; it maps token ids to numbers.",
+            ) from error
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:
