@@ -50,6 +50,12 @@ def test_both_clients_offer_the_same_calls() -> None:
     assert public_calls(Client) == public_calls(AsyncClient)
 
 
+async def test_prompts_have_log_probabilities_of_their_own(client: AsyncClient) -> None:
+    answer = await client.generate(prompt="2 5", max_tokens=1, prompt_logprobs=1)
+    assert [one.chosen for one in answer.prompt_logprobs] == [(2, 0.0), (5, -0.25)]
+    assert answer.prompt_logprobs[1].top == ((0, -1.0),)
+
+
 async def test_what_an_answer_must_be_travels(edge: Edge, client: AsyncClient) -> None:
     cases: list[tuple[dict[str, Any], Constraint]] = [
         ({"choice": ["a", "b"]}, Constraint("choice", '["a", "b"]')),

@@ -348,8 +348,20 @@ class FakeEngine:
                 prefill_ns=3,
                 decode_ns=4,
                 label_logprobs=scores,
+                prompt_logprobs=self._prompt_logprobs(request),
             )
         return output
+
+    def _prompt_logprobs(self, request: Request) -> tuple[PositionLogprobs, ...]:
+        """Every token of a prompt but its first has -0.25, and 0 as its only alternative."""
+        top = request.sampling.prompt_logprobs
+        if top is None:
+            return ()
+        first, *rest = request.prompt_ids
+        return (
+            PositionLogprobs(chosen=(first, 0.0)),
+            *(PositionLogprobs(chosen=(i, -0.25), top=((0, -1.0),) * top) for i in rest),
+        )
 
     def _stats(self, outputs: list[Output]) -> StepStats:
         digests = {r.lease.digest for r, _ in self._running} - {""}

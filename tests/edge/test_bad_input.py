@@ -74,6 +74,7 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "sampling.n"),
     ({"n": 17}, "sampling.n"),
     ({"logprobs": 21}, "sampling.logprobs"),
+    ({"prompt_logprobs": 21}, "sampling.prompt_logprobs"),
     ({"stop": ["x"] * 17}, "sampling.stop"),
     ({"stop": ["x", ""]}, "sampling.stop[1]"),
     ({"stop": ["x" * 257]}, "sampling.stop[0]"),

@@ -233,6 +233,29 @@ async def test_logprobs_name_the_text_of_every_token(client: openai.AsyncOpenAI)
     assert logprobs.top_logprobs == [{"0 ": -1.0, "10 ": -0.5}, {"0 ": -1.0, "11 ": -0.5}]
 
 
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_echo_with_logprobs_tells_the_prompts_own(
+    client: openai.AsyncOpenAI, max_tokens: int
+) -> None:
+    """How texts are scored: no tokens asked for, and the prompt's own probabilities told."""
+    answer = await client.completions.create(
+        model="", prompt=["2 5", "7"], max_tokens=max_tokens, logprobs=1, echo=True
+    )
+    said = ["6 ", "7 "][:max_tokens]
+    choice = answer.choices[0]
+    assert choice.text == "2 5" + "".join(said)
+    assert choice.finish_reason == "length"
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["2 ", "5 ", *said]
+    assert logprobs.token_logprobs == [None, -0.25, *[-0.5] * max_tokens]
+    assert logprobs.top_logprobs is not None
+    assert logprobs.top_logprobs[:2] == [None, {"0 ": -1.0, "5 ": -0.25}]
+    assert logprobs.text_offset == [0, 2, 4, 6][: 2 + max_tokens]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 2 * max_tokens)
+
+
 async def test_models_are_the_base_the_adapters_and_their_aliases(
     client: openai.AsyncOpenAI,
 ) -> None:
@@ -339,6 +362,8 @@ async def test_what_is_no_body_of_ours_is_refused(http: httpx.AsyncClient) -> No
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     unknown = await http.post("/v1/embeddings", json={})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+    whole = {"prompt": "2 5", "echo": True, "logprobs": 1, "stream": True}
+    assert (await http.post("/v1/completions", json=whole)).json()["error"]["param"] == "stream"
     best = {"prompt": "2 5", "best_of": 4}
     assert (await http.post("/v1/completions", json=best)).json()["error"]["param"] == "best_of"
 

@@ -60,6 +60,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     seed: int
     logprobs: int
+    prompt_logprobs: int
     choice: Sequence[str]
     """The answer is one of these texts."""
     json_schema: str | Mapping[str, Any]
@@ -215,6 +216,7 @@ class Answers:
             usage=usage(complete.usage),
             receipt=receipt(complete.receipt),
             logprobs=tuple(self._logprobs.pop(complete.index, ())),
+            prompt_logprobs=tuple(_position(one) for one in complete.prompt_logprobs),
         )
 
     def _chunk(self, message: inference_pb2.GenerateChunk) -> Chunk:

@@ -120,8 +120,9 @@ def read_sampling(params: pb.SamplingParams, limits: Limits) -> tuple[Sampling, 
     num_answers = params.n if params.HasField("n") else 1
     if not 1 <= num_answers <= MAX_ANSWERS:
         raise _out_of_range("n", num_answers, f"between 1 and {MAX_ANSWERS}")
-    if params.logprobs > MAX_LOGPROBS:
-        raise _out_of_range("logprobs", params.logprobs, f"at most {MAX_LOGPROBS}")
+    for name, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if asked > MAX_LOGPROBS:
+            raise _out_of_range(name, asked, f"at most {MAX_LOGPROBS}")
     sampling = Sampling(
         max_tokens=max_tokens,
         # A k that reaches the whole vocabulary filters nothing, which is what 0 says.
@@ -132,6 +133,7 @@ def read_sampling(params: pb.SamplingParams, limits: Limits) -> tuple[Sampling, 
         ignore_eos=params.ignore_eos,
         seed=params.seed if params.HasField("seed") else None,
         logprobs=params.logprobs if params.HasField("logprobs") else None,
+        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
         constraint=_constraint(params),
         logit_bias=_logit_bias(params, limits),
         **values,

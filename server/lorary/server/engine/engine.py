@@ -30,8 +30,13 @@ from lorary.errors import (
 from lorary.server.engine.batch import Batch, build_batch
 from lorary.server.engine.blocks import BLOCK, Blocks
 from lorary.server.engine.detokenizer import TextStream
-from lorary.server.engine.request import Finish, Lease, Output, Request, StepStats
-from lorary.server.engine.sampler import position_logprobs, sample, score_labels
+from lorary.server.engine.request import Finish, Lease, Output, PositionLogprobs, Request, StepStats
+from lorary.server.engine.sampler import (
+    position_logprobs,
+    prompt_logprobs,
+    sample,
+    score_labels,
+)
 from lorary.server.engine.sequence import Sequence
 from lorary.server.engine.speculation import Drafter
 
@@ -285,6 +290,7 @@ class Engine:
         for sequence, count in batch.advanced:
             sequence.num_computed += count
             self._blocks.publish(sequence)
+        self._read_prompts(batch, logits)
         outputs = self._sample(batch, logits)
         kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
         outputs += [output for output, _ in kept] + self._score(batch, logits)
@@ -497,6 +503,16 @@ class Engine:
             output.finish = ended.finish
         return output
 
+    def _read_prompts(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Keep log probabilities of prompts' tokens, where they are wanted."""
+        row = batch.first_prompt_row
+        for sequence, count in batch.prompts:
+            kept = sequence.prompt_logprobs
+            tokens = sequence.token_ids[len(kept) + 1 : len(kept) + 1 + count]
+            top = sequence.request.sampling.prompt_logprobs or 0
+            kept += prompt_logprobs(logits[row : row + count], tokens, top)
+            row += count
+
     def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
         row = batch.first_score_row
         outputs = []
@@ -530,7 +546,14 @@ class Engine:
             prefill_ns=sequence.first_token_ns - sequence.started_ns,
             decode_ns=now - sequence.first_token_ns,
             label_logprobs=scores,
+            prompt_logprobs=self._prompt_logprobs(sequence),
         )
+
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[PositionLogprobs, ...]:
+        if sequence.request.sampling.prompt_logprobs is None:
+            return ()
+        first = PositionLogprobs(chosen=(sequence.token_ids[0], 0.0))
+        return (first, *sequence.prompt_logprobs)
 
     def _end(
         self,

@@ -47,6 +47,7 @@ class Sampling:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
 
@@ -143,6 +144,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PositionLogprobs:
+    """Natural-log probabilities at one position: the token there, then the best ones."""
+
+    chosen: tuple[int, float]
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """How one answer ended: the reason, the whole text, counts, and durations in nanoseconds."""
 
@@ -157,14 +166,7 @@ class Finish:
     prefill_ns: int
     decode_ns: int
     label_logprobs: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PositionLogprobs:
-    """Natural-log probabilities at one generated position: the chosen token, then the best ones."""
-
-    chosen: tuple[int, float]
-    top: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -145,6 +145,21 @@ def position_logprobs(logits: torch.Tensor, token: int, top: int) -> PositionLog
     return PositionLogprobs(chosen=(token, float(logprobs[token])), top=best)
 
 
+def prompt_logprobs(logits: torch.Tensor, tokens: Rows[int], top: int) -> list[PositionLogprobs]:
+    """Return log probabilities of tokens that are given; logits float32 [R, vocab], R tokens."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(top)
+    return [
+        PositionLogprobs(
+            chosen=(token, logprob), top=tuple(zip(best_ids, best_values, strict=True))
+        )
+        for token, logprob, best_ids, best_values in zip(
+            tokens, chosen, ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
 def score_labels(logits: torch.Tensor, labels: Rows[Rows[int]]) -> tuple[float, ...]:
     """Return each label's log probability as a continuation of the prompt.
 

@@ -58,9 +58,17 @@ class Shape(Protocol):
         ...
 
     def logprobs(
-        self, positions: Positions, texts: Mapping[int, str], *, offset: int
+        self,
+        positions: Positions,
+        texts: Mapping[int, str],
+        *,
+        offset: int,
+        starts_prompt: bool = False,
     ) -> dict[str, Any]:
-        """Return log probabilities; the first token's text begins at ``offset``."""
+        """Return log probabilities; the first token's text begins at ``offset``.
+
+        The first token of a prompt has none, for nothing stands before it.
+        """
         ...
 
 
@@ -84,7 +92,12 @@ class ChatShape:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def logprobs(
-        self, positions: Positions, texts: Mapping[int, str], *, offset: int
+        self,
+        positions: Positions,
+        texts: Mapping[int, str],
+        *,
+        offset: int,
+        starts_prompt: bool = False,
     ) -> dict[str, Any]:
         """Return one entry a token."""
         content = [
@@ -114,7 +127,12 @@ class CompletionShape:
         return {"text": text}
 
     def logprobs(
-        self, positions: Positions, texts: Mapping[int, str], *, offset: int
+        self,
+        positions: Positions,
+        texts: Mapping[int, str],
+        *,
+        offset: int,
+        starts_prompt: bool = False,
     ) -> dict[str, Any]:
         """Return one list a column, as the older of the two APIs has it."""
         tokens = [texts[p.chosen.token_id] for p in positions]
@@ -124,10 +142,15 @@ class CompletionShape:
             offset += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [_finite(p.chosen.logprob) for p in positions],
+            "token_logprobs": [
+                None if i == 0 and starts_prompt else _finite(p.chosen.logprob)
+                for i, p in enumerate(positions)
+            ],
             "top_logprobs": [
-                {texts[pair.token_id]: _finite(pair.logprob) for pair in (*p.top, p.chosen)}
-                for p in positions
+                None
+                if i == 0 and starts_prompt
+                else {texts[pair.token_id]: _finite(pair.logprob) for pair in (*p.top, p.chosen)}
+                for i, p in enumerate(positions)
             ],
             "text_offset": offsets,
         }

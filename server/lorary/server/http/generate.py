@@ -154,12 +154,12 @@ class _Telling:
         return place * self._ask.num_answers + index
 
     async def _logprobs(
-        self, positions: Sequence[pb.PositionLogprobs], offset: int
+        self, positions: Sequence[pb.PositionLogprobs], offset: int, *, has_prompt: bool = False
     ) -> dict[str, Any] | None:
         if not self._ask.has_logprobs:
             return None
         texts = await self._pieces.of(positions)
-        return self._shape.logprobs(positions, texts, offset=offset)
+        return self._shape.logprobs(positions, texts, offset=offset, starts_prompt=has_prompt)
 
     def _completes(self) -> list[pb.GenerateComplete]:
         return [a.complete for a in self._answers if a.complete is not None]
@@ -180,12 +180,18 @@ class _Whole(_Telling):
         completes = self._completes()
         choices = []
         for index, (answer, complete) in enumerate(zip(self._answers, completes, strict=True)):
+            if self._ask.is_silent:
+                answer.logprobs.clear()
+                complete = _unsaid(complete)
             echo = self._echoes[index // self._ask.num_answers]
+            positions = [*complete.prompt_logprobs, *answer.logprobs]
+            has_prompt = bool(complete.prompt_logprobs)
+            offset = 0 if has_prompt else answer.offset
             choices.append(
                 {
                     "index": index,
                     **self._shape.whole(echo + complete.text),
-                    "logprobs": await self._logprobs(answer.logprobs, answer.offset),
+                    "logprobs": await self._logprobs(positions, offset, has_prompt=has_prompt),
                     **_ending(complete),
                 }
             )
@@ -193,7 +199,9 @@ class _Whole(_Telling):
             {
                 **self._common,
                 "choices": choices,
-                "usage": answers.usage(completes),
+                "usage": answers.usage(
+                    map(_unsaid, completes) if self._ask.is_silent else completes
+                ),
                 "lorary": answers.receipt(completes[-1].receipt),
             }
         )
@@ -247,6 +255,15 @@ class _Stream(_Telling):
         if self._ask.has_usage:
             more["usage"] = None
         await self._call.event({**self._common, "choices": [choice], **more})
+
+
+def _unsaid(complete: pb.GenerateComplete) -> pb.GenerateComplete:
+    """Return the end of an answer whose caller wanted the prompt alone."""
+    silent = pb.GenerateComplete()
+    silent.CopyFrom(complete)
+    silent.text, silent.matched_stop, silent.usage.completion_tokens = "", "", 0
+    silent.finish_reason = pb.FINISH_REASON_LENGTH
+    return silent
 
 
 def _ending(complete: pb.GenerateComplete) -> dict[str, Any]:

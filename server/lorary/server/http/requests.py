@@ -56,8 +56,10 @@ class Ask:
         model: as it was sent, to be told again in the answer.
         requests: one for each prompt.
         num_answers: to each of them.
-        echoes: text that goes before each prompt's answers.
         has_logprobs: whether answers carry log probabilities.
+        has_usage: whether a stream ends with the counts.
+        is_echo: whether each prompt goes before its answers.
+        is_silent: whether that is all, and nothing is generated.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Ask:
     is_stream: bool
     has_usage: bool
     is_echo: bool = False
+    is_silent: bool = False
 
 
 def read_chat(members: Mapping[str, Any], base: str) -> Ask:
@@ -126,15 +129,18 @@ def read_completion(members: Mapping[str, Any], base: str) -> Ask:
             "Leave best_of out, and choose among n answers by their logprobs.",
         )
     is_echo = fields.switch("echo")
+    is_silent = is_echo and params.max_tokens == 0 and params.HasField("max_tokens")
+    if is_silent:
+        params.max_tokens = 1  # whoever reads a prompt to its end has made a token
     if is_echo and logprobs is not None:
-        raise fields.error(
-            "echo",
-            "echo was sent with logprobs; log probabilities of prompts are not served. Leave "
-            "one of them out.",
-        )
+        _set(fields, params, "prompt_logprobs", logprobs, name="logprobs")
     fields.refuse(_REFUSED_COMPLETION)
     template = _request(fields, adapter, params)
     is_stream, has_usage = _streaming(fields)
+    if is_stream and is_echo and (is_silent or logprobs is not None):
+        raise fields.error(
+            "stream", "stream was sent with echo and logprobs or max_tokens 0. Ask for it whole."
+        )
     fields.finish(IGNORED)
     requests = []
     for prompt in prompts:
@@ -150,6 +156,7 @@ def read_completion(members: Mapping[str, Any], base: str) -> Ask:
         is_stream=is_stream,
         has_usage=has_usage,
         is_echo=is_echo,
+        is_silent=is_silent,
     )
 
 
