@@ -84,6 +84,26 @@ def test_what_the_page_on_openai_says_can_be_said(language: str, server: ServerP
             assert shown.endswith("data: [DONE]\n\n")
 
 
+def test_the_command_asks_for_answers_of_a_given_form(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    """Over gRPC, with every option of its own kind."""
+    (tmp_path / "schema.json").write_text('{"type": "object", "maxProperties": 0}')
+    (tmp_path / "grammar.lark").write_text('start: "a" | "b"')
+    cases = {
+        ("--choice", "yes", "--choice", "no"): r"yes|no",
+        ("--regex", "[0-9]{3}"): r"\d{3}",
+        ("--json-schema", str(tmp_path / "schema.json")): r"\{\s*\}",
+        ("--lark", str(tmp_path / "grammar.lark")): r"a|b",
+    }
+    for options, pattern in cases.items():
+        said = run(
+            *("lorary", "call", "translation@prod", "Is it so?", "--prompt", "--target"),
+            *(server.address, "--max-tokens", "32", *options),
+        )
+        assert re.fullmatch(pattern, said.removesuffix("\n")), (options, said)
+
+
 def test_roll_out_moves_an_alias_and_takes_it_back(
     tiny_adapters: dict[str, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
