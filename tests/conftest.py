@@ -55,8 +55,11 @@ VOCAB = 160
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def build_tokenizer() -> Any:
-    """A byte-level BPE tokenizer over a few words, with ChatML markers and a chat template."""
+def build_tokenizer(*, every_byte: bool = False) -> Any:
+    """A byte-level BPE tokenizer over a few words, with ChatML markers and a chat template.
+
+    With ``every_byte`` it can write any text; else only letters of its words.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,8 +68,13 @@ def build_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     letters = sorted({c for w in WORDS for c in w} | set("ĠĊéüñ:.,!?éà€😀"))
+    if every_byte:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=special, initial_alphabet=letters, show_progress=False
+        vocab_size=len(letters) + VOCAB if every_byte else VOCAB,
+        special_tokens=special,
+        initial_alphabet=letters,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4 + ["é ü € 😀\nuser assistant:"], trainer)
     fast = PreTrainedTokenizerFast(
@@ -92,11 +100,11 @@ TINY_SIZES = {
 """Of every tiny base whose family names them as Llama does."""
 
 
-def build_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+def build_llama(folder: Path, *, seed: int = 0, every_byte: bool = False, **overrides: Any) -> Path:
     """Save a random Llama of two layers with its tokenizer; return the folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(every_byte=every_byte)
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{

@@ -30,6 +30,7 @@ class ServerProcess:
 
     address: str
     metrics_url: str
+    http_url: str | None = None
 
 
 def wait_for(
@@ -61,22 +62,25 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def serving(base: Path, registry: Path, work: Path) -> Iterator[ServerProcess]:
+def serving(base: Path, registry: Path, work: Path, *options: str) -> Iterator[ServerProcess]:
     """Run ``lorary serve`` on free ports; at the end it must drain and exit with 0.
 
     Args:
         base: folder of the base.
         registry: folder of the registry.
         work: folder for its log and ready file.
+        options: further ones of ``lorary serve``.
     """
     ready, log = work / "ready.json", work / "server.log"
     command = [str(BIN / "lorary"), "serve", "--base", str(base), "--registry", str(registry)]
     command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(ready)]
-    command += ["--device", "cpu", "--dtype", "float32", "--max-context", "256"]
+    command += ["--device", "cpu", "--dtype", "float32", "--max-context", "256", *options]
     with running(command, log) as process:
         wait_for("server", ready.exists, process, log)
         facts = json.loads(ready.read_text())
-        yield ServerProcess(address=facts["address"], metrics_url=facts["metrics"])
+        yield ServerProcess(
+            address=facts["address"], metrics_url=facts["metrics"], http_url=facts["http"]
+        )
         process.terminate()
         assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()[-4000:]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lorary.registry import BaseCard, Registry
-from tests.conftest import RECIPES, build_adapter, write_manifest
+from tests.conftest import RECIPES, build_adapter, build_llama, write_manifest
 from tests.processes import BIN, serving
 
 if TYPE_CHECKING:
@@ -37,17 +39,18 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     root = tmp_path_factory.mktemp("examples")
+    base = build_llama(root / "bytes-llama", every_byte=True)
     registry = Registry.open(root / "registry", create=True)
-    card = BaseCard.from_folder(tiny_base)
+    card = BaseCard.from_folder(base)
     template = "<|im_start|>user\n{{ text }}<|im_end|>\n<|im_start|>assistant\n"
     names = {"sentiment": "alpha", "summarization": "bravo", "translation": "charlie"}
     for name, recipe in names.items():
         labels = ("negative", "positive") if name == "sentiment" else ()
-        folder = build_adapter(tiny_base, root / name, RECIPES[recipe])
+        folder = build_adapter(base, root / name, RECIPES[recipe])
         write_manifest(
-            tiny_base,
+            base,
             folder,
             kind="classification" if labels else "generation",
             template=template,
@@ -55,7 +58,7 @@ def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             max_new_tokens=8,
         )
         registry.push(folder, name, base=card, aliases=["prod"])
-    with serving(tiny_base, root / "registry", root) as running:
+    with serving(base, root / "registry", root, "--http-port", "0") as running:
         yield running
 
 
@@ -63,6 +66,42 @@ def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_python_examples_run(name: str, server: ServerProcess) -> None:
     shown = run(sys.executable, str(EXAMPLES / name), server.address)
     assert "negative" in shown or "positive" in shown
+
+
+@pytest.mark.parametrize("language", ["python", "sh"])
+def test_what_the_page_on_openai_says_can_be_said(language: str, server: ServerProcess) -> None:
+    """Its Python and its curl, as they are but for the port."""
+    text = (EXAMPLES.parent / "docs/openai.md").read_text()
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        program = block.replace("http://127.0.0.1:8000", str(server.http_url))
+        if language == "python":
+            shown = run(sys.executable, "-c", program)
+            assert "sha256:" in shown or json.loads(shown)
+        else:
+            shown = run("bash", "-ec", program.replace("curl -s ", "curl -sf "))
+            assert shown.endswith("data: [DONE]\n\n")
+
+
+def test_the_command_asks_for_answers_of_a_given_form(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    """Over gRPC, with every option of its own kind."""
+    (tmp_path / "schema.json").write_text('{"type": "object", "maxProperties": 0}')
+    (tmp_path / "grammar.lark").write_text('start: "a" | "b"')
+    cases = {
+        ("--choice", "yes", "--choice", "no"): r"yes|no",
+        ("--regex", "[0-9]{3}"): r"\d{3}",
+        ("--json-schema", str(tmp_path / "schema.json")): r"\{\s*\}",
+        ("--lark", str(tmp_path / "grammar.lark")): r"a|b",
+    }
+    for options, pattern in cases.items():
+        said = run(
+            *("lorary", "call", "translation@prod", "Is it so?", "--prompt", "--target"),
+            *(server.address, "--max-tokens", "32", *options),
+        )
+        assert re.fullmatch(pattern, said.removesuffix("\n")), (options, said)
 
 
 def test_roll_out_moves_an_alias_and_takes_it_back(

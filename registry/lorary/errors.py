@@ -187,6 +187,29 @@ class Outcome:
     grpc_status: str
     exit_code: int
 
+    @property
+    def http_status(self) -> int:
+        """The status code over HTTP."""
+        return HTTP_STATUSES[self.grpc_status]
+
+
+HTTP_STATUSES = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "ABORTED": 409,
+    "FAILED_PRECONDITION": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "INTERNAL": 500,
+    "DATA_LOSS": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""Of every gRPC status that an error has; 499 is nginx' word for a caller who went away."""
+
 
 # The most specific class wins (walk the MRO). Exit codes: 1 unexpected, 2 usage, 3 not found,
 # 4 conflict, 5 integrity, 6 unavailable, 7 access, 8 storage, 9 incompatible, 70 engine,

@@ -17,6 +17,7 @@ from lorary.client import AsyncClient, Chunk, Client, GenerateResult
 from lorary.client.failures import from_rpc_error
 from lorary.errors import OUTCOMES, LoraryError
 from lorary.server import status
+from lorary.server.engine.request import Constraint
 from tests.edge.fakes import FINGERPRINT, digest_of, eventually, serving
 
 if TYPE_CHECKING:
@@ -47,6 +48,28 @@ def public_calls(cls: type) -> dict[str, list[str]]:
 
 def test_both_clients_offer_the_same_calls() -> None:
     assert public_calls(Client) == public_calls(AsyncClient)
+
+
+async def test_prompts_have_log_probabilities_of_their_own(client: AsyncClient) -> None:
+    answer = await client.generate(prompt="2 5", max_tokens=1, prompt_logprobs=1)
+    assert [one.chosen for one in answer.prompt_logprobs] == [(2, 0.0), (5, -0.25)]
+    assert answer.prompt_logprobs[1].top == ((0, -1.0),)
+
+
+async def test_what_an_answer_must_be_travels(edge: Edge, client: AsyncClient) -> None:
+    cases: list[tuple[dict[str, Any], Constraint]] = [
+        ({"choice": ["a", "b"]}, Constraint("choice", '["a", "b"]')),
+        ({"json_schema": {"type": "object"}}, Constraint("json_schema", '{"type": "object"}')),
+        ({"json_schema": "{}"}, Constraint("json_schema", "{}")),
+        ({"regex": "a+"}, Constraint("regex", "a+")),
+        ({"lark": "start: A"}, Constraint("lark", "start: A")),
+    ]
+    for options, wanted in cases:
+        await client.generate(prompt="2 5", max_tokens=1, logit_bias={4: -1.5}, **options)
+        assert edge.engine.submitted[-1].sampling.constraint == wanted
+        assert edge.engine.submitted[-1].sampling.logit_bias == ((4, -1.5),)
+    with pytest.raises(errors.InvalidRequest, match="choice and regex"):
+        await client.generate(prompt="2 5", choice=["a"], regex="a")
 
 
 async def test_generate(client: AsyncClient) -> None:

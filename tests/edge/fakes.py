@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from lorary.errors import (
     Cancelled,
     DeadlineExceeded,
     IncompatibleAdapter,
+    InvalidRequest,
     LoraryError,
     Unavailable,
 )
@@ -40,7 +42,14 @@ from lorary.server.app import Server
 from lorary.server.build import Backend
 from lorary.server.calls import Calls
 from lorary.server.config import ServerConfig
-from lorary.server.engine.request import Finish, Output, PositionLogprobs, Request, StepStats
+from lorary.server.engine.request import (
+    Constraint,
+    Finish,
+    Output,
+    PositionLogprobs,
+    Request,
+    StepStats,
+)
 from lorary.server.metrics import ServerMetrics
 from lorary.server.validate import Limits
 from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
@@ -164,6 +173,19 @@ class FakePrompts:
 
     def label_ids(self, label: str) -> tuple[int, ...]:
         return (int(label),)
+
+
+class FakeCompiler:
+    """Every grammar but ``"("`` compiles; answers take no notice of it."""
+
+    def submit(self, constraint: Constraint) -> Future[Any]:
+        compiling: Future[Any] = Future()
+        if constraint.text == "(":
+            error = InvalidRequest("the constraint cannot be used.", field="sampling.regex")
+            compiling.set_exception(error)
+        else:
+            compiling.set_result(object())
+        return compiling
 
 
 @dataclass
@@ -390,8 +412,20 @@ class FakeEngine:
                 prefill_ns=3,
                 decode_ns=4,
                 label_logprobs=scores,
+                prompt_logprobs=self._prompt_logprobs(request),
             )
         return output
+
+    def _prompt_logprobs(self, request: Request) -> tuple[PositionLogprobs, ...]:
+        """Every token of a prompt but its first has -0.25, and 0 as its only alternative."""
+        top = request.sampling.prompt_logprobs
+        if top is None:
+            return ()
+        first, *rest = request.prompt_ids
+        return (
+            PositionLogprobs(chosen=(first, 0.0)),
+            *(PositionLogprobs(chosen=(i, -0.25), top=((0, -1.0),) * top) for i in rest),
+        )
 
     def _stats(self, outputs: list[Output]) -> StepStats:
         digests = {r.lease.digest for r, _ in self._running} - {""}
@@ -430,6 +464,7 @@ class Edge:
     address: str
     metrics_url: str
     channel: grpc.aio.Channel
+    http: str = ""
 
     @property
     def inference(self) -> Any:
@@ -467,6 +502,7 @@ async def serving(
         residency=residency,
         registry=registry,
         prompts=FakePrompts(),
+        grammars=FakeCompiler(),
         decode=lambda ids: "".join(f"{i} " for i in ids),
         facts=ServerFacts(
             version="0.0",
@@ -497,6 +533,7 @@ async def serving(
                 addresses.grpc,
                 addresses.metrics,
                 channel,
+                addresses.http or "",
             )
     finally:
         engine.gate.set()

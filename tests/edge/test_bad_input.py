@@ -74,11 +74,23 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "sampling.n"),
     ({"n": 17}, "sampling.n"),
     ({"logprobs": 21}, "sampling.logprobs"),
+    ({"prompt_logprobs": 21}, "sampling.prompt_logprobs"),
     ({"stop": ["x"] * 17}, "sampling.stop"),
     ({"stop": ["x", ""]}, "sampling.stop[1]"),
     ({"stop": ["x" * 257]}, "sampling.stop[0]"),
     ({"stop_token_ids": [1, VOCAB]}, "sampling.stop_token_ids[1]"),
     ({"stop_token_ids": [1] * 129}, "sampling.stop_token_ids"),
+    ({"logit_bias": {VOCAB: 1.0}}, "sampling.logit_bias"),
+    ({"logit_bias": {1: 100.5}}, "sampling.logit_bias"),
+    ({"logit_bias": {1: NAN}}, "sampling.logit_bias"),
+    ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "sampling.logit_bias"),
+    ({"regex": ""}, "sampling.regex"),
+    ({"regex": "("}, "sampling.regex"),
+    ({"lark": "x" * 65_537}, "sampling.lark"),
+    ({"choice": pb.Choices()}, "sampling.choice"),
+    ({"choice": pb.Choices(texts=["a", ""])}, "sampling.choice"),
+    ({"json_schema": "{}", "min_tokens": 1}, "sampling.json_schema"),
+    ({"json_schema": "{}", "ignore_eos": True}, "sampling.json_schema"),
 ]
 
 

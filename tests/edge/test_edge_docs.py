@@ -49,6 +49,14 @@ def test_every_error_is_documented_with_its_status_and_exit_code() -> None:
         assert hasattr(errors, name), name
 
 
+def test_every_status_over_http_is_documented() -> None:
+    rows = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| (\d+)", read("openai.md"), re.MULTILINE)
+    documented = {name: int(code) for names, code in rows for name in re.findall(r"\w+", names)}
+    # Nobody is left to read what became of a call that was cancelled.
+    real = {o.grpc_status: o.http_status for o in OUTCOMES.values() if o.grpc_status != "CANCELLED"}
+    assert documented == real
+
+
 def test_every_call_and_option_of_the_client_is_documented() -> None:
     text = read("client.md")
     calls = [n for n, m in vars(Client).items() if inspect.isfunction(m) and n[0] != "_"]

@@ -120,6 +120,7 @@ class EngineWorld:
         )
         self.fused = assembled.fused
         self.compositions = Compositions(cast("ResidencyLike", self.residency))
+        self.grammars = assembled.grammars
         if start:
             self.engine.start()
         self._count = 0
@@ -138,6 +139,8 @@ class EngineWorld:
     ) -> str:
         self._count += 1
         request_id = request_id or f"r{self._count}"
+        constraint = sampling.get("constraint")
+        grammar = None if constraint is None else self.grammars.submit(constraint).result()
         lease: Any = BaseLease()
         if adapter:
             lease = self.residency.acquire(self.registry.resolve(adapter))
@@ -151,6 +154,7 @@ class EngineWorld:
                 sampling=Sampling(**{"max_tokens": 12, **sampling}),
                 lease=lease,
                 labels=labels,
+                grammar=grammar,
                 deadline_s=deadline_s,
             )
         )
@@ -167,6 +171,7 @@ class EngineWorld:
     def close(self) -> None:
         self.engine.shutdown()
         self.residency.close()
+        self.grammars.close()
 
 
 @pytest.fixture(scope="session")

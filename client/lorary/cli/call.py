@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,6 +59,19 @@ def call(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
     ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option("--choice", help="Answer with one of these; may be repeated."),
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with JSON that fits this schema.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Answer with what this regular expression matches.")
+    ] = None,
+    lark: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with a sentence of this grammar.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     priority: Annotated[
         int, typer.Option(help="-10 to 10; higher is served sooner when there is a queue.")
@@ -88,6 +102,10 @@ def call(
         "top_k": top_k,
         "stop": stop,
         "seed": seed,
+        "choice": choice,
+        "json_schema": _contents(json_schema),
+        "regex": regex,
+        "lark": _contents(lark),
     }
     with Client(target, timeout_s=timeout) as client:
         if classify or label:
@@ -102,6 +120,13 @@ def call(
 
 def _read(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
+
+
+def _contents(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"'{path}' cannot be read: {error}. Name a text file.") from error
 
 
 def _given(text: str, *, is_prompt: bool, is_chat: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict, cast
 
@@ -32,6 +33,10 @@ FINISH_REASONS: dict[int, FinishReason] = {
 }
 
 
+CONSTRAINTS = ("choice", "json_schema", "regex", "lark")
+"""Options that say what an answer must be; at most one of them."""
+
+
 class Message(TypedDict):
     """One turn of a conversation; ``role`` is system, user or assistant."""
 
@@ -57,6 +62,17 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     seed: int
     logprobs: int
+    prompt_logprobs: int
+    choice: Sequence[str]
+    """The answer is one of these texts."""
+    json_schema: str | Mapping[str, Any]
+    """The answer is JSON that this schema allows; ``{}`` is any."""
+    regex: str
+    """This regular expression matches the whole answer."""
+    lark: str
+    """The answer is a sentence of this grammar."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of token ids; [-100, 100]."""
 
 
 def make_input(
@@ -96,6 +112,12 @@ def make_sampling(options: Mapping[str, Any]) -> inference_pb2.SamplingParams:
     """
     known = set(inference_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
     params = inference_pb2.SamplingParams()
+    constraints = [name for name in CONSTRAINTS if options.get(name) is not None]
+    if len(constraints) > 1:
+        raise InvalidRequest(
+            f"{' and '.join(constraints)} were given; an answer has one constraint.",
+            field=f"sampling.{constraints[1]}",
+        )
     for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -181,6 +203,13 @@ def weighted(adapters: Adapters) -> list[inference_pb2.WeightedAdapter]:
 def _assign(params: inference_pb2.SamplingParams, name: str, value: Any) -> None:
     if name in ("stop", "stop_token_ids"):
         getattr(params, name).extend([value] if isinstance(value, str) else value)
+    elif name == "choice":
+        params.choice.texts.extend(value)
+    elif name == "json_schema" and not isinstance(value, str):
+        params.json_schema = json.dumps(value)
+    elif name == "logit_bias":
+        for token_id, bias in value.items():
+            params.logit_bias[token_id] = bias
     else:
         setattr(params, name, value)
 
@@ -218,6 +247,7 @@ class Answers:
             usage=usage(complete.usage),
             receipt=receipt(complete.receipt),
             logprobs=tuple(self._logprobs.pop(complete.index, ())),
+            prompt_logprobs=tuple(_position(one) for one in complete.prompt_logprobs),
         )
 
     def _chunk(self, message: inference_pb2.GenerateChunk) -> Chunk:

@@ -87,6 +87,7 @@ class GenerateResult:
     usage: Usage
     receipt: Receipt
     logprobs: tuple[PositionLogprobs, ...]
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     index: int = 0
 
 

@@ -56,6 +56,7 @@ def complete(output: Output, finish: Finish, receipt: pb.Receipt) -> pb.Generate
             matched_stop=finish.matched_stop,
             usage=usage(finish),
             receipt=receipt,
+            prompt_logprobs=[_logprobs(position) for position in finish.prompt_logprobs],
         )
     )
 

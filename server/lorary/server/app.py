@@ -6,7 +6,7 @@ Draining, after SIGTERM or SIGINT (a second one skips to 5)::
     2. new calls get UNAVAILABLE with RetryInfo
     3. running calls get --drain-timeout to end
     4. those that are left end with UNAVAILABLE
-    5. gRPC, engine, threads and /metrics stop, in this order; exit 0
+    5. HTTP, gRPC, engine, threads and /metrics stop, in this order; exit 0
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from lorary.errors import ConfigError, EngineFailed, Unavailable
+from lorary.errors import ConfigError, EngineFailed, MissingDependency, Unavailable
 from lorary.server.access.grants import GrantsFile, read_grants
 from lorary.server.access.guard import AccessInterceptor, Guard
 from lorary.server.control import ControlService
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lorary.server.build import Backend
     from lorary.server.calls import Calls
     from lorary.server.config import ServerConfig
+    from lorary.server.http.listener import Listener
     from lorary.server.metrics import ServerMetrics
 
 log = logging.getLogger("lorary.server")
@@ -58,6 +59,7 @@ class Addresses:
 
     grpc: str
     metrics: str
+    http: str | None = None
 
 
 class Server:
@@ -91,10 +93,25 @@ class Server:
         )
         self._health = AdapterHealth(self._targets, backend.residency, self._rollout.feed)
         self._rollout.follower.on_trouble = self._health.on_trouble
+        self._parts = Parts(
+            engine=backend.engine,
+            residency=backend.residency,
+            targets=self._targets,
+            prompts=self._prompts,
+            grammars=backend.grammars,
+            calls=calls,
+            metrics=metrics,
+            facts=backend.facts,
+            limits=backend.limits,
+            rollout=self._rollout,
+        )
+        self._inference = InferenceService(self._parts)
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._http: Listener | None = None
+        self._is_ready = False
         self._stop_metrics: Callable[[], None] = lambda: None
 
     async def start(self) -> Addresses:
@@ -109,13 +126,17 @@ class Server:
         self._grpc = self._build_grpc()
         port = self._bind(self._grpc)
         metrics_port = self._start_metrics()
+        http = None if config.http_port is None else await self._start_http()
         self._backend.engine.start()
         self._rollout.start()
         await self._grpc.start()
         await self._health.begin()
         await self._health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
+        self._is_ready = True
         host = _bracketed(config.host)
-        return Addresses(grpc=f"{host}:{port}", metrics=f"http://{host}:{metrics_port}/metrics")
+        return Addresses(
+            grpc=f"{host}:{port}", metrics=f"http://{host}:{metrics_port}/metrics", http=http
+        )
 
     def request_stop(self) -> None:
         """Drain; asked a second time, stop at once."""
@@ -152,6 +173,8 @@ class Server:
         self._calls.fail_all(Unavailable("the server stops; try another replica."))
         self._rollout.feed.close()
         await self._calls.wait_idle(LAST_WORDS_S)
+        if self._http is not None:
+            await self._http.stop()
         if self._grpc is not None:
             await self._grpc.stop(LAST_WORDS_S)
         await self._rollout.stop()
@@ -164,6 +187,7 @@ class Server:
     async def _drain(self) -> None:
         config = self._config
         log.info("draining: %d calls in flight", self._calls.num_in_flight)
+        self._is_ready = False
         await self._health.enter_graceful_shutdown()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), config.drain_delay)
@@ -179,6 +203,7 @@ class Server:
     def _on_failure(self, error: BaseException) -> None:
         """The engine broke: end every call, then stop."""
         self._failure = error
+        self._is_ready = False
         self._calls.refuse("the engine failed; try another replica.")
         self._calls.fail_all(EngineFailed("the engine failed"))
         self._stop_asked.set()
@@ -195,22 +220,11 @@ class Server:
             ),
             options=grpc_options(config),
         )
-        parts = Parts(
-            engine=backend.engine,
-            residency=backend.residency,
-            targets=self._targets,
-            prompts=self._prompts,
-            calls=self._calls,
-            metrics=self._metrics,
-            facts=backend.facts,
-            limits=backend.limits,
-            rollout=self._rollout,
-        )
         self._metrics.describe(backend.facts)
         self._metrics.watch(backend.engine, backend.residency)
         self._metrics.registry.register(self._rollout.collector(config.tracked_adapters))
         register: Any = inference_pb2_grpc.add_InferenceServicer_to_server
-        register(InferenceService(parts), server)
+        register(self._inference, server)
         register = control_pb2_grpc.add_ControlServicer_to_server
         register(self._control, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -233,6 +247,30 @@ class Server:
             return server.add_insecure_port(address)
         except RuntimeError as error:
             raise _port_error("--port", self._config.host, self._config.port) from error
+
+    async def _start_http(self) -> str:
+        """Open the HTTP door; return its address."""
+        from lorary.server.http.app import build_app
+        from lorary.server.http.listener import Listener
+
+        config = self._config
+        app = build_app(
+            self._inference,
+            self._control,
+            self._parts,
+            max_body=config.max_message,
+            is_ready=lambda: self._is_ready,
+            has_failed=lambda: self._failure is not None,
+            guard=self._guard,
+        )
+        self._http = Listener(app, config.tls)
+        host = config.http_address
+        try:
+            port = await self._http.start(host, config.http_port or 0)
+        except OSError as error:
+            raise _port_error("--http-port", host, config.http_port or 0) from error
+        scheme = "http" if config.tls is None else "https"
+        return f"{scheme}://{_bracketed(host)}:{port}"
 
     def _start_metrics(self) -> int:
         config = self._config
@@ -289,18 +327,40 @@ def check_ports_free(config: ServerConfig) -> None:
     """Find out that a port is in use before minutes go into loading the base.
 
     Raises:
+        MissingDependency: there is to be an HTTP door, and its libraries are not installed.
         ConfigError: it is, or the host is not this machine's.
     """
-    for name, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
+    listens = [
+        ("--port", config.host, config.port),
+        ("--metrics-port", config.host, config.metrics_port),
+    ]
+    if config.http_port is not None:
+        check_http_installed()
+        listens.append(("--http-port", config.http_address, config.http_port))
+    for name, host, port in listens:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
-                config.host, port, type=socket.SOCK_STREAM
+                host, port, type=socket.SOCK_STREAM
             )[0]
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
-            raise _port_error(name, config.host, port) from error
+            raise _port_error(name, host, port) from error
+
+
+def check_http_installed() -> None:
+    """Find out that the HTTP door cannot open before minutes go into loading the base.
+
+    Raises:
+        MissingDependency: its libraries are not installed.
+    """
+    try:
+        from lorary.server.http import app, listener  # noqa: F401
+    except ImportError as error:
+        raise MissingDependency(
+            f"--http-port needs {error.name}: pip install 'lorary[http]', or leave the option out."
+        ) from error
 
 
 def handle_signals(server: Server) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorary.server.config import ServerConfig
     from lorary.server.engine.assemble import Assembled
     from lorary.server.ports import (
+        CompilerLike,
         Deliver,
         EngineLike,
         Observer,
@@ -53,6 +54,7 @@ class Backend:
     residency: ResidencyLike
     registry: RegistryLike
     prompts: PromptsLike
+    grammars: CompilerLike
     decode: Callable[[list[int]], str]
     facts: ServerFacts
     limits: Limits
@@ -138,12 +140,14 @@ def build_backend(
         if warm is not None:
             warm.close()
         built.residency.close()
+        built.grammars.close()
 
     return Backend(
         engine=built.engine,
         residency=built.residency,
         registry=cast("RegistryLike", registry),
         prompts=PromptBuilder(tokenizer),
+        grammars=built.grammars,
         decode=lambda ids: str(tokenizer.decode(ids)),
         facts=ServerFacts(
             version=importlib.metadata.version("lorary"),

@@ -42,6 +42,11 @@ class Calls:
         """Calls that were admitted and have not ended."""
         return self._num_in_flight
 
+    @property
+    def is_refusing(self) -> bool:
+        """Whether nobody is admitted any more."""
+        return self._refusal is not None
+
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Say which loop serves the calls; before the engine delivers anything."""
         self._loop = loop

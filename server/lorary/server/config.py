@@ -140,6 +140,15 @@ class ServerConfig:
         None,
         "YAML file of tenants, their tokens and grants (docs/security.md); without it, no one is asked.",
     )
+    http_port: int | None = _option(
+        None,
+        "Port of the OpenAI-compatible HTTP door; 0 takes a free one; left out, there is none.",
+        low=0,
+        high=65535,
+    )
+    http_host: str | None = _option(
+        None, "Address that --http-port listens on; by default that of --host."
+    )
     insecure_bind: bool = _option(
         False, "Allow a host that is not loopback without TLS, or without --access."
     )
@@ -287,15 +296,28 @@ class ServerConfig:
             )
             if given is None
         ]
-        if not self.is_loopback and lacking and not self.insecure_bind:
+        exposed = next((h for h in (self.host, self.http_address) if not _is_loopback(h)), None)
+        if exposed is not None and lacking and not self.insecure_bind:
             raise ConfigError(
-                f"host '{self.host}' is not loopback, and there is no {' and no '.join(lacking)}: "
+                f"host '{exposed}' is not loopback, and there is no {' and no '.join(lacking)}: "
                 "whoever reaches the port could listen, or use and unload adapters. Give both, use "
-                "--host 127.0.0.1, or pass --insecure-bind where the network is trusted."
+                "127.0.0.1, or pass --insecure-bind where the network is trusted."
             )
-        if self.port and self.port == self.metrics_port:
+        ports = {
+            "--port": self.port,
+            "--metrics-port": self.metrics_port,
+            "--http-port": self.http_port,
+        }
+        taken: dict[int, str] = {}
+        for name, port in ports.items():
+            if port and port in taken:
+                raise ConfigError(
+                    f"{taken[port]} and {name} are both {port}; choose two different ones."
+                )
+            taken[port or 0] = name
+        if self.http_host is not None and self.http_port is None:
             raise ConfigError(
-                f"--port and --metrics-port are both {self.port}; choose two different ones."
+                f"--http-host is '{self.http_host}' and there is no --http-port; name one."
             )
         if self.quantize_plan is not None and self.quantize != "auto":
             raise ConfigError(
@@ -332,12 +354,12 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return _is_loopback(self.host)
+
+    @property
+    def http_address(self) -> str:
+        """The address that the HTTP door listens on, where there is one."""
+        return self.http_host or self.host
 
     @property
     def has_reflection(self) -> bool:
@@ -368,6 +390,15 @@ def options_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _shown_default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
@@ -387,8 +418,8 @@ def _check(name: str, value: Any, meta: Any) -> None:
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{flag(name)} is '{value}'; it is one of {', '.join(meta['choices'])}.")
     if (
-        meta["low"] is not None
-        and value is not None
+        value is not None
+        and meta["low"] is not None
         and not (math.isfinite(value) and meta["low"] <= value <= meta["high"])
     ):
         shown = format_size if meta["is_size"] else _plain

@@ -53,7 +53,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self._calls = calls
 
     async def ListAdapters(  # noqa: N802
-        self, request: pb.ListAdaptersRequest, context: Context
+        self, request: pb.ListAdaptersRequest, context: Context | None
     ) -> pb.ListAdaptersResponse:
         """List versions, by name and number, with their residency; and the canaries."""
         return await self._list(resident_only=request.resident_only)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from lorary.server.caller import Facts
+
     Context = grpc.aio.ServicerContext[Any, Any]
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
 else:
@@ -53,13 +55,13 @@ def is_valid_request_id(text: str) -> bool:
     return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
 
 
-def set_request_id(context: Context, value: str) -> None:
+def set_request_id(context: Facts, value: str) -> None:
     """Make ``value`` the id of the current call, in logs and in the trailing metadata."""
     _request_id.set(value)
     add_trailing(context, REQUEST_ID_KEY, value)
 
 
-def add_trailing(context: Context, key: str, value: str) -> None:
+def add_trailing(context: Facts, key: str, value: str) -> None:
     """Set one key of the trailing metadata, keeping the others (grpc replaces them all)."""
     kept = tuple(item for item in (context.trailing_metadata() or ()) if item[0] != key)
     context.set_trailing_metadata((*kept, (key, value)))

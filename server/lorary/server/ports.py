@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
 
     from lorary.errors import LoraryError
     from lorary.registry.manifest import BaseIdentity, Method, Task
     from lorary.registry.splits import Split
     from lorary.server.adapters.verification import Verdict
-    from lorary.server.engine.request import Lease, Output, Request, StepStats
+    from lorary.server.engine.request import Constraint, Lease, Output, Request, StepStats
 
     Deliver = Callable[[list[Output]], None]
 
@@ -339,6 +340,14 @@ class PromptsLike(Protocol):
 
     def label_ids(self, label: str) -> tuple[int, ...]:
         """Return a label's ids as a completion."""
+        ...
+
+
+class CompilerLike(Protocol):
+    """From constraints to grammars; see ``lorary.server.engine.constraints``."""
+
+    def submit(self, constraint: Constraint) -> Future[Any]:
+        """Return what will be a constraint's ``Grammar``, or InvalidRequest."""
         ...
 
 

@@ -83,6 +83,7 @@ def ready_facts(addresses: Addresses, backend: Backend) -> dict[str, Any]:
         "event": "ready",
         "address": addresses.grpc,
         "metrics": addresses.metrics,
+        "http": addresses.http,
         "base": facts.base,
         "fingerprint": facts.base_fingerprint,
         "quantization": facts.quantization,
@@ -97,6 +98,7 @@ def ready_line(facts: dict[str, Any]) -> str:
     return (
         f"ready: {facts['address']} serves {facts['base']} ({facts['quantization']}, "
         f"{facts['device']}, {facts['fingerprint'][:19]}), metrics at {facts['metrics']}"
+        + (f", OpenAI's API at {facts['http']}/v1" if facts["http"] else "")
     )
 
 

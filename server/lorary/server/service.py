@@ -1,4 +1,4 @@
-"""The gRPC face of the data plane: decode, submit, stream, encode; no torch.
+"""The data plane: decode, submit, stream, encode; no torch. gRPC calls it, and so does the HTTP door.
 
 The life of one ``Generate`` call:
 
@@ -17,11 +17,12 @@ which alone knows when no step reads the adapter any more.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorary.errors import DeadlineExceeded, LoraryError
 from lorary.server import answers, validate
@@ -36,23 +37,23 @@ from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterator, Sequence
 
-    import grpc
-
     from lorary.server.answers import ServerFacts
+    from lorary.server.caller import Caller, Facts
     from lorary.server.calls import Calls
     from lorary.server.composition import HasAdapters
     from lorary.server.engine.request import Lease, Output
     from lorary.server.metrics import ServerMetrics
-    from lorary.server.ports import EngineLike, ResidencyLike
+    from lorary.server.ports import CompilerLike, EngineLike, ResidencyLike
     from lorary.server.rollout.build import Rollout
     from lorary.server.rollout.observed import Observation
     from lorary.server.targets import Prompts, Target, Targets
 
-    Context = grpc.aio.ServicerContext[Any, Any]
+    Context = Caller
 
+ADAPTER_KEY = "lorary-adapter"
+VERSION_KEY = "lorary-adapter-version"
 DIGEST_KEY = "lorary-adapter-digest"
 
 
@@ -64,6 +65,7 @@ class Parts:
     residency: ResidencyLike
     targets: Targets
     prompts: Prompts
+    grammars: CompilerLike
     calls: Calls
     metrics: ServerMetrics
     facts: ServerFacts
@@ -97,6 +99,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 )
                 prototype = self._request(prompt_ids, complete, arrived_s, context)
                 prototype.priority = request.priority
+                if complete.constraint is not None:
+                    compiling = self._parts.grammars.submit(complete.constraint)
+                    prototype.grammar = await asyncio.wrap_future(compiling)
                 return Prepared(request=prototype)
 
             with self._parts.rollout.observer.observed(target) as observation:
@@ -150,7 +155,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     async def Tokenize(  # noqa: N802
-        self, request: pb.TokenizeRequest, context: Context
+        self, request: pb.TokenizeRequest, context: Facts
     ) -> pb.TokenizeResponse:
         """Return the ids that Generate would read."""
         with self._parts.calls.admitted():
@@ -192,9 +197,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         validate.check_priority(request.priority)
         return validate.check_input(request.input, self._parts.limits)
 
-    async def _target(
-        self, request: HasAdapters, context: Context, key: str | None = None
-    ) -> Target:
+    async def _target(self, request: HasAdapters, context: Facts, key: str | None = None) -> Target:
         target = await resolve_adapters(
             self._parts.targets,
             read_adapters(request),
@@ -202,6 +205,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             max_rank=self._parts.facts.max_rank,
             key=key,
         )
+        if target.digest:
+            add_trailing(context, ADAPTER_KEY, target.name)
+            add_trailing(context, VERSION_KEY, str(target.version))
         add_trailing(context, DIGEST_KEY, target.digest)
         return target
 

@@ -61,12 +61,17 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 def to_status(error: LoraryError) -> status_pb2.Status:
     """Return the rich status of one of our errors; its message is meant for the caller."""
+    message = public_message(error)
+    details = [_error_info(error), *_details(error, message), *_retry_info(error)]
+    return _status(code_of(error), message, details)
+
+
+def public_message(error: LoraryError) -> str:
+    """Return the message of one of our errors, without the server's own folders."""
     message = str(error)
     if not isinstance(error, InvalidRequest | InvalidRef):
         message = _FOLDERS.sub("…/", message)
-    message = clip(message)
-    details = [_error_info(error), *_details(error, message), *_retry_info(error)]
-    return _status(code_of(error), message, details)
+    return clip(message)
 
 
 def private_status(error: BaseException, error_id: str) -> status_pb2.Status:

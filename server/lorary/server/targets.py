@@ -213,6 +213,11 @@ class Prompts:
         if kind == "prompt":
             return await self._run(self._builder.from_prompt, message.prompt)
         if kind == "chat":
+            task = target.task
+            if _is_for_task(message.chat) and task is not None and task.template is not None:
+                return await self._run(
+                    self._builder.from_task, task, {"text": message.chat.messages[0].content}
+                )
             turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
             return await self._run(self._builder.from_chat, turns)
         if target.task is None:
@@ -243,9 +248,18 @@ class Prompts:
         """Return the text of each token alone."""
         return await self._run(lambda: [self._decode([i]) for i in ids])
 
+    async def text(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens together, special ones included."""
+        return await self._run(self._decode, list(ids))
+
     def close(self) -> None:
         """Stop the thread; what has not begun is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+def _is_for_task(chat: pb.ChatMessages) -> bool:
+    """Whether a conversation is one input, and its caller would have it in the adapter's template."""
+    return chat.prefer_task and [m.role for m in chat.messages] == ["user"]

@@ -5,12 +5,13 @@ Checks run before any work; each raises ``InvalidRequest`` with the dotted path 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorary.errors import InvalidRequest
-from lorary.server.engine.request import Sampling
+from lorary.server.engine.request import Constraint, Sampling
 from lorary.server.interceptors import MAX_REQUEST_ID_CHARS, is_valid_request_id
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ DEFAULT_MAX_TOKENS = 256
 MAX_ANSWERS = 16
 MAX_LABELS = 128
 MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
+MAX_BIASES = 1024
+MAX_CHOICES = 1024
+MAX_CONSTRAINT_BYTES = 65_536
 MAX_MESSAGES = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -126,8 +131,9 @@ def read_sampling(params: pb.SamplingParams, limits: Limits) -> tuple[Sampling, 
     num_answers = params.n if params.HasField("n") else 1
     if not 1 <= num_answers <= MAX_ANSWERS:
         raise _out_of_range("n", num_answers, f"between 1 and {MAX_ANSWERS}")
-    if params.logprobs > MAX_LOGPROBS:
-        raise _out_of_range("logprobs", params.logprobs, f"at most {MAX_LOGPROBS}")
+    for name, asked in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if asked > MAX_LOGPROBS:
+            raise _out_of_range(name, asked, f"at most {MAX_LOGPROBS}")
     sampling = Sampling(
         max_tokens=max_tokens,
         # A k that reaches the whole vocabulary filters nothing, which is what 0 says.
@@ -138,6 +144,9 @@ def read_sampling(params: pb.SamplingParams, limits: Limits) -> tuple[Sampling, 
         ignore_eos=params.ignore_eos,
         seed=params.seed if params.HasField("seed") else None,
         logprobs=params.logprobs if params.HasField("logprobs") else None,
+        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
+        constraint=_constraint(params),
+        logit_bias=_logit_bias(params, limits),
         **values,
     )
     return sampling, num_answers
@@ -257,6 +266,51 @@ def _stop_token_ids(params: pb.SamplingParams, limits: Limits) -> tuple[int, ...
         if token_id >= limits.vocab_size:
             raise _not_in_vocabulary(token_id, f"sampling.stop_token_ids[{i}]", limits)
     return ids
+
+
+def _constraint(params: pb.SamplingParams) -> Constraint | None:
+    """Return what the answer must be; whether it compiles is found out later, on another thread."""
+    kind = params.WhichOneof("constraint")
+    if kind is None:
+        return None
+    field = f"sampling.{kind}"
+    if params.min_tokens or params.ignore_eos:
+        raise InvalidRequest(
+            f"{kind} was sent with min_tokens or ignore_eos; a constraint alone says where an answer "
+            "may end. Leave the others out.",
+            field=field,
+        )
+    text = getattr(params, kind) if kind != "choice" else _choices(params.choice.texts)
+    num_bytes = len(text.encode())
+    if not 0 < num_bytes <= MAX_CONSTRAINT_BYTES:
+        raise InvalidRequest(
+            f"{kind} has {num_bytes} bytes; it must have 1 to {MAX_CONSTRAINT_BYTES}.", field=field
+        )
+    return Constraint(kind, text)
+
+
+def _choices(texts: Sequence[str]) -> str:
+    if not 0 < len(texts) <= MAX_CHOICES or not all(texts):
+        raise InvalidRequest(
+            f"choice has {len(texts)} texts, or an empty one; send 1 to {MAX_CHOICES}, none empty.",
+            field="sampling.choice",
+        )
+    return json.dumps(list(texts), ensure_ascii=False)
+
+
+def _logit_bias(params: pb.SamplingParams, limits: Limits) -> tuple[tuple[int, float], ...]:
+    field = "sampling.logit_bias"
+    if len(params.logit_bias) > MAX_BIASES:
+        raise InvalidRequest(
+            f"{len(params.logit_bias)} logit biases were sent; at most {MAX_BIASES} are allowed.",
+            field=field,
+        )
+    for token_id, value in params.logit_bias.items():
+        if token_id >= limits.vocab_size:
+            raise _not_in_vocabulary(token_id, field, limits)
+        if not -MAX_BIAS <= value <= MAX_BIAS:  # false for what is no number, too
+            raise _out_of_range("logit_bias", value, f"in [-{MAX_BIAS:g}, {MAX_BIAS:g}]")
+    return tuple(sorted(params.logit_bias.items()))
 
 
 def _check_token_ids(ids: Sequence[int], limits: Limits) -> None:

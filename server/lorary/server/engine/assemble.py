@@ -17,6 +17,7 @@ from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.adapters.verification import Verifier
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.blocks import blocks_for
+from lorary.server.engine.constraints import Compiler
 from lorary.server.engine.engine import Engine
 from lorary.server.engine.fair_queue import PATIENCE_S
 from lorary.server.engine.kv_cache import KVCache, KVShape
@@ -103,6 +104,7 @@ class Assembled:
     residency: Residency
     lora: LoraModel
     fused: FusedModel | None
+    grammars: Compiler
 
 
 def assemble(
@@ -207,7 +209,12 @@ def assemble(
         host_memory_bytes=limits.host_adapter_memory_bytes,
         failed_load_ttl_s=limits.failed_load_ttl_s,
     )
-    return Assembled(engine, residency, lora, fused)
+    grammars = Compiler(
+        tokenizer,
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        eos_ids=end_tokens(model, tokenizer),
+    )
+    return Assembled(engine, residency, lora, fused, grammars)
 
 
 def _kinds(limits: EngineLimits, dtype: torch.dtype, lora: LoraModel) -> list[str]:

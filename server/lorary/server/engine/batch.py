@@ -32,11 +32,12 @@ class Batch:
         segments: rows by adapter; None when no row has one.
         logits_rows: int64 [L], rows whose logits are wanted: samplers' rows first, in the order of
             ``samplers``, then every drafted sequence's, then every scorer's, prompt end first, then its
-            branches in order.
+            branches in order; last the rows of prompts whose log probabilities are wanted.
         samplers: sequences that get a token from this step.
         drafted: sequences that get one or more, with their drafts: a row for the last token and one
             for each drafted one.
         scorers: scoring sequences whose labels are answered by this step.
+        prompts: sequences whose prompts' rows are among the logits, and how many each has.
         advanced: tokens computed per sequence, drafted ones apart.
         num_decode: sequences that decode, drafted ones included.
         num_prefill_tokens: prompt tokens, branches included.
@@ -51,6 +52,7 @@ class Batch:
     samplers: tuple[Sequence, ...]
     drafted: tuple[tuple[Sequence, list[int]], ...]
     scorers: tuple[Sequence, ...]
+    prompts: tuple[tuple[Sequence, int], ...]
     advanced: tuple[tuple[Sequence, int], ...]
     num_decode: int
     num_prefill_tokens: int
@@ -65,6 +67,11 @@ class Batch:
     def first_score_row(self) -> int:
         """Where the scorers' rows begin among the logits."""
         return len(self.samplers) + len(self.drafted) + self.num_drafted_tokens
+
+    @property
+    def first_prompt_row(self) -> int:
+        """Where the prompts' rows begin among the logits."""
+        return self.first_score_row + sum(1 + s.num_branch_tokens for s in self.scorers)
 
 
 class _Rows:
@@ -106,6 +113,8 @@ def build_batch(
     samplers = list(decode)
     scorers: list[Sequence] = []
     scorer_rows: list[int] = []
+    prompts: list[tuple[Sequence, int]] = []
+    prompt_rows: list[int] = []
     sampler_rows = list(range(len(decode)))
     chunks: list[Chunk] = []
     advanced = [(sequence, 1) for sequence in decode]
@@ -122,6 +131,12 @@ def build_batch(
         first_row, start = len(rows.tokens), sequence.num_computed
         stop = start + count
         rows.extend(sequence, sequence.token_ids[start:stop], list(range(start, stop)), start)
+        if sequence.request.sampling.prompt_logprobs is not None:
+            # Each row says what its next token's probability was; who was preempted has some already.
+            first = max(start, len(sequence.prompt_logprobs))
+            wanted = range(first, min(stop, sequence.num_prompt - 1))
+            prompts.append((sequence, len(wanted)))
+            prompt_rows += [first_row + position - start for position in wanted]
         is_last = stop == len(sequence.token_ids)
         tree = None
         if is_last and sequence.request.labels:
@@ -148,11 +163,12 @@ def build_batch(
         ),
         segments=Segments.build(rows.entries, device=device, long_from=long_from),
         logits_rows=torch.tensor(
-            sampler_rows + draft_rows + scorer_rows, dtype=torch.long, device=device
+            sampler_rows + draft_rows + scorer_rows + prompt_rows, dtype=torch.long, device=device
         ),
         samplers=tuple(samplers),
         drafted=tuple(drafts.items()),
         scorers=tuple(scorers),
+        prompts=tuple(prompts),
         advanced=tuple(advanced),
         num_decode=len(scheduled.decode),
         num_prefill_tokens=len(rows.tokens) - num_decode_rows,

@@ -123,7 +123,8 @@ class Blocks:
         Returns:
             What it shares, or None when it is better to wait until a running prompt has been read.
         """
-        if not self.share:
+        # Log probabilities of a prompt need its rows, which keys and values are no substitute for.
+        if not self.share or sequence.request.sampling.prompt_logprobs is not None:
             return Shared()
         scope, tokens = sequence.request.scope, sequence.token_ids
         # The last token is always read: its logits choose the next one.

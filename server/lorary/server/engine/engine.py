@@ -30,8 +30,13 @@ from lorary.errors import (
 from lorary.server.engine.batch import Batch, build_batch
 from lorary.server.engine.blocks import BLOCK, Blocks
 from lorary.server.engine.detokenizer import TextStream
-from lorary.server.engine.request import Finish, Lease, Output, Request, StepStats
-from lorary.server.engine.sampler import position_logprobs, sample, score_labels
+from lorary.server.engine.request import Finish, Lease, Output, PositionLogprobs, Request, StepStats
+from lorary.server.engine.sampler import (
+    position_logprobs,
+    prompt_logprobs,
+    sample,
+    score_labels,
+)
 from lorary.server.engine.sequence import Sequence
 from lorary.server.engine.speculation import Drafter
 
@@ -235,6 +240,8 @@ class Engine:
         if not request.labels:
             sequence.text = TextStream(self._backend, request.sampling.stop)
             sequence.drafter = Drafter() if self._draft_rows else None
+            if request.grammar is not None:
+                sequence.matcher = request.grammar.matcher()
             if not request.sampling.is_greedy:
                 seed = request.sampling.seed
                 # Answers of one call differ; the same index of the same seed does not.
@@ -286,6 +293,7 @@ class Engine:
         for sequence, count in batch.advanced:
             sequence.num_computed += count
             self._blocks.publish(sequence)
+        self._read_prompts(batch, logits)
         outputs = self._sample(batch, logits)
         kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
         outputs += [output for output, _ in kept] + self._score(batch, logits)
@@ -307,7 +315,10 @@ class Engine:
                 continue
             room = self._cache.shape.context - len(sequence.token_ids)
             left = sequence.request.sampling.max_tokens - sequence.num_generated - 1
-            draft = sequence.drafter.draft(sequence.token_ids, min(spare, room, left))
+            most = min(spare, room, left)
+            draft = sequence.drafter.draft(sequence.token_ids, most)
+            if sequence.matcher is not None and most > 0:
+                draft = sequence.matcher.draft(draft, most)
             # A guess is not worth somebody's place in the next step.
             is_room = self._blocks.num_free > len(scheduled.decode)
             if draft and is_room and self._grow(sequence, len(sequence.token_ids) + len(draft)):
@@ -406,11 +417,14 @@ class Engine:
             for i, s in enumerate(sequences)
             if s.request.sampling.logprobs is not None
         }
+        for i, sequence in enumerate(sequences):
+            if sequence.matcher is not None:
+                sequence.matcher.apply(rows[i])
         tokens = sample(rows, sequences, self._eos_ids)
         outputs = []
         for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             output = self._append(sequence, token)
-            if i in wanted:
+            if i in wanted and output.error is None:
                 top = sequence.request.sampling.logprobs or 0
                 output.logprobs.append(position_logprobs(wanted[i], token, top))
             outputs.append(output)
@@ -443,10 +457,10 @@ class Engine:
             whole.text += output.text
             whole.token_ids += output.token_ids
             whole.logprobs += output.logprobs
-            whole.finish = output.finish
+            whole.finish, whole.error = output.finish, output.error
             is_right = i < len(draft) and output.token_ids == [draft[i]]
             num_right += is_right
-            if whole.finish is not None or not is_right:
+            if whole.finish is not None or whole.error is not None or not is_right:
                 break
         assert sequence.drafter is not None
         sequence.drafter.learn(len(draft), num_right, len(sequence.token_ids))
@@ -468,6 +482,9 @@ class Engine:
         )
         reason: FinishReason | None = None
         matched = ""
+        matcher = sequence.matcher
+        if matcher is not None and not is_end and (problem := matcher.consume(token)):
+            return self._end(sequence, error=InvalidRequest(problem, field="sampling.constraint"))
         if is_end:
             reason, matched = "stop", self._tokenizer.convert_ids_to_tokens(token)
         else:
@@ -475,6 +492,8 @@ class Engine:
             if sequence.text.matched_stop:
                 if sequence.num_generated >= sampling.min_tokens:
                     reason, matched = "stop", sequence.text.matched_stop
+            elif matcher is not None and matcher.is_finished:
+                reason = "stop"
             elif (
                 sequence.num_generated >= sampling.max_tokens
                 or len(sequence.token_ids) >= self._cache.shape.context
@@ -486,6 +505,16 @@ class Engine:
             ended = self._end(sequence, finish=finish)
             output.finish = ended.finish
         return output
+
+    def _read_prompts(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Keep log probabilities of prompts' tokens, where they are wanted."""
+        row = batch.first_prompt_row
+        for sequence, count in batch.prompts:
+            kept = sequence.prompt_logprobs
+            tokens = sequence.token_ids[len(kept) + 1 : len(kept) + 1 + count]
+            top = sequence.request.sampling.prompt_logprobs or 0
+            kept += prompt_logprobs(logits[row : row + count], tokens, top)
+            row += count
 
     def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
         row = batch.first_score_row
@@ -520,7 +549,14 @@ class Engine:
             prefill_ns=sequence.first_token_ns - sequence.started_ns,
             decode_ns=now - sequence.first_token_ns,
             label_logprobs=scores,
+            prompt_logprobs=self._prompt_logprobs(sequence),
         )
+
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[PositionLogprobs, ...]:
+        if sequence.request.sampling.prompt_logprobs is None:
+            return ()
+        first = PositionLogprobs(chosen=(sequence.token_ids[0], 0.0))
+        return (first, *sequence.prompt_logprobs)
 
     def _end(
         self,

@@ -8,7 +8,7 @@ the last of which has ``finish`` or ``error`` set.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from lorary.errors import LoraryError
 
 FinishReason = Literal["stop", "length", "scored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must be: a grammar of one of four kinds, as its caller wrote it.
+
+    ``choice`` holds a JSON list of texts.
+    """
+
+    kind: Literal["choice", "json_schema", "regex", "lark"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +47,9 @@ class Sampling:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def is_greedy(self) -> bool:
@@ -50,6 +64,35 @@ class Sampling:
             or self.presence_penalty != 0.0
             or self.repetition_penalty != 1.0
         )
+
+
+class Matcher(Protocol):
+    """Where one answer stands in its grammar; ``lorary.server.engine.constraints`` has the real one."""
+
+    def apply(self, logits: Any) -> None:
+        """Set what may not come next to -inf, in a row of logits float32 [vocab]."""
+        ...
+
+    def consume(self, token: int) -> str:
+        """Go on by one token; return why that is impossible, "" when it is not."""
+        ...
+
+    def draft(self, tokens: list[int], limit: int) -> list[int]:
+        """Return what is known to come next, else as many of ``tokens`` as may; at most ``limit``."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but an end can follow."""
+        ...
+
+
+class Grammar(Protocol):
+    """A constraint that was compiled."""
+
+    def matcher(self) -> Matcher:
+        """Return a walk through it from its beginning, for one answer."""
+        ...
 
 
 class Lease(Protocol):
@@ -79,10 +122,10 @@ class Lease(Protocol):
 class Request:
     """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
 
-    ``arrived_s`` and ``deadline_s`` are values of ``time.monotonic()``. A higher ``priority`` gets a
-    place sooner. ``account`` is the digest whose share of the server pays for it; empty: the lease's.
-    Without ``keep_prefix`` its keys and values are nobody's once it has ended; else they are shared
-    between requests of the same ``salt`` only.
+    ``grammar`` is ``sampling.constraint``, compiled. ``arrived_s`` and ``deadline_s`` are values of
+    ``time.monotonic()``. A higher ``priority`` gets a place sooner. ``account`` is the digest whose share of
+    the server pays for it; empty: the lease's. Without ``keep_prefix`` its keys and values are nobody's
+    once it has ended; else they are shared between requests of the same ``salt`` only.
     """
 
     request_id: str
@@ -91,6 +134,7 @@ class Request:
     lease: Lease
     index: int = 0
     labels: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
     priority: int = 0
     account: str = ""
     keep_prefix: bool = True
@@ -110,6 +154,14 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PositionLogprobs:
+    """Natural-log probabilities at one position: the token there, then the best ones."""
+
+    chosen: tuple[int, float]
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """How one answer ended: the reason, the whole text, counts, and durations in nanoseconds."""
 
@@ -124,14 +176,7 @@ class Finish:
     prefill_ns: int
     decode_ns: int
     label_logprobs: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PositionLogprobs:
-    """Natural-log probabilities at one generated position: the chosen token, then the best ones."""
-
-    chosen: tuple[int, float]
-    top: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -26,7 +26,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
     """Choose one token per row.
 
     Args:
-        logits: float32 [R, vocab]; changed in place where a row has penalties.
+        logits: float32 [R, vocab]; changed in place where a row has biases or penalties.
         sequences: R sequences, in row order; their generators advance.
         eos_ids: tokens that a row may not choose before its ``min_tokens``.
 
@@ -36,6 +36,9 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
     drawn: list[int] = []
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
+        if sampling.logit_bias:
+            ids, values = zip(*sampling.logit_bias, strict=True)
+            logits[row, list(ids)] += torch.tensor(values, device=logits.device)
         if sampling.has_penalties:
             _penalize(logits[row], sequence)
         if sequence.num_generated < sampling.min_tokens:
@@ -140,6 +143,21 @@ def position_logprobs(logits: torch.Tensor, token: int, top: int) -> PositionLog
         values, ids = logprobs.topk(top)
         best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return PositionLogprobs(chosen=(token, float(logprobs[token])), top=best)
+
+
+def prompt_logprobs(logits: torch.Tensor, tokens: Rows[int], top: int) -> list[PositionLogprobs]:
+    """Return log probabilities of tokens that are given; logits float32 [R, vocab], R tokens."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(top)
+    return [
+        PositionLogprobs(
+            chosen=(token, logprob), top=tuple(zip(best_ids, best_values, strict=True))
+        )
+        for token, logprob, best_ids, best_values in zip(
+            tokens, chosen, ids.tolist(), values.tolist(), strict=True
+        )
+    ]
 
 
 def score_labels(logits: torch.Tensor, labels: Rows[Rows[int]]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.blocks import Node
     from lorary.server.engine.detokenizer import TextStream
-    from lorary.server.engine.request import Request
+    from lorary.server.engine.request import Matcher, PositionLogprobs, Request
     from lorary.server.engine.speculation import Drafter
 
 
@@ -30,6 +30,9 @@ class Sequence:
         entry: its adapter's place in the pool, None for the bare base.
         text: turns ids into text, None for scoring requests.
         drafter: guesses its next tokens, None where nobody does.
+        matcher: where it stands in the grammar of its answer, None where it is free.
+        prompt_logprobs: those of its prompt's tokens from the second on, as far as it has been read and
+            they were asked for.
         generator: its own stream of random numbers, None when greedy.
     """
 
@@ -43,6 +46,8 @@ class Sequence:
     entry: PoolEntry | None = None
     text: TextStream | None = None
     generator: Random | None = None
+    matcher: Matcher | None = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     drafter: Drafter | None = None
     started_ns: int = 0
     first_token_ns: int = 0

@@ -1,0 +1,20 @@
+"""Does the HTTP door cost throughput beside gRPC? The same streams through both, in turn, of one server.
+
+    python benchmarks/service.py            five rounds of 32 streams (two minutes)
+    python benchmarks/service.py --table    newest records → docs/benchmarks.md
+
+Both are asked by the barest client there is, a stub and a socket, from this process: what a client library
+costs is its own affair. The server's own processor time is measured, too, because that is what the doors differ in;
+it holds the model's, which they share.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import typer
+
+    from benchmarks.service_run import main
+
+    typer.run(main)

@@ -1,0 +1,110 @@
+"""Which path is what.
+
+======  ======================  ===============================================================
+POST    /v1/chat/completions    chat, whole or streamed
+POST    /v1/completions         text, whole or streamed
+GET     /v1/models, …/{ref}     the base, adapters with versions and aliases
+POST    /tokenize, /detokenize  as vLLM has them
+GET     /health                 200 while the process can answer at all
+GET     /ready                  200 while it wants new calls; 503 while it drains
+GET     /metrics                what --metrics-port serves
+======  ======================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lorary.server.http.answers import Pieces
+from lorary.server.http.call import Endpoint
+from lorary.server.http.generate import Generation
+from lorary.server.http.models import Models
+from lorary.server.http.problems import problem
+from lorary.server.http.tokens import Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+
+    from lorary.server.access.guard import Guard
+    from lorary.server.control import ControlService
+    from lorary.server.http.call import Handler
+    from lorary.server.service import InferenceService, Parts
+
+
+def build_app(
+    service: InferenceService,
+    control: ControlService,
+    parts: Parts,
+    *,
+    max_body: int,
+    is_ready: Callable[[], bool],
+    has_failed: Callable[[], bool],
+    guard: Guard | None = None,
+) -> Starlette:
+    """Return the HTTP door as an ASGI application.
+
+    Args:
+        service: the data plane.
+        control: for lists of adapters.
+        parts: what they work with.
+        max_body: largest body accepted, in bytes.
+        is_ready: whether new calls are wanted.
+        has_failed: whether the engine broke.
+        guard: asks who calls; None asks nobody. With one, metrics are left to their own port.
+    """
+    metrics, facts, prompts = parts.metrics, parts.facts, parts.prompts
+
+    def post(path: str, name: str, handler: Handler) -> Route:
+        return Route(
+            path, Endpoint(name, handler, metrics, max_body=max_body, guard=guard), methods=["POST"]
+        )
+
+    def get(path: str, name: str, handler: Handler) -> Route:
+        return Route(path, Endpoint(name, handler, metrics, guard=guard), methods=["GET"])
+
+    async def health(_: Request) -> Response:
+        return Response(status_code=503 if has_failed() else 200)
+
+    async def ready(_: Request) -> Response:
+        return Response(status_code=200 if is_ready() else 503)
+
+    async def scrape(_: Request) -> Response:
+        # With many adapters it takes long, and streams must not wait for it.
+        text = await asyncio.to_thread(generate_latest, metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    generation = Generation(service, prompts, Pieces(prompts.pieces), facts)
+    models = Models(control, parts.targets, facts)
+    tokens = Tokens(service, prompts, facts, parts.limits)
+    return Starlette(
+        routes=[
+            post("/v1/chat/completions", "ChatCompletions", generation.chat),
+            post("/v1/completions", "Completions", generation.completion),
+            get("/v1/models", "Models", models.list),
+            get("/v1/models/{ref:path}", "Models", models.retrieve),
+            post("/tokenize", "HttpTokenize", tokens.tokenize),
+            post("/detokenize", "HttpDetokenize", tokens.detokenize),
+            Route("/health", health),
+            Route("/ready", ready),
+            *([] if guard is not None else [Route("/metrics", scrape)]),
+        ],
+        exception_handlers={HTTPException: _refused},
+    )
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    """Answer an unknown path or method as everything else is answered."""
+    known = {404: "not_found", 405: "method_not_allowed"}
+    text = f"{request.method} {request.url.path[:128]}: {error.detail.lower()}; see /v1/models."
+    found = problem(error.status_code, text, code=known.get(error.status_code, "http_error"))
+    headers = {**found.headers, **(error.headers or {})}
+    return Response(found.body, found.status, headers, "application/json")

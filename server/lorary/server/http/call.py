@@ -1,0 +1,269 @@
+"""One HTTP request's life: an id, its body, the work, and what ends it.
+
+What the gRPC interceptors do for a call, ``Endpoint`` does here: the id goes into logs and headers, an error
+becomes a status, the call is counted and timed. When the client goes away, the work is cancelled at whichever
+``await`` it is, which frees its rows at the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorary.errors import outcome
+from lorary.server import status
+from lorary.server.http.body import parse_object
+from lorary.server.http.problems import Problem, problem, problem_of
+from lorary.server.interceptors import REQUEST_ID_KEY, is_valid_request_id, set_request_id
+from lorary.server.service import ADAPTER_KEY, DIGEST_KEY, VERSION_KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from starlette.types import Receive, Scope, Send
+
+    from lorary.server.access.guard import Guard
+    from lorary.server.interceptors import CallMetrics
+
+log = logging.getLogger("lorary.server")
+
+PING_S = 15.0
+"""A stream that is silent for so long gets a comment line; proxies cut what says nothing for a minute."""
+
+_HEADERS = {
+    REQUEST_ID_KEY: "x-request-id",
+    ADAPTER_KEY: "x-lorary-adapter",
+    VERSION_KEY: "x-lorary-version",
+    DIGEST_KEY: "x-lorary-digest",
+}
+
+
+class _TooLarge(Exception):
+    """The body is longer than the server takes."""
+
+
+class _Gone(Exception):
+    """The client went away before its body was whole."""
+
+
+class HttpCall:
+    """One request: what was sent, and what its answer is written to."""
+
+    def __init__(self, scope: Scope, send: Send, *, members: Mapping[str, Any]) -> None:
+        self.members = members
+        self.path: Mapping[str, str] = scope.get("path_params", {})
+        self.is_started = False
+        self._send = send
+        self._facts: tuple[tuple[str, str], ...] = ()
+        self._sent_s = 0.0
+
+    # -- facts about the answer, as the service keeps them ---------------------------------------
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Facts about the answer; they become headers."""
+        return self._facts
+
+    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]]) -> None:
+        """Replace the facts."""
+        self._facts = tuple(metadata)
+
+    # -- what endpoints answer with --------------------------------------------------------------
+
+    async def answer(
+        self,
+        content: bytes,
+        *,
+        code: int = 200,
+        kind: str = "application/json",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send a whole response."""
+        size = {"content-length": str(len(content))}
+        await self._start(code, kind, {**size, **(headers or {})})
+        await self._send({"type": "http.response.body", "body": content})
+
+    async def answer_json(self, value: Any) -> None:
+        """Send a whole response of JSON."""
+        await self.answer(encode(value))
+
+    async def event(self, value: Any) -> None:
+        """Send one server-sent event; the first one sends the head of the response before it."""
+        await self._stream(b"data: " + encode(value) + b"\n\n")
+
+    async def end(self) -> None:
+        """Send the event that ends an OpenAI stream, and end the response."""
+        await self._stream(b"data: [DONE]\n\n", is_last=True)
+
+    async def keep_alive(self) -> None:
+        """Send a comment line whenever the stream has been silent for long, until cancelled."""
+        self._sent_s = time.monotonic()
+        while True:
+            silent_s = time.monotonic() - self._sent_s
+            if silent_s >= PING_S:
+                await self._stream(b": waiting\n\n")
+                silent_s = 0.0
+            await asyncio.sleep(PING_S - silent_s)
+
+    async def fail(self, found: Problem) -> None:
+        """Send an error: as a status where nothing was sent yet, else as a stream's last event."""
+        if not self.is_started:
+            await self.answer(found.body, code=found.status, headers=found.headers)
+            return
+        await self._stream(b"data: " + found.body + b"\n\n", is_last=True)
+
+    async def _stream(self, data: bytes, *, is_last: bool = False) -> None:
+        if not self.is_started:
+            await self._start(
+                200, "text/event-stream; charset=utf-8", {"cache-control": "no-store"}
+            )
+        self._sent_s = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+
+    async def _start(self, code: int, kind: str, headers: Mapping[str, str]) -> None:
+        self.is_started = True
+        facts = {_HEADERS[key]: value for key, value in self._facts if value}
+        all_headers = {"content-type": kind, **headers, **facts}
+        pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in all_headers.items()]
+        await self._send({"type": "http.response.start", "status": code, "headers": pairs})
+
+
+def encode(value: Any) -> bytes:
+    """Return compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(
+        # A lone surrogate cannot come out of a tokenizer; if it does, it must not end the stream.
+        errors="replace"
+    )
+
+
+class Handler(Protocol):
+    """What an endpoint does."""
+
+    def __call__(self, call: HttpCall) -> Coroutine[Any, Any, None]:
+        """Answer one request."""
+        ...
+
+
+class Endpoint:
+    """An ASGI application around one handler.
+
+    Args:
+        name: the method's name in metrics and logs.
+        handler: what it does.
+        metrics: who counts it.
+        max_body: largest body accepted, in bytes; 0 for methods without one.
+        guard: asks who calls; None asks nobody.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handler: Handler,
+        metrics: CallMetrics,
+        *,
+        max_body: int = 0,
+        guard: Guard | None = None,
+    ) -> None:
+        self._guard = guard
+        self._name = name
+        self._handler = handler
+        self._metrics = metrics
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; every way it can end ends here."""
+        started = time.monotonic()
+        code = "OK"
+        headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        call = HttpCall(scope, send, members={})
+        given = headers.get(b"x-request-id", "")
+        set_request_id(call, given if is_valid_request_id(given) else secrets.token_hex(8))
+        try:
+            with self._admitted(headers.get(b"authorization")):
+                if self._max_body:
+                    raw = await _read(receive, headers.get(b"content-length", ""), self._max_body)
+                    call.members = parse_object(raw, headers.get(b"content-type", ""))
+                if not await _until_gone(self._handler(call), receive):
+                    code = "CANCELLED"
+        except _Gone:
+            code = "CANCELLED"
+        except _TooLarge:
+            code = "RESOURCE_EXHAUSTED"
+            text = f"the body is larger than {self._max_body} bytes; send less, or raise --max-message."
+            await call.fail(problem(413, text, code="request_too_large"))
+        except Exception as error:
+            code = outcome(error).grpc_status
+            found, error_id = problem_of(error)
+            if error_id:
+                log.exception("%s failed, error %s", self._name, error_id)
+            else:
+                text = status.clip(str(error))
+                log.info("%s refused: %s: %s", self._name, type(error).__name__, text)
+            await call.fail(found)
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        finally:
+            self._metrics.on_call(self._name, code, time.monotonic() - started)
+
+    def _admitted(self, authorization: str | None) -> AbstractContextManager[None]:
+        """Find out who calls, before anything of the body is read."""
+        if self._guard is None:
+            return nullcontext()
+        return self._guard.admitted(self._guard.identify(authorization), role="user")
+
+
+async def _read(receive: Receive, declared: str, limit: int) -> bytes:
+    """Return the whole body.
+
+    Raises:
+        _TooLarge: it is longer than ``limit``; no more than that was read.
+        _Gone: the client went away before it was whole.
+    """
+    if declared.isdecimal() and int(declared) > limit:
+        raise _TooLarge
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _TooLarge
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _until_gone(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Run ``work`` to its end, or until the client goes away; whether it ended by itself.
+
+    Raises:
+        Exception: what ``work`` raised.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled() and task.exception() is not None:
+                log.info("after the client had gone: %s", task.exception())
+            return False
+        task.result()
+        return True
+    finally:
+        watcher.cancel()
+        task.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,347 @@
+"""From OpenAI's bodies to our own requests: names and shapes are checked here, ranges by ``validate``.
+
+``model`` is a ref; empty, left out, or the base's own name is the bare base. Beside OpenAI's members those of
+vLLM are taken: ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``, ``stop_token_ids``,
+``priority`` (as in SGLang, higher is sooner), ``structured_outputs``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorary.server.http.body import Fields
+from lorary.v1 import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_PROMPTS = 128
+"""Prompts of one call of /v1/completions."""
+
+# What OpenAI's clients may send that changes nothing about an answer of ours.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+_NO_TOOLS = "this server does not call tools. Leave it out."
+_REFUSED_CHAT = {
+    "audio": "answers are text.",
+    "functions": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "prediction": "drafts are the server's own (--draft-rows). Leave it out.",
+    "tools": _NO_TOOLS,
+    "web_search_options": "the model reads the messages and nothing else. Leave it out.",
+}
+_REFUSED_COMPLETION = {"suffix": "the base continues texts, it does not fill them. Leave it out."}
+
+# OpenAI's own defaults, where ours differ: a client that sends no temperature expects to sample.
+DEFAULT_TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What a body asks for.
+
+    Attributes:
+        model: as it was sent, to be told again in the answer.
+        requests: one for each prompt.
+        num_answers: to each of them.
+        has_logprobs: whether answers carry log probabilities.
+        has_usage: whether a stream ends with the counts.
+        is_echo: whether each prompt goes before its answers.
+        is_silent: whether that is all, and nothing is generated.
+    """
+
+    model: str
+    requests: tuple[pb.GenerateRequest, ...]
+    num_answers: int
+    has_logprobs: bool
+    is_stream: bool
+    has_usage: bool
+    is_echo: bool = False
+    is_silent: bool = False
+
+
+def read_chat(members: Mapping[str, Any], base: str) -> Ask:
+    """Return what a body of /v1/chat/completions asks for.
+
+    Raises:
+        InvalidRequest: a member is unknown, of the wrong type, or cannot be served.
+    """
+    fields = Fields(members)
+    model, adapter = read_model(fields, base)
+    chat = pb.ChatMessages(
+        messages=read_messages(fields), prefer_task=not fields.switch("use_chat_template")
+    )
+    params = _sampling(fields)
+    limit = fields.integer("max_completion_tokens")
+    if limit is not None:
+        _set(fields, params, "max_tokens", limit, name="max_completion_tokens")
+    has_logprobs = fields.switch("logprobs")
+    top = fields.integer("top_logprobs")
+    if has_logprobs:
+        _set(fields, params, "logprobs", top or 0, name="top_logprobs")
+    elif top:
+        raise fields.error("top_logprobs", f"top_logprobs is {top} without logprobs: true. Set it.")
+    if fields.take("tool_choice") not in (None, "none", "auto"):
+        raise fields.error("tool_choice", f"tool_choice is not supported: {_NO_TOOLS}")
+    if fields.take("modalities") not in (None, ["text"]):
+        raise fields.error("modalities", "modalities is more than text; answers are text.")
+    fields.refuse(_REFUSED_CHAT)
+    request = _request(fields, adapter, params)
+    request.input.chat.CopyFrom(chat)
+    is_stream, has_usage = _streaming(fields)
+    fields.finish(IGNORED)
+    return Ask(
+        model=model,
+        requests=(request,),
+        num_answers=params.n,
+        has_logprobs=has_logprobs,
+        is_stream=is_stream,
+        has_usage=has_usage,
+    )
+
+
+def read_completion(members: Mapping[str, Any], base: str) -> Ask:
+    """Return what a body of /v1/completions asks for; raises as ``read_chat``."""
+    fields = Fields(members)
+    model, adapter = read_model(fields, base)
+    prompts = _prompts(fields)
+    params = _sampling(fields)
+    logprobs = fields.integer("logprobs")
+    if logprobs is not None:
+        _set(fields, params, "logprobs", logprobs)
+    best_of = fields.integer("best_of")
+    if best_of not in (None, params.n):
+        raise fields.error(
+            "best_of",
+            f"best_of is {best_of} and n is {params.n}: this server returns every answer it makes. "
+            "Leave best_of out, and choose among n answers by their logprobs.",
+        )
+    is_echo = fields.switch("echo")
+    is_silent = is_echo and params.max_tokens == 0 and params.HasField("max_tokens")
+    if is_silent:
+        params.max_tokens = 1  # whoever reads a prompt to its end has made a token
+    if is_echo and logprobs is not None:
+        _set(fields, params, "prompt_logprobs", logprobs, name="logprobs")
+    fields.refuse(_REFUSED_COMPLETION)
+    template = _request(fields, adapter, params)
+    is_stream, has_usage = _streaming(fields)
+    if is_stream and is_echo and (is_silent or logprobs is not None):
+        raise fields.error(
+            "stream", "stream was sent with echo and logprobs or max_tokens 0. Ask for it whole."
+        )
+    fields.finish(IGNORED)
+    requests = []
+    for prompt in prompts:
+        request = pb.GenerateRequest()
+        request.CopyFrom(template)
+        request.input.CopyFrom(prompt)
+        requests.append(request)
+    return Ask(
+        model=model,
+        requests=tuple(requests),
+        num_answers=params.n,
+        has_logprobs=logprobs is not None,
+        is_stream=is_stream,
+        has_usage=has_usage,
+        is_echo=is_echo,
+        is_silent=is_silent,
+    )
+
+
+def read_model(fields: Fields, base: str) -> tuple[str, str]:
+    """Return ``model`` as it was sent, and the ref that it is; empty for the bare base."""
+    model = fields.text("model") or ""
+    return model or base, "" if model == base else model
+
+
+def read_messages(fields: Fields) -> list[pb.ChatMessage]:
+    """Return the messages of a chat."""
+    messages = fields.list("messages", dict, "objects")
+    if not messages:
+        raise fields.error("messages", "messages is empty; send at least one.")
+    return [_message(Fields(m, f"messages[{i}].")) for i, m in enumerate(messages)]
+
+
+def _message(fields: Fields) -> pb.ChatMessage:
+    role = fields.text("role") or ""
+    content = fields.take("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, fields) for part in content)
+    if not isinstance(content, str):
+        raise fields.error("content", "content is no text; send a string, or parts of type text.")
+    fields.refuse({"tool_calls": _NO_TOOLS, "function_call": _NO_TOOLS, "audio": "send text."})
+    fields.finish({"name", "refusal", "annotations"})
+    # OpenAI's newer name for the same thing.
+    return pb.ChatMessage(
+        role="system" if role == "developer" else role, content=_unicode(fields, "content", content)
+    )
+
+
+def _part(part: Any, fields: Fields) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise fields.error("content", "content has a part that is no text; the base reads text only.")
+
+
+def _prompts(fields: Fields) -> list[pb.Input]:
+    """Return every prompt: a text, token ids, or a list of either."""
+    prompt = fields.take("prompt")
+    many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    prompts = prompt if many else [prompt]
+    if len(prompts) > MAX_PROMPTS:
+        raise fields.error(
+            "prompt", f"{len(prompts)} prompts were sent; at most {MAX_PROMPTS} are taken together."
+        )
+    return [
+        _prompt(fields, one, f"prompt[{i}]" if many else "prompt") for i, one in enumerate(prompts)
+    ]
+
+
+def _prompt(fields: Fields, prompt: Any, name: str) -> pb.Input:
+    if isinstance(prompt, str):
+        return pb.Input(prompt=_unicode(fields, name, prompt))
+    if isinstance(prompt, list) and all(type(i) is int for i in prompt):
+        try:
+            return pb.Input(token_ids=pb.TokenIds(ids=prompt))
+        except ValueError as error:
+            raise fields.error(name, f"{name} has an id out of range: {error}.") from error
+    raise fields.error(name, f"{name} must be a text, or a list of token ids.")
+
+
+def _request(fields: Fields, adapter: str, params: pb.SamplingParams) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(adapter=_unicode(fields, "model", adapter), sampling=params)
+    priority = fields.integer("priority")
+    if priority is not None:
+        try:
+            request.priority = priority
+        except ValueError as error:
+            raise fields.error("priority", f"priority is {priority}: {error}.") from error
+    return request
+
+
+def _sampling(fields: Fields) -> pb.SamplingParams:
+    """Return what both kinds of body have of sampling."""
+    params = pb.SamplingParams(temperature=DEFAULT_TEMPERATURE, n=1)
+    for name in (
+        *("temperature", "top_p", "min_p"),
+        *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+    ):
+        _set(fields, params, name, fields.number(name))
+    for name in ("n", "max_tokens", "min_tokens"):
+        _set(fields, params, name, fields.integer(name))
+    top_k = fields.integer("top_k")
+    _set(fields, params, "top_k", 0 if top_k == -1 else top_k)  # vLLM's word for all
+    seed = fields.integer("seed")
+    # OpenAI's seeds are signed.
+    _set(fields, params, "seed", seed + 2**64 if seed is not None and seed < 0 else seed)
+    params.ignore_eos = fields.switch("ignore_eos")
+    stop = fields.take("stop")
+    if isinstance(stop, str):
+        stop = [stop]
+    elif stop is not None:
+        stop = Fields({"stop": stop}).list("stop", str, "strings")
+    params.stop.extend(_unicode(fields, "stop", text) for text in stop or ())
+    _constrain(fields, params)
+    _bias(fields, params)
+    for i, token_id in enumerate(fields.list("stop_token_ids", int, "token ids") or ()):
+        try:
+            params.stop_token_ids.append(token_id)
+        except ValueError as error:
+            raise fields.error(f"stop_token_ids[{i}]", f"{token_id} is no token id.") from error
+    return params
+
+
+def _constrain(fields: Fields, params: pb.SamplingParams) -> None:
+    """Read what the answer must be: OpenAI's response_format, or vLLM's structured_outputs."""
+    wanted = fields.object("response_format")
+    if wanted is not None:
+        kind = wanted.text("type")
+        schema: Any = {"type": "object"}
+        if kind == "json_schema":
+            named = wanted.object("json_schema")
+            schema = named.take("schema") if named is not None else None
+            if not isinstance(schema, dict | bool):
+                raise fields.error("response_format", "response_format has no json_schema.schema.")
+        elif kind not in ("json_object", "text"):
+            raise wanted.error("type", f"type is {kind!r}; it is text, json_object or json_schema.")
+        wanted.finish()
+        if kind != "text":
+            params.json_schema = json.dumps(schema)
+    outputs = fields.object("structured_outputs")
+    if outputs is None:
+        return
+    if params.WhichOneof("constraint") is not None:
+        raise fields.error(
+            "structured_outputs", "structured_outputs was sent with response_format."
+        )
+    schema = outputs.take("json")
+    if schema is not None:
+        written = schema if isinstance(schema, str) else json.dumps(schema)
+        params.json_schema = _unicode(outputs, "json", written)
+    for name, field in (("regex", "regex"), ("grammar", "lark")):
+        text = outputs.text(name)
+        if text is not None:
+            setattr(params, field, _unicode(outputs, name, text))
+    choices = outputs.list("choice", str, "texts")
+    if choices is not None:
+        params.choice.texts.extend(_unicode(outputs, "choice", text) for text in choices)
+    outputs.finish()
+
+
+def _bias(fields: Fields, params: pb.SamplingParams) -> None:
+    """Read logit_bias, whose keys are token ids as strings."""
+    for token_id, value in (fields.mapping("logit_bias") or {}).items():
+        try:
+            params.logit_bias[int(token_id)] = value
+        except (TypeError, ValueError) as error:
+            raise fields.error(
+                "logit_bias",
+                f"logit_bias has {token_id!r}: {value!r}; it maps token ids to numbers.",
+            ) from error
+
+
+def _streaming(fields: Fields) -> tuple[bool, bool]:
+    """Return whether to stream, and whether the usage comes at the end of the stream."""
+    is_stream = fields.switch("stream")
+    options = fields.object("stream_options")
+    if options is None:
+        return is_stream, False
+    has_usage = options.switch("include_usage")
+    options.finish({"include_obfuscation"})
+    if not is_stream:
+        raise fields.error("stream_options", "stream_options was sent without stream: true.")
+    return is_stream, has_usage
+
+
+def _set(
+    fields: Fields, params: pb.SamplingParams, field: str, value: float | None, *, name: str = ""
+) -> None:
+    """Set a field; what protobuf cannot hold is out of range as well."""
+    if value is None:
+        return
+    try:
+        setattr(params, field, value)
+    except (TypeError, ValueError) as error:
+        name = name or field
+        raise fields.error(name, f"{name} is {value}, which is out of its range.") from error
+
+
+def _unicode(fields: Fields, name: str, text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can write and no text holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise fields.error(name, f"{name} is not valid Unicode text: {error.reason}.") from error
+    return text
