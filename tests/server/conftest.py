@@ -85,6 +85,7 @@ class EngineWorld:
         start: bool = True,
         model: Any = None,
         int8: bool | frozenset[str] = False,
+        dtype: torch.dtype = torch.float32,
         **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,14 +94,14 @@ class EngineWorld:
         self.registry = registry
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         if model is None:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         assembled = assemble(
             model=model,
             tokenizer=self.tokenizer,
             card=BaseCard.from_folder(base),
             registry=registry,
             limits=EngineLimits(**{"max_batch": 8, "max_context": 256, **limits}),
-            dtype=torch.float32,
+            dtype=dtype,
             int8=int8,
             deliver=self.collector.deliver,
             engine_observer=self.collector,
