@@ -48,12 +48,15 @@ def test_a_step_that_follows_equals_one_made_anew(
     monkeypatch.setattr(engine_module, "build_batch", build)
     # Blocks for three answers of this length, of six that run at once.
     block_bytes = 2 * 2 * 2 * 32 * 16 * torch.float32.itemsize
-    world = make_world(max_batch=6, draft_rows=0, kv_memory_bytes=10 * block_bytes)
-    names = [*RECIPES, "", *RECIPES]
+    world = make_world(max_batch=6, draft_rows=0, kv_memory_bytes=9 * block_bytes, start=False)
+    for name in RECIPES:
+        world.residency.load(world.registry.resolve(name), pin=True)
+    names = [*RECIPES, ""]
     asked = zip(prompts(len(names), longest=30), names, strict=True)
     ids = [
-        world.submit(p, n, max_tokens=20 + 5 * i, ignore_eos=True) for i, (p, n) in enumerate(asked)
+        world.submit(p, n, max_tokens=70 + 5 * i, ignore_eos=True) for i, (p, n) in enumerate(asked)
     ]
+    world.engine.start()
     for request_id in ids:
         _, finish, error = world.collector.wait(request_id)
         assert error is None

@@ -77,8 +77,14 @@ class Batch:
             self,
             token_ids=torch.tensor([tokens], device=self.token_ids.device),
             position_ids=self.position_ids + 1,
+            # A decode row reads as many positions as the number of the next one's.
             plan=AttentionPlan(
-                plan.cache, plan.slots, plan.positions + 1, plan.num_decode, plan.chunks
+                plan.cache,
+                plan.slots,
+                plan.lengths,
+                plan.num_decode,
+                plan.chunks,
+                plan.lengths + 1,
             ),
         )
 
