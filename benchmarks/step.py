@@ -5,7 +5,7 @@
 
 Real steps of the real engine, on this thread, so without the waiting for Python's lock that a busy
 event loop adds. *Overhead* is the whole step but for what runs in the native kernels: the layers and
-the head. Sampling counts as overhead, although torch does most of it.
+the head. Sampling counts as overhead, although most of it is native.
 """
 
 import sys

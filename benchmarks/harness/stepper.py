@@ -34,7 +34,7 @@ PARTS = (
     "schedule",
     "build batch",
     LAYERS,
-    "embeddings, rotary tables, Python around the layers",
+    "Python around the layers",
     HEAD,
     "sampling",
     "detokenize",

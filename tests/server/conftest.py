@@ -100,7 +100,7 @@ class EngineWorld:
         self.registry = registry
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         if model is None:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         assembled = assemble(
             model=model,
             tokenizer=self.tokenizer,

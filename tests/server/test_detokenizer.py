@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import ByteLevel
 
-from lorary.server.engine.detokenizer import TextStream
+from lorary.server.engine.detokenizer import Detokenizer, TextStream
 from tests.conftest import build_tokenizer
 
 
@@ -20,7 +21,7 @@ def backend() -> Any:
 def stream(
     backend: Any, ids: list[int], stop: tuple[str, ...] = ()
 ) -> tuple[list[str], TextStream]:
-    text = TextStream(backend, stop)
+    text = Detokenizer(backend).stream(stop)
     pieces = []
     for token in ids:
         pieces.append(text.push(token))
@@ -62,6 +63,21 @@ def test_earliest_stop_wins(backend: Any) -> None:
 def test_special_tokens_are_not_text(backend: Any) -> None:
     pieces, _ = stream(backend, [*backend.encode("cat").ids, 2])
     assert "".join(pieces) == "cat"
+
+
+@settings(deadline=None, max_examples=150)
+@given(ids=st.lists(st.integers(0, 118), max_size=30))
+def test_pieces_that_are_looked_up_equal_those_of_the_tokenizers_own_stream(ids: list[int]) -> None:
+    """Characters of several tokens, bytes that are none, special tokens: piece by piece."""
+    backend = build_tokenizer().backend_tokenizer
+    assert isinstance(backend.decoder, ByteLevel)
+    detokenizer = Detokenizer(backend)
+    # The second stream finds what the first has looked up.
+    for _ in range(2):
+        streams = detokenizer.stream(()), TextStream(backend, ())
+        for token in ids:
+            looked_up, own = (text.push(token) for text in streams)
+            assert looked_up == own
 
 
 @settings(deadline=None, max_examples=150)

@@ -37,11 +37,11 @@ def test_product_equals_torch(
     expected = x.float() @ weight.float().t()
     if bias is not None:
         expected += bias.float()
-    for result in (dtype, torch.float32):
-        actual = packed.linear(x, result)
-        assert actual.dtype == result
+    for rows_of in (dtype, torch.float32):
+        actual = packed.linear(x.to(rows_of))
+        assert actual.dtype == rows_of
         error = (actual.float() - expected).abs().max()
-        assert error <= TOLERANCE[result] * expected.abs().max().clamp_min(1.0)
+        assert error <= TOLERANCE[rows_of] * expected.abs().max().clamp_min(1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,10 +49,24 @@ def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     kernels = kernels_for(dtype)
     torch.manual_seed(0)
     packed = kernels.pack(torch.randn(100, 2100).to(dtype), None)
-    x = torch.randn(31, 2100).to(dtype)
-    together = packed.linear(x, torch.float32)
-    alone = torch.cat([packed.linear(row[None], torch.float32) for row in x])
+    x = torch.randn(31, 2100)
+    together = packed.linear(x)
+    alone = torch.cat([packed.linear(row[None]) for row in x])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize(("width", "large"), [(70, (0, 69)), (2050, (18, 1500, 2049))])
+def test_rests_of_the_largest_elements_are_multiplied(width: int, large: tuple[int, ...]) -> None:
+    """Rounding a row of a few large elements to bfloat16 costs next to nothing of the product."""
+    kernels = kernels_for(torch.bfloat16)
+    torch.manual_seed(width)
+    weight = torch.randn(48, width).bfloat16()
+    x = torch.randn(5, width) * 1e-3
+    x[:, list(large)] = 100 * torch.randn(5, len(large))
+    exact = x.double() @ weight.double().t()
+    rounded = x.bfloat16().double() @ weight.double().t()
+    actual = kernels.pack(weight, None).linear(x).double()
+    assert (actual - exact).abs().max() < 0.02 * (rounded - exact).abs().max()
 
 
 def test_what_cannot_be_packed() -> None:

@@ -174,7 +174,7 @@ class PackedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return float32 logits; x [..., hidden] → [..., vocab]."""
-        return self.packed.linear(x, torch.float32)
+        return self.packed.linear(x.float())
 
 
 class LoraModel:

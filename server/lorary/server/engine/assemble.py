@@ -27,7 +27,7 @@ from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
 from lorary.server.native import library as native
-from lorary.server.native.decoder import fuse
+from lorary.server.native.decoder import fuse, kept_dtype
 from lorary.server.startup import Startup
 
 if TYPE_CHECKING:
@@ -149,11 +149,16 @@ def assemble(
             progress=progress,
         )
     shape = KVShape.from_config(model.config, limits.max_context)
-    num_blocks = _plan_blocks(model, lora, shape, limits, dtype, device)
+    kernels = lora.kernels
+    kept = None if kernels is None else kept_dtype(model, lora.groups, kernels, dtype)
+    kv_dtype = kept or dtype
+    num_blocks = _plan_blocks(model, lora, shape, limits, kv_dtype, device)
     cache = KVCache(
-        shape, num_slots=limits.max_batch, num_blocks=num_blocks, dtype=dtype, device=device
+        shape, num_slots=limits.max_batch, num_blocks=num_blocks, dtype=kv_dtype, device=device
     )
-    fused = None if lora.kernels is None else fuse(model, lora.groups, cache, lora.kernels)
+    fused = None
+    if kernels is not None and kept is not None:
+        fused = fuse(model, lora.groups, cache, kernels, dtype)
     if device.type == "cpu" and fused is None:
         logger.info(
             "%s runs operator by operator: slower than a base whose layers run natively",

@@ -76,12 +76,13 @@ class AttentionPlan:
         positions: torch.Tensor,
         num_decode: int,
         chunks: Sequence[Chunk],
+        lengths: torch.Tensor | None = None,
     ) -> None:
         self.cache = cache
         self.slots = slots
         self.positions = positions
         self.num_decode = num_decode
-        self.lengths = positions[:num_decode] + 1
+        self.lengths = positions[:num_decode] + 1 if lengths is None else lengths
         self.chunks = tuple(chunks)
         self._masks: dict[int | None, torch.Tensor] = {}
         self._chunk_blocks: dict[int, torch.Tensor] = {}

@@ -5,7 +5,7 @@ Built once per step on the host and read by every layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,33 @@ class Batch:
         """Tokens of all drafts."""
         return sum(len(draft) for _, draft in self.drafted)
 
+    def can_be_followed_by(self, scheduled: Scheduled) -> bool:
+        """Whether ``scheduled`` is the same sequences again, one token each, as in this step.
+
+        Who has lost its place meanwhile comes back with something to read, so equal sequences have
+        the slots and adapters that they had.
+        """
+        return not scheduled.prefill and not self.plan.chunks and scheduled.decode == self.samplers
+
+    def next(self) -> Batch:
+        """Return the step after this one, which it can be followed by: a token and a position on."""
+        plan = self.plan
+        tokens = [sequence.token_ids[-1] for sequence in self.samplers]
+        return replace(
+            self,
+            token_ids=torch.tensor([tokens], device=self.token_ids.device),
+            position_ids=self.position_ids + 1,
+            # A decode row reads as many positions as the number of the next one's.
+            plan=AttentionPlan(
+                plan.cache,
+                plan.slots,
+                plan.lengths,
+                plan.num_decode,
+                plan.chunks,
+                plan.lengths + 1,
+            ),
+        )
+
     @property
     def first_score_row(self) -> int:
         """Where the scorers' rows begin among the logits."""
@@ -102,8 +129,14 @@ def build_batch(
     device: torch.device,
     long_from: int,
     drafts: Mapping[Sequence, list[int]] | None = None,
+    last: Batch | None = None,
 ) -> Batch:
-    """Lay out a step: decode rows, then drafts and prompts in chunks."""
+    """Lay out a step: decode rows, then drafts and prompts in chunks.
+
+    Most steps are the one before, ``last``, a token on: then nothing is laid out anew.
+    """
+    if last is not None and not drafts and last.can_be_followed_by(scheduled):
+        return last.next()
     rows = _Rows()
     drafts = drafts or {}
     decode = [s for s in scheduled.decode if s not in drafts]

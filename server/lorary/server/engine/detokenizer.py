@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_BROKEN = "\ufffd"
+"""Stands for bytes that are no whole character; the next token may complete them."""
+
+
+class Detokenizer:
+    """Makes text streams of one vocabulary.
+
+    A byte-level vocabulary's tokens are bytes that are joined, so that where no character is open a
+    token's text is the same everywhere: it is decoded once and looked up from then on.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        # Token id to its text; None where that ends within a character.
+        is_byte_level = isinstance(backend.decoder, ByteLevel)
+        self._texts: dict[int, str | None] | None = {} if is_byte_level else None
+
+    def stream(self, stop: Sequence[str]) -> TextStream:
+        """Return the stream of a new answer that any of the strings ``stop`` ends."""
+        return TextStream(self._backend, stop, self._texts)
 
 
 class TextStream:
@@ -20,11 +41,16 @@ class TextStream:
         matched_stop: the stop string that ended the answer, or "".
     """
 
-    def __init__(self, backend: Any, stop: Sequence[str]) -> None:
+    def __init__(
+        self, backend: Any, stop: Sequence[str], texts: dict[int, str | None] | None = None
+    ) -> None:
         self._backend = backend
         self._stop = tuple(stop)
         self._longest = max((len(s) for s in stop), default=0)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._texts = texts
+        # Of a byte-level vocabulary, the tokens since the last whole character; others keep a stream.
+        self._open: list[int] = []
+        self._stream = DecodeStream(skip_special_tokens=True) if texts is None else None
         self._ids: list[int] = []
         self._decoded = ""
         self.text = ""
@@ -33,8 +59,36 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Take one token; return new text, often empty. After a match, nothing more is taken."""
         self._ids.append(token_id)
-        piece = self._stream.step(self._backend, token_id)
-        return self._release(piece) if piece else ""
+        if self._stream is not None:
+            piece = self._stream.step(self._backend, token_id)
+        else:
+            piece = self._joined(token_id)
+        if not piece:
+            return ""
+        if self._stop:
+            return self._release(piece)
+        self._decoded = self.text = self.text + piece
+        return piece
+
+    def _joined(self, token_id: int) -> str | None:
+        """Return the text that a token of a byte-level vocabulary completes."""
+        texts = self._texts
+        assert texts is not None
+        if not self._open and token_id in texts:
+            text = texts[token_id]
+            if text is None:
+                self._open.append(token_id)
+            return text
+        is_first = not self._open
+        self._open.append(token_id)
+        text = self._backend.decode(self._open, skip_special_tokens=True)
+        if text.endswith(_BROKEN):
+            text = None
+        else:
+            self._open.clear()
+        if is_first:
+            texts[token_id] = text
+        return text
 
     def finish(self) -> str:
         """Return what was held back: the answer ends without a stop string."""

@@ -29,7 +29,7 @@ from lorary.errors import (
 )
 from lorary.server.engine.batch import Batch, build_batch
 from lorary.server.engine.blocks import BLOCK, Blocks
-from lorary.server.engine.detokenizer import TextStream
+from lorary.server.engine.detokenizer import Detokenizer
 from lorary.server.engine.request import Finish, Lease, Output, PositionLogprobs, Request, StepStats
 from lorary.server.engine.sampler import (
     position_logprobs,
@@ -103,12 +103,13 @@ class Engine:
         self._cache = cache
         self._scheduler = scheduler
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        self._detokenizer = Detokenizer(tokenizer.backend_tokenizer)
         self._eos_ids = eos_ids
         self._long_from = long_from
         self._blocks = Blocks(cache.num_blocks, share=prefix_cache)
         self._is_full = False
         self._num_preempted = 0
+        self._last: Batch | None = None
         self._draft_rows = draft_rows
         self._deliver = deliver
         self._observer = observer
@@ -133,8 +134,8 @@ class Engine:
         Raises:
             Overloaded: the queue is full.
             Unavailable: the engine is stopping or has failed.
-            InvalidRequest: it does not fit into the context. In all cases nothing was queued and the
-                lease is still the caller's.
+            InvalidRequest: it does not fit into the context, or has a token that the model does not
+                know. In all cases nothing was queued and the lease is still the caller's.
         """
         self._check_fits(request)
         with self._changed:
@@ -146,13 +147,22 @@ class Engine:
             self._changed.notify()
 
     def _check_fits(self, request: Request) -> None:
-        """Refuse what is longer than any sequence may be."""
+        """Refuse what is longer than any sequence may be, and what the model has no embedding for."""
         prompt = len(request.prompt_ids)
         beyond = sum(len(label) - 1 for label in request.labels) if request.labels else 1
         if not prompt or prompt + beyond > self._cache.shape.context:
             raise InvalidRequest(
                 f"a prompt of {prompt} tokens with {beyond} behind it does not fit into a context of "
                 f"{self._cache.shape.context}; shorten it, or raise --max-context",
+                field="input",
+            )
+        # The service checks what callers send as ids; these are the tokenizer's own, too. The native
+        # embeddings are read without another look.
+        largest = max(map(max, (request.prompt_ids, *request.labels)))
+        if largest >= self._runner.vocab_size:
+            raise InvalidRequest(
+                f"token id {largest} is not in the base's vocabulary of {self._runner.vocab_size}; its "
+                "tokenizer has tokens that the model does not know",
                 field="input",
             )
 
@@ -238,7 +248,7 @@ class Engine:
             arrived_ns=int(request.arrived_s * 1e9) or now,
         )
         if not request.labels:
-            sequence.text = TextStream(self._backend, request.sampling.stop)
+            sequence.text = self._detokenizer.stream(request.sampling.stop)
             sequence.drafter = Drafter() if self._draft_rows else None
             if request.grammar is not None:
                 sequence.matcher = request.grammar.matcher()
@@ -282,14 +292,17 @@ class Engine:
             device=self._device,
             long_from=self._long_from,
             drafts=self._drafts(scheduled),
+            last=self._last,
         )
         try:
             logits = self._runner.forward(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
+            self._last = None
             self._shrink(error)
             return
+        self._last = batch
         for sequence, count in batch.advanced:
             sequence.num_computed += count
             self._blocks.publish(sequence)
@@ -330,6 +343,8 @@ class Engine:
         """Give every sequence that decodes a block for its next token, at others' expense if need be."""
         self._is_full = False
         for sequence in list(self._scheduler.running):
+            if sequence.num_computed < len(sequence.blocks) * BLOCK:
+                continue
             # One of them may have been preempted for the sake of another.
             if sequence.slot >= 0 and not sequence.is_prefilling:
                 while not self._grow(sequence, sequence.num_computed + 1):
@@ -415,7 +430,7 @@ class Engine:
         wanted = {
             i: rows[i].clone()
             for i, s in enumerate(sequences)
-            if s.request.sampling.logprobs is not None
+            if not s.is_plain and s.request.sampling.logprobs is not None
         }
         for i, sequence in enumerate(sequences):
             if sequence.matcher is not None:
@@ -471,10 +486,12 @@ class Engine:
         request = sequence.request
         sampling = request.sampling
         assert sequence.text is not None
-        if sequence.num_generated == 0:
+        tokens = sequence.token_ids
+        num_generated = len(tokens) - len(request.prompt_ids) + 1
+        if num_generated == 1:
             sequence.first_token_ns = time.monotonic_ns()
-        sequence.token_ids.append(token)
-        if sampling.has_penalties:
+        tokens.append(token)
+        if not sequence.is_plain and sampling.has_penalties:
             sequence.counts[token] = sequence.counts.get(token, 0) + 1
         output = Output(request_id=request.request_id, index=request.index, token_ids=[token])
         is_end = token in sampling.stop_token_ids or (
@@ -490,14 +507,11 @@ class Engine:
         else:
             output.text = sequence.text.push(token)
             if sequence.text.matched_stop:
-                if sequence.num_generated >= sampling.min_tokens:
+                if num_generated >= sampling.min_tokens:
                     reason, matched = "stop", sequence.text.matched_stop
             elif matcher is not None and matcher.is_finished:
                 reason = "stop"
-            elif (
-                sequence.num_generated >= sampling.max_tokens
-                or len(sequence.token_ids) >= self._cache.shape.context
-            ):
+            elif num_generated >= sampling.max_tokens or len(tokens) >= self._cache.shape.context:
                 reason = "length"
         if reason is not None:
             output.text += sequence.text.finish()

@@ -27,7 +27,7 @@ class Runner:
         model.set_attn_implementation(NAME)
         self.model = model
         self.fused = fused
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -35,6 +35,8 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
     """
     drawn: list[int] = []
     for row, sequence in enumerate(sequences):
+        if sequence.is_plain:
+            continue
         sampling = sequence.request.sampling
         if sampling.logit_bias:
             ids, values = zip(*sampling.logit_bias, strict=True)

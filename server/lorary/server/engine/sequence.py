@@ -34,6 +34,7 @@ class Sequence:
         prompt_logprobs: those of its prompt's tokens from the second on, as far as it has been read and
             they were asked for.
         generator: its own stream of random numbers, None when greedy.
+        is_plain: whether its tokens are simply the most likely ones, with nothing reported of others.
     """
 
     request: Request
@@ -53,6 +54,17 @@ class Sequence:
     first_token_ns: int = 0
     arrived_ns: int = 0
     counts: dict[int, int] = field(default_factory=dict)
+    is_plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note once what every step asks."""
+        sampling = self.request.sampling
+        self.is_plain = (
+            sampling.is_greedy
+            and not sampling.has_penalties
+            and not sampling.min_tokens
+            and sampling.logprobs is None
+        )
 
     @property
     def num_prompt(self) -> int:

@@ -1,10 +1,14 @@
-// Loads and stores of the two dtypes, loads of 8-bit numbers, and 16 floats side by side; all
-// arithmetic is float32.
+// Loads and stores of the dtypes, loads of 8-bit numbers, and 16 floats side by side; all arithmetic is
+// float32.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 inline float load(const float* p) { return *p; }
 inline float load(const uint16_t* p) {
@@ -58,6 +62,30 @@ inline void narrow(uint16_t* p, Lanes lanes) {
     const Halves halves = __builtin_convertvector(bits >> 16, Halves);
     std::memcpy(p, &halves, sizeof halves);
 }
+
+#ifdef __AVX512F__
+// An IEEE float16, what keys and values of a bfloat16 base are kept in: 11 significant bits where
+// bfloat16 has 8. What is beyond its range becomes the largest that it holds, 65504.
+struct Half {
+    uint16_t bits;
+};
+inline Lanes widen(const Half* p) {
+    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void narrow(Half* p, Lanes lanes) {
+    const Lanes most = Lanes{} + 65504.0f;
+    lanes = lanes > most ? most : lanes;
+    lanes = lanes < -most ? -most : lanes;
+    const __m256i halves = _mm512_cvtps_ph((__m512)lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+inline float load(const Half* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits))); }
+inline void store(Half* p, float value) {
+    Half all[kLanes];
+    narrow(all, Lanes{} + value);
+    *p = all[0];
+}
+#endif
 
 template <typename From, typename To>
 void convert(const From* from, int64_t n, To* to) {

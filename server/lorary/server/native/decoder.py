@@ -1,7 +1,7 @@
-"""All decoder layers of the Llama kind in one native call (semantics in layer.cpp).
+"""A decoder of the Llama kind in one native call, from embeddings to the last norm (semantics in layer.cpp).
 
-Embeddings, rotary tables (with their scaling) and the head are transformers' own modules; what the
-model's own forward does between them is done here. The residual stream is float32 from the embeddings on.
+The rotary tables (with their scaling) are made by transformers' own module; the head is a call of its own.
+The residual stream is float32 from the embeddings on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ FAMILIES = frozenset(
 )
 # Rotary embeddings whose tables depend on how long the sequences of a step are.
 _CHANGING_ROPE = frozenset({"dynamic", "longrope"})
+# What keys and values are kept in, by what the layers multiply in; layer.cpp has the same pairs. float16
+# takes bfloat16's bytes and has 3 bits more, of which answers gain more than from any other rounding
+# (docs/log.md); what does not fit in its range, 65504, is cut off, and keys and values are far from it.
+_KEPT = {torch.bfloat16: torch.float16, torch.float32: torch.float32}
+# Rests of a row, as in matmul.h.
+_RESTS = 4
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -72,14 +78,25 @@ class _Mix(ctypes.Structure):
     )
 
 
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", _P),
+        ("count", _I),
+        *((name, _P) for name in ("embeddings", "cos", "sin", "norm")),
+    )
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
         ("rows", _I),
         ("num_decode", _I),
-        *((name, _P) for name in ("slots", "positions", "lengths", "chunks")),
+        *((name, _P) for name in ("tokens", "angles", "slots", "positions", "lengths", "chunks")),
         ("num_chunks", _I),
+        ("wanted", _P),
+        ("num_wanted", _I),
+        ("out", _P),
         ("mix", _Mix),
-        *((name, _P) for name in ("normed", "qkv", "attended", "gate_up", "gated")),
+        *((name, _P) for name in ("hidden", "rounded", "rests", "qkv", "attended", "gate_up")),
         *((name, _P) for name in ("bytes", "scales")),
         ("threads", ctypes.c_int32),
     )
@@ -91,17 +108,20 @@ class _Workspace:
     def __init__(self, layer: _Layer, dtype: torch.dtype) -> None:
         widest = max(layer.hidden, layer.o.inputs, layer.inner)
         self._widths = (
-            (layer.hidden, dtype),
+            (layer.hidden, torch.float32),
+            (widest, dtype),
+            # A pair's number and its halves, for each of the rests of a row.
+            (2 * _RESTS, torch.int32),
             (layer.qkv.outputs, torch.float32),
-            (layer.o.inputs, dtype),
+            (layer.o.inputs, torch.float32),
             (2 * layer.inner, torch.float32),
-            (layer.inner, dtype),
             # 8-bit rows of whatever a projection reads, up to three bytes wider; a scale for each 64.
             (widest + 3, torch.uint8),
             (widest // 64 + 1, torch.float32),
         )
         self._rows = 0
         self._buffers: tuple[torch.Tensor, ...] = ()
+        self._pointers: tuple[int, ...] = ()
 
     def pointers(self, rows: int) -> tuple[int, ...]:
         """Return the addresses of buffers for at least ``rows`` rows."""
@@ -110,7 +130,8 @@ class _Workspace:
             self._buffers = tuple(
                 torch.empty(self._rows * width, dtype=dtype) for width, dtype in self._widths
             )
-        return tuple(buffer.data_ptr() for buffer in self._buffers)
+            self._pointers = tuple(buffer.data_ptr() for buffer in self._buffers)
+        return self._pointers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,84 +143,87 @@ class FusedLayer:
 
 
 class FusedModel:
-    """From token ids to logits: embeddings, all layers in one call, head.
+    """From token ids to logits: embeddings, layers and norm in one call, then the head.
 
     Args:
         model: the transformers model whose layers these are.
         layers: in order.
-        cache: keys and values, of the layers' dtype.
+        cache: keys and values, in ``kept_dtype``.
         kernels: have the layers' function.
+        dtype: what the layers multiply in.
     """
 
     def __init__(
-        self, model: Any, layers: Sequence[FusedLayer], cache: KVCache, kernels: NativeKernels
+        self,
+        model: Any,
+        layers: Sequence[FusedLayer],
+        cache: KVCache,
+        kernels: NativeKernels,
+        dtype: torch.dtype,
     ) -> None:
         inner = getattr(model, model.base_model_prefix)
-        self._embed, self._rotary = inner.embed_tokens, inner.rotary_emb
+        structures = [layer.structure for layer in layers]
+        self._rotary = inner.rotary_emb
         self._head = model.get_output_embeddings()
+        self._width = structures[0].hidden
+        self._function = kernels.layers_function(dtype)
+        self._workspace = _Workspace(structures[0], dtype)
+        assert ctypes.c_float(inner.norm.variance_epsilon).value == structures[0].eps
         self._norm = inner.norm.weight.data.float().contiguous()
-        assert ctypes.c_float(inner.norm.variance_epsilon).value == layers[0].structure.eps
-        self._layers = tuple(layers)
-        self._addresses = (_P * len(layers))(*(ctypes.addressof(x.structure) for x in layers))
-        self._dtype = cache.k.dtype
-        self._function = kernels.layers_function(self._dtype)
-        self._workspace = _Workspace(layers[0].structure, self._dtype)
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
-        if self._rotary.rope_type not in _CHANGING_ROPE:
-            positions = torch.arange(cache.shape.context)
-            cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions[None])
-            self._tables = cos[0].contiguous(), sin[0].contiguous()
+        self._embeddings = inner.embed_tokens.weight.data.to(dtype).contiguous()
+        # What the structures point into.
+        self._kept = tuple(layers)
+        self._addresses = (_P * len(layers))(*map(ctypes.addressof, structures))
+        self._changes_rope = self._rotary.rope_type in _CHANGING_ROPE
+        self._structure = _Model(
+            ctypes.addressof(self._addresses),
+            len(layers),
+            self._embeddings.data_ptr(),
+            None,
+            None,
+            self._norm.data_ptr(),
+        )
+        if not self._changes_rope:
+            self._set_angles(torch.arange(cache.shape.context)[None])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run one step and return float32 logits [L, vocab] of ``batch.logits_rows``.
 
         Writes the step's keys and values into the cache.
         """
-        hidden = self._embed(batch.token_ids[0]).float()
-        cos, sin = self._rope(batch.position_ids)
-        count, width = batch.logits_rows.numel(), hidden.shape[1]
-        normed = torch.empty(count, width, dtype=self._dtype)
+        plan, positions = batch.plan, batch.position_ids
+        if self._changes_rope:
+            self._set_angles(positions)
+        rows, wanted = positions.numel(), batch.logits_rows
+        normed = torch.empty(wanted.numel(), self._width)
         # Held by a name until the call is over, as all that the step points into.
-        chunks = _chunks(batch.plan)
-        step = self._step(batch, chunks)
-        self._function(
-            self._addresses,
-            len(self._layers),
-            ctypes.addressof(step),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            hidden.data_ptr(),
-            self._norm.data_ptr(),
-            batch.logits_rows.data_ptr(),
-            count,
-            normed.data_ptr(),
-        )
-        logits: torch.Tensor = self._head(normed)
-        return logits.float()
-
-    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin, float32 [T, dim], for positions int64 [1, T]."""
-        if self._tables is not None:
-            cos, sin = self._tables
-            return cos.index_select(0, positions[0]), sin.index_select(0, positions[0])
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
-        return cos[0].contiguous(), sin[0].contiguous()
-
-    def _step(self, batch: Batch, chunks: ctypes.Array[_Chunk]) -> _Step:
-        plan = batch.plan
-        rows = plan.slots.numel()
-        return _Step(
+        chunks = _chunks(plan)
+        step = _Step(
             rows,
             plan.num_decode,
+            batch.token_ids.data_ptr(),
+            None if self._changes_rope else positions.data_ptr(),
             plan.slots.data_ptr(),
             plan.positions.data_ptr(),
             plan.lengths.data_ptr(),
             ctypes.addressof(chunks),
             len(chunks),
+            wanted.data_ptr(),
+            wanted.numel(),
+            normed.data_ptr(),
             _Mix() if batch.segments is None else _Mix(*batch.segments.addresses),
             *self._workspace.pointers(rows),
             torch.get_num_threads(),
         )
+        self._function(ctypes.addressof(self._structure), ctypes.addressof(step))
+        logits: torch.Tensor = self._head(normed)
+        return logits.float()
+
+    def _set_angles(self, positions: torch.Tensor) -> None:
+        """Make the rotary tables of positions int64 [1, n]."""
+        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
+        self._angles = cos[0].contiguous(), sin[0].contiguous()
+        self._structure.cos, self._structure.sin = (table.data_ptr() for table in self._angles)
 
 
 def _chunks(plan: AttentionPlan) -> ctypes.Array[_Chunk]:
@@ -211,61 +235,72 @@ def _chunks(plan: AttentionPlan) -> ctypes.Array[_Chunk]:
     )
 
 
-def fuse(
-    model: Any, groups: Sequence[LoraGroup], cache: KVCache, kernels: NativeKernels
-) -> FusedModel | None:
-    """Make one function of a model whose linear layers are ``groups``.
+def kept_dtype(
+    model: Any, groups: Sequence[LoraGroup], kernels: NativeKernels, dtype: torch.dtype
+) -> torch.dtype | None:
+    """Return what the cache of a model that ``fuse`` takes keeps keys and values in.
+
+    ``groups`` are its linear layers, ``dtype`` is what they multiply in.
 
     Returns:
-        The fused model; None when a layer is not of a known family, has a projection that is not
-        packed (a quantized base), another activation than SiLU, a rotary embedding of a part of the
-        head, or a dtype without a kernel.
+        The dtype; None when ``fuse`` does not take the model, because a layer is not of a known family,
+        has a projection that is not packed (a quantized base), another activation than SiLU, a rotary
+        embedding of a part of the head, or a dtype without a kernel.
     """
-    expected = (ctypes.sizeof(_Layer), ctypes.sizeof(_Step))
-    assert kernels.structure_bytes == expected, "layer.cpp has other structures"
-    inner: Any = getattr(model, model.base_model_prefix, None)
-    layers = getattr(inner, "layers", None)
-    dtype = cache.k.dtype
+    layers = getattr(getattr(model, model.base_model_prefix, None), "layers", None)
     if layers is None or not kernels.supports_layers(dtype):
         return None
     by_module = {name: group for group in groups for name in group.spec.modules}
     names = {id(module): name for name, module in model.named_modules()}
-    fused: list[FusedLayer] = []
-    for layer in layers:
-        made = _fused(layer, names[id(layer)], by_module, cache)
-        if made is None:
-            return None
-        fused.append(made)
-    return FusedModel(model, fused, cache, kernels)
+    is_known = all(_parts(layer, names[id(layer)], by_module, dtype) for layer in layers)
+    return _KEPT[dtype] if is_known else None
 
 
-def _fused(
-    layer: Any, name: str, groups: dict[str, LoraGroup], cache: KVCache
-) -> FusedLayer | None:
-    if type(layer).__name__ not in FAMILIES:
-        return None
-    attention, config = layer.self_attn, layer.self_attn.config
-    if getattr(config, "hidden_act", None) not in ("silu", "swish"):
-        return None
-    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        return None
-    parts = [
-        groups.get(f"{name}.{path}")
-        for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+def fuse(
+    model: Any,
+    groups: Sequence[LoraGroup],
+    cache: KVCache,
+    kernels: NativeKernels,
+    dtype: torch.dtype,
+) -> FusedModel:
+    """Make one function of a model whose linear layers are ``groups``; ``cache`` is of ``kept_dtype``."""
+    expected = tuple(map(ctypes.sizeof, (_Layer, _Model, _Step)))
+    assert kernels.structure_bytes == expected, "layer.cpp has other structures"
+    assert cache.k.dtype == _KEPT[dtype], f"a cache of {cache.k.dtype} for layers in {dtype}"
+    by_module = {name: group for group in groups for name in group.spec.modules}
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [
+        _fused(layer, _parts(layer, names[id(layer)], by_module, dtype), cache)
+        for layer in getattr(model, model.base_model_prefix).layers
     ]
-    if [len(g.layers) if g is not None else 0 for g in parts] != [3, 1, 2, 1]:
-        return None
-    if any(
-        g is None or g.packed is None or g.packed.dtype not in (cache.k.dtype, torch.int8)
-        for g in parts
-    ):
-        return None
+    return FusedModel(model, layers, cache, kernels, dtype)
+
+
+def _parts(
+    layer: Any, name: str, groups: dict[str, LoraGroup], dtype: torch.dtype
+) -> list[LoraGroup]:
+    """Return a layer's projections: q/k/v, o, gate/up, down; none when layer.cpp is not its forward."""
+    config = layer.self_attn.config if type(layer).__name__ in FAMILIES else None
+    if getattr(config, "hidden_act", None) not in ("silu", "swish"):
+        return []
+    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        return []
+    paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    parts = [groups[path] for path in (f"{name}.{path}" for path in paths) if path in groups]
+    if [len(group.layers) for group in parts] != [3, 1, 2, 1]:
+        return []
+    is_packed = all(g.packed is not None and g.packed.dtype in (dtype, torch.int8) for g in parts)
+    return parts if is_packed else []
+
+
+def _fused(layer: Any, parts: Sequence[LoraGroup], cache: KVCache) -> FusedLayer:
+    attention, config = layer.self_attn, layer.self_attn.config
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
     weights = [None if norm is None else norm.weight.data.float().contiguous() for norm in norms]
     index = int(attention.layer_idx)
     k, v = cache.k[index], cache.v[index]
-    projections, kept = zip(*(_projection(g) for g in parts if g is not None), strict=True)
+    projections, kept = zip(*map(_projection, parts), strict=True)
     window = getattr(attention, "sliding_window", None)
     if type(layer).__name__ == "MistralDecoderLayer":
         window = getattr(config, "sliding_window", None)

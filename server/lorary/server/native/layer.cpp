@@ -1,9 +1,9 @@
-// All decoder layers of the Llama kind in one call, and the norm behind them: per layer RMSNorm, q/k/v,
-// rotary embedding, attention over the paged cache, output projection, RMSNorm, gated SiLU; every
+// A decoder of the Llama kind but for its head, in one call: embeddings, layers, last norm; per layer
+// RMSNorm, q/k/v, rotary embedding, attention over the paged cache, output projection, RMSNorm, gated SiLU; every
 // projection with its rows' adapters.
 //
 // The residual stream and everything between products is float32; only what enters a product is
-// rounded to the weights' dtype. Called once per step, so that a step costs no interpreter time per
+// rounded to the weights' dtype, and keys and values to what the cache keeps. Called once per step, so that a step costs no interpreter time per
 // operator or layer, and one team of threads goes through all of it.
 
 #include "adapters.h"
@@ -37,34 +37,59 @@ struct Layer {
     float eps, scale, softcap;
 };
 
+// What a model with weights of T keeps keys and values in; decoder.py says why.
+template <typename T>
+struct CacheOf {
+    using Kept = T;
+};
+#ifdef __AVX512F__
+template <>
+struct CacheOf<uint16_t> {
+    using Kept = Half;
+};
+#endif
+
+struct Model {
+    const Layer* const* layers;
+    int64_t count;
+    const void* embeddings;   // [vocabulary, hidden]
+    const float *cos, *sin;   // [positions, dim]
+    const float* norm;        // [hidden]
+};
+
 struct Step {
     int64_t rows, num_decode;
+    const int64_t* tokens;     // [rows]
+    const int64_t* angles;     // [rows], whose row of cos and sin; null: each has its own
     const int32_t* slots;      // [rows]
     const int32_t* positions;  // [rows], in the sequence
     const int32_t* lengths;    // [num_decode]
     const Chunk* chunks;
     int64_t num_chunks;
+    const int64_t* wanted;     // [num_wanted], rows that the head reads
+    int64_t num_wanted;
+    float* out;                // [num_wanted, hidden]
     Mix mix;
-    void* normed;      // [rows, hidden]
+    float* hidden;     // [rows, hidden], the residual stream
+    void* rounded;     // [rows, widest input], what enters a product
+    Rest* rests;       // [rows, kRests], what rounding it left
     float* qkv;        // [rows, qkv.out]
-    void* attended;    // [rows, o.in]
+    float* attended;   // [rows, o.in]
     float* gate_up;    // [rows, 2 * inner]
-    void* gated;       // [rows, inner]
     uint8_t* bytes;    // [rows, widest input], where weights are 8-bit
     float* scales;     // [rows, their groups], likewise
     int32_t threads;
 };
 
 // x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467).
-template <typename O>
-void rms_norm(const float* x, const float* weight, int64_t n, float eps, O* out) {
+void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
     Lanes squares = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) squares += widen(x + i) * widen(x + i);
     for (; i < n; ++i) squares[i % kLanes] += x[i] * x[i];
     const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + eps);
     for (i = 0; i + kLanes <= n; i += kLanes) narrow(out + i, widen(x + i) * scale * widen(weight + i));
-    for (; i < n; ++i) store(out + i, x[i] * scale * weight[i]);
+    for (; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
 // Rotary embedding of one head, in place (Su et al. 2021, arXiv:2104.09864; halves, as in Llama).
@@ -77,23 +102,33 @@ void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
     }
 }
 
-// gate / (1 + e^-gate) * up
-template <typename O>
-void gated_silu(const float* gate, const float* up, int64_t n, O* out) {
+// gate / (1 + e^-gate) * up, into `gate`
+void gated_silu(float* gate, const float* up, int64_t n) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         const Lanes g = widen(gate + i);
-        narrow(out + i, g / (exp_of(-g) + 1.0f) * widen(up + i));
+        narrow(gate + i, g / (exp_of(-g) + 1.0f) * widen(up + i));
     }
-    for (; i < n; ++i) store(out + i, gate[i] / (1.0f + std::exp(-gate[i])) * up[i]);
+    for (; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
-// Called by every thread of a parallel region; they share the rows.
-template <typename T>
-void normalize(const Layer& layer, const float* weight, int64_t rows, const float* hidden, T* normed) {
+// Called by every thread of a parallel region; they share the rows. make(r) returns row r, float32 [n],
+// which then is what enters the next product.
+template <typename T, typename Make>
+void enter(const Step& step, int64_t n, Make make) {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r)
-        rms_norm(hidden + r * layer.hidden, weight, layer.hidden, layer.eps, normed + r * layer.hidden);
+    for (int64_t r = 0; r < step.rows; ++r)
+        round_row(make(r), n, static_cast<T*>(step.rounded) + r * n, step.rests + r * kRests);
+}
+
+// Likewise, of the residual stream.
+template <typename T>
+void normalize(const Layer& layer, const float* weight, const Step& step, const float* hidden) {
+    enter<T>(step, layer.hidden, [&](int64_t r) {
+        float* row = scratch(layer.hidden);
+        rms_norm(hidden + r * layer.hidden, weight, layer.hidden, layer.eps, row);
+        return row;
+    });
 }
 
 template <typename S>
@@ -102,9 +137,10 @@ GroupPool<S> pool_of(const Projection& p) {
             p.row_scales};
 }
 
-// y (+)= x . w + bias + adapters
+// y (+)= x . w + bias + adapters, x being what has entered
 template <Into kInto, typename T>
-void project(const Projection& p, const Step& step, const T* x, float* y) {
+void project(const Projection& p, const Step& step, float* y) {
+    const T* x = static_cast<const T*>(step.rounded);
     if (p.scales) {
 #ifdef __AVX512VNNI__
         const Int8Weight weight{static_cast<const int8_t*>(p.packed), p.scales, p.offsets};
@@ -112,7 +148,7 @@ void project(const Projection& p, const Step& step, const T* x, float* y) {
         multiply_int8<kInto>(step.bytes, step.scales, step.rows, weight, p.bias, p.out, p.in, y, p.out);
 #endif
     } else {
-        multiply<kInto>(x, p.in, step.rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y, p.out);
+        multiply<kInto>(x, p.in, step.rests, step.rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y, p.out);
     }
     if (step.mix.num_rows)
         with_storage<T>(p.storage, [&](auto* kind) {
@@ -123,26 +159,26 @@ void project(const Projection& p, const Step& step, const T* x, float* y) {
 
 // Called by every thread of a parallel region.
 template <typename T>
-void run(const Layer& layer, const Step& step, const float* cos, const float* sin, float* hidden) {
+void run(const Layer& layer, const Model& model, const Step& step) {
+    float* hidden = step.hidden;
     const int64_t rows = step.rows, dim = layer.dim, width = layer.qkv.out;
     const int64_t heads = layer.kv_heads * layer.group;
     const AttentionShape shape{layer.kv_heads, layer.group,   dim,
                                layer.scale,    layer.softcap, layer.window};
-    const LayerCache<T> cache{static_cast<T*>(layer.k), static_cast<T*>(layer.v), layer.tables,
-                              layer.width};
-    const LayerCache<const T> seen{cache.k, cache.v, cache.tables, cache.width};
-    T* normed = static_cast<T*>(step.normed);
-    T* attended = static_cast<T*>(step.attended);
-    T* gated = static_cast<T*>(step.gated);
-    normalize(layer, layer.attention_norm, rows, hidden, normed);
-    project<Into::replace>(layer.qkv, step, normed, step.qkv);
+    using Kept = typename CacheOf<T>::Kept;
+    const LayerCache<Kept> cache{static_cast<Kept*>(layer.k), static_cast<Kept*>(layer.v), layer.tables,
+                                 layer.width};
+    const LayerCache<const Kept> seen{cache.k, cache.v, cache.tables, cache.width};
+    normalize<T>(layer, layer.attention_norm, step, hidden);
+    project<Into::replace, T>(layer.qkv, step, step.qkv);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
         float* row = step.qkv + r * width;
+        const int64_t angle = (step.angles ? step.angles[r] : r) * dim;
         for (int64_t h = 0; h < heads + layer.kv_heads; ++h) {
             const float* norm = h < heads ? layer.q_norm : layer.k_norm;
             if (norm) rms_norm(row + h * dim, norm, dim, layer.eps, row + h * dim);
-            rotate(row + h * dim, cos + r * dim, sin + r * dim, dim);
+            rotate(row + h * dim, model.cos + angle, model.sin + angle, dim);
         }
         for (int64_t h = 0; h < layer.kv_heads; ++h) {
             const float *key = row + (heads + h) * dim, *value = key + layer.kv_heads * dim;
@@ -151,32 +187,35 @@ void run(const Layer& layer, const Step& step, const float* cos, const float* si
             convert(value, dim, cache.values(slot, h, shape).at(position));
         }
     }
-    attend_decode(step.qkv, width, dim, seen, attended, step.slots, step.lengths, step.num_decode,
+    attend_decode(step.qkv, width, dim, seen, step.attended, step.slots, step.lengths, step.num_decode,
                   shape);
-    attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, attended, layer.o.in, shape);
-    project<Into::add>(layer.o, step, attended, hidden);
-    normalize(layer, layer.mlp_norm, rows, hidden, normed);
-    project<Into::replace>(layer.gate_up, step, normed, step.gate_up);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* gate = step.gate_up + r * 2 * layer.inner;
-        gated_silu(gate, gate + layer.inner, layer.inner, gated + r * layer.inner);
-    }
-    project<Into::add>(layer.down, step, gated, hidden);
+    attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, step.attended, layer.o.in, shape);
+    enter<T>(step, layer.o.in, [&](int64_t r) { return step.attended + r * layer.o.in; });
+    project<Into::add, T>(layer.o, step, hidden);
+    normalize<T>(layer, layer.mlp_norm, step, hidden);
+    project<Into::replace, T>(layer.gate_up, step, step.gate_up);
+    enter<T>(step, layer.inner, [&](int64_t r) {
+        float* gate = step.gate_up + r * 2 * layer.inner;
+        gated_silu(gate, gate + layer.inner, layer.inner);
+        return gate;
+    });
+    project<Into::add, T>(layer.down, step, hidden);
 }
 
-// The layers, then the last norm of the rows whose logits are wanted: out [num_wanted, hidden].
 template <typename T>
-void run_all(const Layer* const* layers, int64_t count, const Step& step, const float* cos, const float* sin,
-             float* hidden, const float* norm, const int64_t* wanted, int64_t num_wanted, T* out) {
-    const int64_t width = layers[0]->hidden;
-    const float eps = layers[0]->eps;
+void run_all(const Model& model, const Step& step) {
+    const int64_t width = model.layers[0]->hidden;
+    const float eps = model.layers[0]->eps;
+    const T* embeddings = static_cast<const T*>(model.embeddings);
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
     {
-        for (int64_t i = 0; i < count; ++i) run<T>(*layers[i], step, cos, sin, hidden);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < num_wanted; ++r)
-            rms_norm(hidden + wanted[r] * width, norm, width, eps, out + r * width);
+        for (int64_t r = 0; r < step.rows; ++r)
+            convert(embeddings + step.tokens[r] * width, width, step.hidden + r * width);
+        for (int64_t i = 0; i < model.count; ++i) run<T>(*model.layers[i], model, step);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < step.num_wanted; ++r)
+            rms_norm(step.hidden + step.wanted[r] * width, model.norm, width, eps, step.out + r * width);
     }
 }
 
@@ -184,24 +223,16 @@ void run_all(const Layer* const* layers, int64_t count, const Step& step, const 
 
 extern "C" {
 
-// Size of the two structures, for the caller to compare with its own.
+// Size of the structures, for the caller to compare with its own.
 int64_t lorary_layer_bytes() { return sizeof(Layer); }
+int64_t lorary_model_bytes() { return sizeof(Model); }
 int64_t lorary_step_bytes() { return sizeof(Step); }
 
-// Run the layers over the step's rows: hidden float32 [rows, hidden], in place; cos and sin float32
-// [rows, dim]. Writes the rows' keys and values into the layers' caches.
-void lorary_layers_f32(const Layer* const* layers, int64_t count, const Step* step, const float* cos,
-                       const float* sin, float* hidden, const float* norm, const int64_t* wanted,
-                       int64_t num_wanted, float* out) {
-    run_all(layers, count, *step, cos, sin, hidden, norm, wanted, num_wanted, out);
-}
+// Run a step, with the model's weights in float32 or bfloat16: writes `out` and the rows' keys and values.
+void lorary_layers_f32(const Model* model, const Step* step) { run_all<float>(*model, *step); }
 
 #ifdef __AVX512BF16__
-void lorary_layers_bf16(const Layer* const* layers, int64_t count, const Step* step, const float* cos,
-                        const float* sin, float* hidden, const float* norm, const int64_t* wanted,
-                        int64_t num_wanted, uint16_t* out) {
-    run_all(layers, count, *step, cos, sin, hidden, norm, wanted, num_wanted, out);
-}
+void lorary_layers_bf16(const Model* model, const Step* step) { run_all<uint16_t>(*model, *step); }
 #endif
 
 }  // extern "C"

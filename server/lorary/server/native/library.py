@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 10
+_ABI = 12
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 # Elements whose float32 form lies in the caches while they are rounded.
@@ -35,7 +35,7 @@ _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
 _LINEAR_INT8 = [*_ROWS, *[_POINTER] * 4, *_OUTPUT]
 _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
-_LAYERS = [_POINTER, _INT64, *[_POINTER] * 6, _INT64, _POINTER]
+_LAYERS = [_POINTER, _POINTER]
 _ARGMAX = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DRAW = [_POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int]
 _DECODE = [
@@ -93,13 +93,14 @@ class NativeKernels:
             dtype: typed(library, f"lorary_layers_{_SUFFIX[dtype]}", _LAYERS)
             for dtype in self._packed
         }
-        self._linear = {
-            (torch.float32, torch.float32): typed(library, "lorary_linear_f32", _LINEAR)
-        }
+        # By the weight's dtype, then by the rows'.
+        f32 = torch.float32
+        self._linear = {f32: {f32: typed(library, "lorary_linear_f32", _LINEAR)}}
         if has_bf16:
-            for out, name in ((torch.bfloat16, "bf16"), (torch.float32, "bf16_f32")):
-                key = (torch.bfloat16, out)
-                self._linear[key] = typed(library, f"lorary_linear_{name}", _LINEAR)
+            self._linear[torch.bfloat16] = {
+                torch.bfloat16: typed(library, "lorary_linear_bf16", _LINEAR),
+                f32: typed(library, "lorary_linear_f32_bf16", _LINEAR),
+            }
         self._draw = typed(library, "lorary_draw_f32", _DRAW)
         library.lorary_draw_bytes.restype = _INT64
         assert library.lorary_draw_bytes() == ctypes.sizeof(Draw)
@@ -110,13 +111,14 @@ class NativeKernels:
         if self.has_int8:
             self._pack_int8 = typed(library, "lorary_pack_int8", _PACK_INT8)
             self._linear_int8 = {
-                (dtype, dtype): typed(library, f"lorary_linear_int8_{suffix}", _LINEAR_INT8)
+                dtype: typed(library, f"lorary_linear_int8_{suffix}", _LINEAR_INT8)
                 for dtype, suffix in _SUFFIX.items()
             }
-        for name in ("layer", "step"):
-            getattr(library, f"lorary_{name}_bytes").restype = _INT64
-        self.structure_bytes = (library.lorary_layer_bytes(), library.lorary_step_bytes())
-        """Sizes of the layer's and the step's structure."""
+        sizes = [getattr(library, f"lorary_{name}_bytes") for name in ("layer", "model", "step")]
+        for size in sizes:
+            size.restype = _INT64
+        self.structure_bytes = tuple(size() for size in sizes)
+        """Sizes of the layer's, the model's and the step's structure."""
 
     def pin_team(self, cpus: Sequence[int]) -> int:
         """Pin the calling thread and its OpenMP workers, one to each of ``cpus``.
@@ -173,7 +175,7 @@ class NativeKernels:
             packed.data_ptr(),
             torch.get_num_threads(),
         )
-        return PackedLinear(self._linear, packed, (out, width), bias)
+        return PackedLinear(self._linear[weight.dtype], packed, (out, width), bias)
 
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Round a weight [out, in] of any float dtype to 8 bits, a scale for each 64 inputs.

@@ -8,8 +8,23 @@ template <typename T, typename Y>
 void linear(const T* x, int64_t x_row, int64_t rows, const T* packed, const float* bias, int64_t n,
             int64_t k, Y* y, int64_t y_row, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    multiply<Into::replace>(x, x_row, rows, packed, bias, n, k, y, y_row);
+    multiply<Into::replace>(x, x_row, nullptr, rows, packed, bias, n, k, y, y_row);
 }
+
+#ifdef __AVX512BF16__
+void linear_with_rests(const float* x, int64_t x_row, int64_t rows, const uint16_t* packed,
+                       const float* bias, int64_t n, int64_t k, float* y, int64_t y_row, int threads) {
+    std::vector<uint16_t> rounded(rows * k);
+    std::vector<Rest> rests(rows * kRests);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r)
+            round_row(x + r * x_row, k, rounded.data() + r * k, rests.data() + r * kRests);
+        multiply<Into::replace>(rounded.data(), k, rests.data(), rows, packed, bias, n, k, y, y_row);
+    }
+}
+#endif
 
 #ifdef __AVX512VNNI__
 template <typename T, typename Y>
@@ -85,10 +100,11 @@ void lorary_linear_bf16(const uint16_t* x, int64_t x_row, int64_t rows, const ui
     linear(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
 }
 
-void lorary_linear_bf16_f32(const uint16_t* x, int64_t x_row, int64_t rows, const uint16_t* packed,
+// The weights are bfloat16, the rows are not.
+void lorary_linear_f32_bf16(const float* x, int64_t x_row, int64_t rows, const uint16_t* packed,
                             const float* bias, int64_t n, int64_t k, float* y, int64_t y_row,
                             int threads) {
-    linear(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
+    linear_with_rests(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
 }
 #endif
 

@@ -4,16 +4,19 @@
 // float32. A row's sums run in one order whatever other rows are in the call, so its bits do not
 // depend on its company.
 //
+// Rests: a float32 row is rounded to bfloat16 to be multiplied, and a few of its elements are so much
+// larger than the others that most of what rounding changes is theirs. What it leaves of those few is
+// multiplied, too, for a few percent of the product's time: much of the way to a float32 row, which
+// would take twice the time.
+//
 // Packed layout: panels of 32 outputs, each one stream of memory, because decoding is bound by the
 // bytes of w. float32: for each input, 32 outputs. bfloat16: for each pair of inputs, 32 outputs x 2,
 // so that each of two registers meets one broadcast pair of x in a vdpbf16ps.
 #pragma once
 
-#include "common.h"
+#include <type_traits>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 constexpr int64_t kPanel = 32;
 // Rows of one register tile: with 32 registers 14 x 2 accumulators, 2 of weights, 1 of x.
@@ -76,6 +79,72 @@ void tile(const uint16_t* x, int64_t x_row, const uint16_t* w, int64_t depth, fl
 }
 #endif
 
+// One input's rest: bfloat16 halves of a pair of inputs, the other of which is 0.
+struct Rest {
+    int32_t pair, halves;
+};
+constexpr int64_t kRests = 4;
+
+// Round a row to T and find its rests: the largest of what is left in each of 16 lanes, and of these the
+// largest, so that one pass finds them. With T float32 nothing is left.
+inline void round_row(const float* x, int64_t n, float* rounded, Rest*) {
+    if (rounded != x) std::memcpy(rounded, x, n * sizeof *x);
+}
+#ifdef __AVX512BF16__
+inline void round_row(const float* x, int64_t n, uint16_t* rounded, Rest* rests) {
+    Lanes best = {}, rest = {};
+    LaneBits where = {}, here = {};
+    for (int i = 0; i < kLanes; ++i) here[i] = i;
+    const auto visit = [&](Lanes value, uint16_t* to) {
+        LaneBits bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) & static_cast<int32_t>(0xffff0000);
+        Lanes kept;
+        std::memcpy(&kept, &bits, sizeof kept);
+        narrow(to, kept);
+        const Lanes left = value - kept, size = left < 0.0f ? -left : left;
+        const LaneBits is_larger = size > best;
+        best = is_larger ? size : best;
+        rest = is_larger ? left : rest;
+        where = is_larger ? here : where;
+        here += static_cast<int32_t>(kLanes);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) visit(widen(x + i), rounded + i);
+    if (i < n) {
+        float last[kLanes] = {};
+        uint16_t to[kLanes];
+        std::memcpy(last, x + i, (n - i) * sizeof *x);
+        visit(widen(last), to);
+        std::memcpy(rounded + i, to, (n - i) * sizeof *to);
+    }
+    uint16_t halves[kLanes];
+    narrow(halves, rest);
+    for (int r = 0; r < kRests; ++r) {
+        const float most = _mm512_reduce_max_ps((__m512)best);
+        const int lane = __builtin_ctz(_mm512_cmpeq_ps_mask((__m512)best, _mm512_set1_ps(most)));
+        best[lane] = -1.0f;
+        rests[r] = {where[lane] / 2, static_cast<int32_t>(halves[lane]) << (where[lane] % 2 * 16)};
+    }
+}
+
+// sums[r, 0:32] += rests of row r . one panel
+inline void add_rests(const Rest* rests, int64_t rows, const uint16_t* panel, float* sums) {
+    for (int64_t r = 0; r < rows; ++r, rests += kRests, sums += kPanel) {
+        __m512 acc0 = _mm512_loadu_ps(sums), acc1 = _mm512_loadu_ps(sums + kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRests; ++i) {
+            const uint16_t* w = panel + static_cast<int64_t>(rests[i].pair) * 2 * kPanel;
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(rests[i].halves);
+            acc0 = _mm512_dpbf16_ps(acc0, (__m512bh)_mm512_loadu_si512(w), both);
+            acc1 = _mm512_dpbf16_ps(acc1, (__m512bh)_mm512_loadu_si512(w + kPanel), both);
+        }
+        _mm512_storeu_ps(sums, acc0);
+        _mm512_storeu_ps(sums + kLanes, acc1);
+    }
+}
+#endif
+
 template <typename T>
 using Tile = void (*)(const T*, int64_t, const T*, int64_t, float*, int64_t, bool);
 
@@ -123,10 +192,10 @@ void put_panel(float* sums, int64_t rows, const float* bias, int64_t n, int64_t 
     }
 }
 
-// Called by every thread of a parallel region; they share the panels.
+// Called by every thread of a parallel region; they share the panels. rests [rows, kRests], or null.
 template <Into kInto, typename T, typename Y>
-void multiply(const T* x, int64_t x_row, int64_t rows, const T* packed, const float* bias, int64_t n,
-              int64_t k, Y* y, int64_t y_row) {
+void multiply(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed,
+              const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < panels(n); ++p) {
         float* sums = scratch(rows * kPanel);
@@ -134,6 +203,8 @@ void multiply(const T* x, int64_t x_row, int64_t rows, const T* packed, const fl
         for (int64_t from = 0; from < k; from += kDepth)
             all_tiles(x + from, x_row, rows, panel + from * kPanel, k - from < kDepth ? k - from : kDepth,
                       sums, kPanel, from == 0);
+        if constexpr (!std::is_same_v<T, float>)
+            if (rests) add_rests(rests, rows, panel, sums);
         put_panel<kInto>(sums, rows, bias, n, p, y, y_row);
     }
 }

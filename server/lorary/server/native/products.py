@@ -28,7 +28,7 @@ class PackedLinear:
 
     def __init__(
         self,
-        functions: Mapping[tuple[torch.dtype, torch.dtype], ctypes._NamedFuncPointer],
+        functions: Mapping[torch.dtype, ctypes._NamedFuncPointer],
         packed: torch.Tensor,
         shape: tuple[int, int],
         bias: torch.Tensor | None,
@@ -49,23 +49,20 @@ class PackedLinear:
             None if t is None else t.data_ptr() for t in self._tensors
         )
 
-    def linear(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Multiply x [..., in] → [..., out] of ``dtype``, with sums in float32.
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., in] → [..., out] of x's dtype, with sums in float32.
 
-        Without 8-bit weights ``x`` is rounded to the weight's dtype, and ``dtype`` is that (the
-        default) or float32. With them its rows are rounded to 8 bits, a scale for each 64 elements,
-        and ``dtype`` is that of ``x``. A row's result does not depend on the other rows.
+        float32 rows meet bfloat16 weights with what rounding leaves of their largest elements
+        (matmul.h); with 8-bit weights rows are rounded to 8 bits, a scale for each 64 elements. A row's
+        result does not depend on the other rows.
         """
-        has_scales = self.scales_address is not None
         rows = x.reshape(-1, self.in_features)
-        if not has_scales:
-            rows = rows.to(self.dtype)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        dtype = dtype or rows.dtype
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype)
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        has_scales = self.scales_address is not None
         scaling = (self.scales_address, self.offsets_address) if has_scales else ()
-        self._functions[rows.dtype, dtype](
+        self._functions[x.dtype](
             rows.data_ptr(),
             rows.stride(0),
             rows.shape[0],
