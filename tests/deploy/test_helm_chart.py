@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
         "replicas": 3,
         "options": {"max-batch": 64, "quantize": "nf4", "prefix-cache": False},
         "hub": {"existingSecret": "hub"},
+        "http": {"enabled": True, "port": 8080},
         "metrics": {"podMonitor": {"enabled": True}, "rules": {"enabled": True}},
         "autoscaling": {"enabled": True, "maxReplicas": 8},
         "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "32Gi"}},
@@ -114,6 +115,7 @@ def test_the_server_understands_its_arguments(rendered: dict[str, Any], case: st
     if case == "everything":
         assert (read["max_batch"], read["quantize"], read["prefix_cache"]) == (64, "nf4", False)
         assert str(read["tls_client_ca"]) == "/etc/lorary/tls/ca.crt"
+        assert read["http_port"] == 8080
 
 
 def test_a_pod_has_time_to_drain_and_no_rights(rendered: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+import httpx2 as httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -107,6 +108,52 @@ async def test_absent_and_forbidden_look_the_same(tenants: Path) -> None:
         async with client(edge, GLOBEX) as globex:
             assert (await globex.classify(prompt="2 5", adapter="beta")).label == "8"
             assert (await globex.generate(prompt="2 5", max_tokens=1)).text == "6 "
+
+
+async def test_the_http_door_asks_as_well(tenants: Path) -> None:
+    async with serving(access=tenants, http_port=0) as edge:
+        body = {"model": "alpha", "prompt": [2, 5], "max_tokens": 1}
+        async with httpx.AsyncClient(base_url=edge.http, timeout=10) as nobody:
+            for refused in (
+                await nobody.post("/v1/completions", json=body),
+                await nobody.get("/v1/models", headers={"authorization": "Bearer lry_wrong"}),
+            ):
+                assert refused.status_code == 401
+                assert refused.json()["error"]["code"] == "unauthenticated"
+            assert (await nobody.get("/health")).status_code == 200
+            assert (await nobody.get("/metrics")).status_code == 404
+        headers = {"authorization": f"Bearer {ACME}"}
+        async with httpx.AsyncClient(base_url=edge.http, headers=headers, timeout=10) as acme:
+            assert (await acme.post("/v1/completions", json=body)).json()["choices"][0][
+                "text"
+            ] == "7 "
+            hidden = await acme.post("/v1/completions", json={**body, "model": "beta"})
+            absent = await acme.post("/v1/completions", json={**body, "model": "gamma"})
+            assert (hidden.status_code, absent.status_code) == (404, 404)
+            assert hidden.text.replace("beta", "gamma") == absent.text
+            models = [model["id"] for model in (await acme.get("/v1/models")).json()["data"]]
+            assert not [model for model in models if model.startswith("beta")]
+            assert "alpha" in models
+    assert [request.salt for request in edge.engine.submitted] == ["acme"]
+
+
+async def test_health_by_adapter_is_the_tenants(tenants: Path) -> None:
+    async with serving(access=tenants) as edge:
+        stub = health_pb2_grpc.HealthStub(edge.channel)
+
+        async def check(adapter: str, token: str | None) -> grpc.StatusCode:
+            metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+            asked = health_pb2.HealthCheckRequest(service=f"lorary.adapter/{adapter}")
+            try:
+                await stub.Check(asked, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        assert await check("alpha", None) == grpc.StatusCode.UNAUTHENTICATED
+        assert await check("alpha", ACME) == grpc.StatusCode.OK
+        assert await check("beta", ACME) == grpc.StatusCode.NOT_FOUND
+        assert await check("beta", GLOBEX) == grpc.StatusCode.OK
 
 
 async def test_control_and_reflection_are_for_admins_and_leave_a_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lorary.errors import (
     CorruptArtifact,
     InvalidRequest,
     LoraryError,
+    Refused,
 )
 from lorary.registry import Registry
 from lorary.registry.aliases import AliasMove, parse_moves, replay
@@ -72,6 +74,31 @@ def test_a_canary_begins_is_seen_by_others_and_ends_by_compare_and_swap(filled: 
     assert filled.rollouts.of("a", "prod") is None
     assert filled.rollback("a", "prod").to_version == 1, "not to the canary's beginning"
     assert filled.verify().is_ok
+
+
+@pytest.mark.parametrize("anywhere", ["folder", "hub"], indirect=True)
+def test_a_protected_alias_and_a_canary_in_use_are_not_passed_by(filled: Registry) -> None:
+    filled.protect("a", "prod", reason="customers see it")
+    with pytest.raises(Refused, match="protected"):
+        filled.rollouts.start("a", "prod", CANARY)
+    filled.rollouts.start("a", "prod", CANARY, reason="agreed with support", actor="ada")
+    with pytest.raises(Refused, match="canary of prod"):
+        filled.delete("a@2")
+    with pytest.raises(Refused, match="protected"):
+        filled.rollouts.promote("a", "prod")
+    filled.protect("a", "prod", is_on=False)
+    filled.protect("a", "prod", require=["accuracy>=0.9"])
+    with pytest.raises(Refused, match="accuracy"):
+        filled.rollouts.start("a", "prod", replace(CANARY, percent=20), reason="more of it")
+    filled.rollouts.stop("a", "prod")
+    filled.delete("a@2", actor="eve")
+    with pytest.raises(AdapterNotFound, match="deleted"):
+        filled.rollouts.start("a", "prod", CANARY, reason="again")
+    events = [(e.event, e.subject, e.actor) for e in filled.audit("a")]
+    assert ("canary", "prod", "ada") in events
+    assert ("delete", "2", "eve") in events
+    assert filled.verify().is_ok
+    assert filled.fsck().is_ok
 
 
 @pytest.mark.parametrize("anywhere", ["folder", "hub"], indirect=True)

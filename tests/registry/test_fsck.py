@@ -164,6 +164,28 @@ def test_an_alias_log_comes_back_from_the_audit_log(filled: Registry) -> None:
     assert "from where it was not" in report.damage[0].problem
 
 
+def test_marks_come_back_from_the_audit_log_and_deleted_files_are_no_damage(
+    forge: Forge, filled: Registry
+) -> None:
+    last = filled.push(forge.folder("last", seed=9), "a", base=forge.card).version
+    filled.deprecate(f"a@{last - 1}", reason="old", actor="bob")
+    filled.delete(f"a@{last}", reason="licence", actor="eve")
+    filled.gc(grace_s=0)
+    assert again(filled).fsck().findings == ()
+    log = root_of(filled) / "adapters" / "a" / "marks.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for damaged, problem in (
+        (lines[:-1], "line 2 is gone"),
+        ([b"{}\n", *lines[1:]], "line 1 is damaged"),
+        ([lines[0], lines[1].replace(b"eve", b"bob")], "not what the audit log says"),
+    ):
+        log.write_bytes(b"".join(damaged))
+        check_repaired(filled, "adapters/a/marks.jsonl", problem)
+        assert log.read_bytes() == b"".join(lines)
+    with pytest.raises(AdapterNotFound, match=r"deleted .* by eve: licence"):
+        again(filled).resolve(f"a@{last}")
+
+
 def test_a_torn_last_line_is_litter(filled: Registry) -> None:
     folder = root_of(filled) / "adapters" / "a"
     for name in ("aliases.jsonl", "audit.jsonl"):

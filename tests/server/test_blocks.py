@@ -206,6 +206,7 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
             prompt = [*stem[:length], data.draw(st.integers(3, 5))]
             new = sequence(prompt, data.draw(st.sampled_from("ab")))
             new.request.salt = data.draw(st.sampled_from(("", "acme")))
+            new.request.keep_prefix = data.draw(st.sampled_from((True, True, False)))
             shared = blocks.look_up(new, running)
             if shared is None or not blocks.take(new, shared, len(prompt) + 1):
                 continue

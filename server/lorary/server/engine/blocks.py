@@ -206,7 +206,7 @@ class Blocks:
 
     def publish(self, sequence: Sequence) -> None:
         """Put into the tree what a sequence has filled since the last time."""
-        if not (self.share and sequence.request.keep_prefix):
+        if not self._keeps(sequence):
             return
         while (len(sequence.path) + 1) * BLOCK <= sequence.num_computed:
             start = len(sequence.path) * BLOCK
@@ -221,7 +221,7 @@ class Blocks:
         kept = {node.block for node in sequence.path}
         start = len(sequence.path) * BLOCK
         tail = tuple(sequence.token_ids[start : sequence.num_computed])
-        if self.share and len(tail) >= _TAIL:
+        if self._keeps(sequence) and len(tail) >= _TAIL:
             node = self._child(sequence, tail)
             if node in self._idle_leaves:
                 self._idle_leaves.move_to_end(node)
@@ -232,6 +232,9 @@ class Blocks:
             if block not in kept:
                 heapq.heappush(self._free, block)
         sequence.blocks, sequence.path = [], []
+
+    def _keeps(self, sequence: Sequence) -> bool:
+        return self.share and sequence.request.keep_prefix
 
     def _child(self, sequence: Sequence, tokens: tuple[int, ...]) -> Node:
         """Return the node behind a sequence's path, made of the sequence's own block if it is new."""
