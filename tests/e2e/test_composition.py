@@ -6,10 +6,13 @@ import json
 import subprocess
 from typing import TYPE_CHECKING
 
+from tests.e2e.conftest import registry_cli
 from tests.processes import BIN
 from tests.server.test_composition import NUM_TOKENS, peft_composed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorary.client import Client
     from tests.e2e.conftest import World
     from tests.processes import ServerProcess
@@ -42,9 +45,16 @@ def test_the_command_line_composes(server: ServerProcess) -> None:
     assert "judge@1*0.7+alpha@1*0.3 mix:sha256:" in done.stderr
 
 
-def test_selfcheck_starts_a_server_and_finds_every_answer_the_same_in_company(world: World) -> None:
+def test_selfcheck_starts_a_server_and_finds_every_answer_the_same_in_company(
+    world: World, tmp_path: Path
+) -> None:
+    # Other tests of this folder leave damaged versions behind, which it would rightly report.
+    registry = tmp_path / "registry"
+    for name in ("alpha", "bravo"):
+        folder = world.folders[name]
+        registry_cli("push", folder, name, "--base", world.base, "--registry", registry)
     command = [str(BIN / "lorary"), "selfcheck", "--rounds", "2", "--json", "--"]
-    command += ["--base", str(world.base), "--registry", str(world.registry)]
+    command += ["--base", str(world.base), "--registry", str(registry)]
     command += ["--device", "cpu", "--dtype", "float32", "--max-context", "256"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -182,10 +182,16 @@ async def test_control_and_reflection_are_for_admins_and_leave_a_line(
                 await asked.read()
             assert caught.value.code() == code
     lines = [r.getMessage() for r in caplog.records if r.name == "lorary.audit"]
-    assert 'globex: /lorary.v1.Control/UnloadAdapter {adapter: "alpha"}: AccessDenied' in lines
+    unload = "/lorary.v1.Control/UnloadAdapter"
+    assert f'globex: {unload} {{adapter: "alpha" mode: UNLOAD_MODE_DRAIN}}: AccessDenied' in lines
+    assert (
+        "globex: /grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo {a stream}: "
+        "AccessDenied" in lines
+    )
     assert 'operations: /lorary.v1.Control/LoadAdapter {adapter: "alpha" pin: true}: ok' in lines
     assert (
-        'operations: /lorary.v1.Control/UnloadAdapter {adapter: "gamma"}: AdapterNotFound' in lines
+        f'operations: {unload} {{adapter: "gamma" mode: UNLOAD_MODE_DRAIN}}: AdapterNotFound'
+        in lines
     )
     assert not any(token in line for line in lines for token in (ACME, GLOBEX, ADMIN))
 

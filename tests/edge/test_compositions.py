@@ -143,11 +143,12 @@ async def test_leases_come_back_whatever_ends_the_call(edge: Edge, client: Async
     )
     call = edge.inference.Generate(request)
     await eventually(lambda: len(edge.engine.submitted) == 3)
-    # No part is held before all are there.
-    assert edge.residency.num_held == 0
+    # No part that is there is held before all are; one on its way is, or its load would be given up.
+    held = {lease.name for lease in edge.residency.leases if not lease.is_released}
+    assert held == {"beta"}
     call.cancel()
     await eventually(lambda: edge.engine.num_waiting == 0)
-    assert edge.residency.num_held == 0
+    await eventually(lambda: edge.residency.num_held == 0)
 
     call = edge.inference.Generate(request)
     await eventually(lambda: len(edge.engine.submitted) == 6)

@@ -393,7 +393,8 @@ async def test_errors_are_the_clients_own_classes(edge: Edge, client: openai.Asy
     ):
         edge.registry.broken = cause
         with pytest.raises(openai.APIStatusError) as broken:
-            await ask("alpha")
+            # By number, and another one each time: what an alias meant a moment ago would be served.
+            await ask(f"alpha@{status + len(str(cause))}")
         edge.registry.broken = None
         assert broken.value.status_code == status
         assert "/srv" not in broken.value.response.text

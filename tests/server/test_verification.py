@@ -193,7 +193,7 @@ def test_with_enforce_nobody_is_served_by_what_has_not_passed(
     assert {key[0] for key in world.collector.outputs} == {*ids.values(), *bad}
     assert world.engine.num_running == world.engine.num_waiting == 0
     cached = vars(world.engine)["_blocks"]._roots
-    assert not any(digest.startswith("probe/") for digest in cached)
+    assert not any(digest.startswith("probe/") for digest, _ in cached)
 
 
 def test_a_full_queue_does_not_keep_probes_out(make_probed: Callable[..., EngineWorld]) -> None:

@@ -60,7 +60,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "export": Entry(
         VERSIONS,
         "lorary.registry.cli_export:export",
-        "Write a version as a PEFT folder, a GGUF adapter for llama.cpp, or a merged model.",
+        "Write a version in the form that another program loads.",
         "export sentiment@prod ./gguf --to gguf",
     ),
     "import": Entry(
@@ -132,13 +132,13 @@ COMMANDS: Final[dict[str, Entry]] = {
     "audit": Entry(
         UPKEEP,
         "lorary.registry.cli_fsck:audit",
-        "Show every change of an adapter: who, when, what, from, to, and why.",
+        "Show every change of an adapter: who, when, what, and why; exit code 5 if it was tampered with.",
         "audit sentiment",
     ),
     "fsck": Entry(
         UPKEEP,
         "lorary.registry.cli_fsck:fsck",
-        "Find damage in a registry, and repair what can be repaired.",
+        "Look for damage and left-overs; exit code 5 if damage stays.",
         "fsck --repair --from hf://acme",
     ),
     "sign": Entry(
@@ -162,7 +162,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "poison": Entry(
         UPKEEP,
         "lorary.registry.cli_check:poison",
-        "Write a corpus of hostile and broken adapters, to try a loader with.",
+        "Write hostile adapters for a base, one folder each, and try a loader on them.",
         "poison corpus --base smollm2-135m",
     ),
     "mirror": Entry(

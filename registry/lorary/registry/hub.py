@@ -520,7 +520,12 @@ class HubStore:
     def untagged(self, name: str) -> list[int]:
         """Return the versions whose pusher died before it could tag them."""
         state, tags = self._renew(name), self._client.tags(self._repo(name))
-        return [p.version for p in state.readable() if f"v{p.version}" not in tags]
+        deleted = state.marks().deleted
+        return [
+            p.version
+            for p in state.readable()
+            if f"v{p.version}" not in tags and p.version not in deleted
+        ]
 
     def tag_missing(self, name: str) -> None:
         """Tag the versions that have no tag."""

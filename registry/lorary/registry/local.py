@@ -429,7 +429,8 @@ class LocalStore:
         if log is None:
             folder = self.folder(name)
             log = MarkLog(folder / "marks.jsonl", folder / "lock")
-            log = self._mark_logs.setdefault(name, log)
+            if self._of(name).newest():  # else not kept, as in _remember
+                log = self._mark_logs.setdefault(name, log)
         return log
 
     def _remember(self, name: str) -> Versions:

@@ -130,18 +130,19 @@ class VersionFolders:
         staged = unused_name(self.root / "tmp", "unpack")
         with storage_errors(f"unpack version {pointer.version} to {target}"):
             staged.mkdir()
-            for entry in manifest.files:
-                (staged / entry.path).parent.mkdir(exist_ok=True)
-                os.link(self.blobs.path(entry.sha256), staged / entry.path)
-            os.link(self.blobs.path(pointer.manifest_sha256), staged / MANIFEST_FILE)
-            for folder in {staged, *((staged / e.path).parent for e in manifest.files)}:
-                sync_folder(folder)
             try:
+                for entry in manifest.files:
+                    (staged / entry.path).parent.mkdir(exist_ok=True)
+                    os.link(self.blobs.path(entry.sha256), staged / entry.path)
+                os.link(self.blobs.path(pointer.manifest_sha256), staged / MANIFEST_FILE)
+                for folder in {staged, *((staged / e.path).parent for e in manifest.files)}:
+                    sync_folder(folder)
                 staged.rename(target)
             except OSError as error:
+                shutil.rmtree(staged)
+                # Another process may have been first, with the same files.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                shutil.rmtree(staged)  # another process was first, with the same files
             sync_folder(target.parent)
 
     def linked(self, *, without: Set[str]) -> set[str]:

@@ -10,6 +10,7 @@ import logging
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -151,7 +152,8 @@ class AccessInterceptor(Around):
             raise
         finally:
             if is_admins:
-                said = clip(" ".join(str(request).split()), MAX_AUDIT_CHARS)
+                told = str(request) if isinstance(request, Message) else "a stream"
+                said = clip(" ".join(told.split()), MAX_AUDIT_CHARS)
                 audit.info("%s: %s {%s}: %s", tenant.name, method, said, outcome)
 
 

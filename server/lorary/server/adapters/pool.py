@@ -23,6 +23,7 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.rounding import has_scales, product_error, round_rows
 from lorary.server.adapters.segments import PoolEntry
+from lorary.server.lazy_memory import lazy_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,12 +75,8 @@ class GroupPool:
         self.dtype = dtype
         storage = storage or dtype
         # Zeroed, for a module that an adapter leaves alone keeps rows of zeros.
-        self.a = torch.zeros(
-            len(spec.modules), capacity, spec.in_features, dtype=storage, device=device
-        )
-        self.b = tuple(
-            torch.zeros(capacity, out, dtype=storage, device=device) for out in spec.out_features
-        )
+        self.a = lazy_zeros((len(spec.modules), capacity, spec.in_features), storage, device)
+        self.b = tuple(lazy_zeros((capacity, out), storage, device) for out in spec.out_features)
         self.row_scales = (
             torch.zeros(len(spec.modules), capacity, device=device) if has_scales(storage) else None
         )

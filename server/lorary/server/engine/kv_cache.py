@@ -8,8 +8,6 @@ in order, so that a step's rows say only which slot they belong to.
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.ops import triton_ops
 from lorary.server.engine.blocks import BLOCK, blocks_for
+from lorary.server.lazy_memory import lazy_zeros
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
@@ -81,8 +80,10 @@ class KVCache:
         self.num_blocks = num_blocks
         size = (shape.num_layers, num_blocks, shape.num_kv_heads, BLOCK, shape.head_dim)
         try:
-            self.k = _lazy_zeros(size, dtype, device)
-            self.v = _lazy_zeros(size, dtype, device)
+            # Zeros, and not whatever memory held before, because attention reads positions beyond a
+            # row's own with a weight of exactly 0, and 0 times NaN would be NaN.
+            self.k = lazy_zeros(size, dtype, device)
+            self.v = lazy_zeros(size, dtype, device)
         except (RuntimeError, OSError, torch.OutOfMemoryError) as error:
             raise ConfigError(
                 f"no memory for {num_blocks} blocks of keys and values "
@@ -125,16 +126,3 @@ class KVCache:
         """Copy the first ``length`` positions of a block to another one, in every layer."""
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
-
-
-def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros that cost memory on the CPU only where they are written.
-
-    Zeros, and not whatever memory held before, because attention reads positions beyond a row's
-    own with a weight of exactly 0, and 0 times NaN would be NaN.
-    """
-    if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    count = math.prod(size)
-    buffer = mmap.mmap(-1, count * dtype.itemsize)
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(size)

@@ -62,6 +62,7 @@ class Sequence:
         self.is_plain = (
             sampling.is_greedy
             and not sampling.has_penalties
+            and not sampling.logit_bias
             and not sampling.min_tokens
             and sampling.logprobs is None
         )
