@@ -43,10 +43,14 @@ def test_mixed_batch_equals_peft_one_at_a_time(
 
     With a budget of 7 prompts are read in chunks while others decode.
     """
-    world = make_world(prefill_budget=prefill_budget, max_batch=6)
+    # Begun when all are there: else the first may have ended before the last is loaded.
+    world = make_world(prefill_budget=prefill_budget, max_batch=6, start=False)
+    for name in RECIPES:
+        world.residency.load(world.registry.resolve(name))
     names = [*RECIPES, "", *RECIPES, ""]
     asked = prompts(len(names))
     ids = [world.submit(p, n) for p, n in zip(asked, names, strict=True)]
+    world.engine.start()
     for request_id, name, prompt in zip(ids, names, asked, strict=True):
         tokens, finish, error = world.collector.wait(request_id)
         assert error is None
