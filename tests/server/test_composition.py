@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from lorary.server.adapters.composed import ComposedLease
     from tests.server.conftest import EngineWorld
 
 NUM_TOKENS = 10
@@ -137,6 +139,59 @@ def test_compositions_that_want_each_others_memory_all_end(
     for request_id, other in zip(got, expected, strict=True):
         assert small.collector.wait(request_id)[0] == roomy.collector.wait(other)[0]
     assert small.compositions.num_in_use == 0
+
+
+def becomes_ready(lease: ComposedLease) -> bool:
+    """Look at a lease as the engine does, until it is ready."""
+    for _ in range(250):
+        if lease.is_ready:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_what_arrives_for_one_that_waits_behind_is_free_for_the_first(
+    make_world: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(start=False)
+    load, may_come = world.residency._load, threading.Event()
+    pairs = [("alpha", "bravo"), ("delta", "foxtrot")]
+    # Parts are asked for by digest: the first of each pair comes at once, the second on a word.
+    parts = [sorted(map(world.registry.resolve, pair), key=lambda r: r.digest) for pair in pairs]
+    late = {second.digest for _, second in parts}
+
+    def loaded(resolved: Any) -> Any:
+        assert resolved.digest not in late or may_come.wait(30)
+        return load(resolved)
+
+    monkeypatch.setattr(world.residency, "_load", loaded)
+    first, behind = (world.compose(dict.fromkeys(pair, 0.5)) for pair in pairs)
+    for early, _ in parts:
+        world.residency.load(early)
+    assert not behind.is_ready
+    assert not first.is_ready
+    holders = {r.digest: r.num_holders for r in world.residency.snapshot()}
+    assert [holders[early.digest] for early, _ in parts] == [0, 0]
+    may_come.set()
+    assert becomes_ready(first)
+    first.release()
+    assert becomes_ready(behind)
+    behind.release()
+    assert all(r.num_holders == 0 for r in world.residency.snapshot())
+
+
+def test_parts_that_leave_after_one_answer_come_back_for_the_next(
+    make_world: Callable[..., EngineWorld],
+) -> None:
+    world = make_world(start=False)
+    first, second = (world.compose({"alpha": 0.5, "bravo": 0.5}) for _ in range(2))
+    assert becomes_ready(first)
+    first.release()
+    for name in ("alpha", "bravo"):
+        assert world.residency.demote(world.registry.resolve(name).digest)
+    assert becomes_ready(second)
+    second.release()
+    assert world.compositions.num_in_use == 0
 
 
 def test_a_part_that_cannot_be_loaded_fails_the_call_and_leaves_nothing_held(

@@ -116,8 +116,11 @@ class Compositions:
         with self._lock:
             if lease.is_released or composition.error is not None:
                 return False
-            is_first = next(iter(self._gathering), None) is composition
-            if not is_first and not all(part.is_ready for part in composition.asked):
+            # Others may hold it complete already, and let its parts go before this one gets them.
+            self._gathering.setdefault(composition)
+            if next(iter(self._gathering)) is composition:
+                self._let_go_of_arrived()
+            elif not all(part.is_ready for part in composition.asked):
                 return False
             try:
                 held = self._ask(composition)
@@ -173,6 +176,19 @@ class Compositions:
                 part.release()
         composition.asked = asked
         return tuple(asked) if is_complete else None
+
+    def _let_go_of_arrived(self) -> None:
+        """Give back what has come for compositions that are not complete: the first may need its memory.
+
+        They would not do it themselves before it is their turn to ask again.
+        """
+        for composition in self._gathering:
+            coming, composition.coming = composition.coming, []
+            for part in coming:
+                if part.is_ready or part.error is not None:
+                    part.release()
+                else:
+                    composition.coming.append(part)
 
     def _hold(
         self, lease: ComposedLease, composition: _Composition, held: tuple[Lease, ...]
