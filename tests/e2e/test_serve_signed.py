@@ -32,7 +32,8 @@ def test_only_signed_adapters_are_loaded(
     )
     shutil.copytree(world.registry, tmp_path / "registry")
     registry = Registry.open(tmp_path / "registry")
-    first, second = registry.list()[:2]
+    # By name: other tests push to this registry, too.
+    first, second = (registry.resolve(f"{name}@1") for name in ("alpha", "bravo"))
     registry.sign(f"{first.name}@{first.version}", tmp_path / "key.pem")
     monkeypatch.setenv("LORARY_SIGNATURES", "enforce")
     monkeypatch.setenv("LORARY_TRUSTED_KEYS", str(tmp_path / "key.pub"))
