@@ -19,6 +19,7 @@ from benchmarks.contenders.peers import missing
 from benchmarks.contenders.peers import versions as peer_versions
 from benchmarks.harness.machine import DOCUMENT, head, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.kept import Quiet
 from benchmarks.peers.catalog import CONTENDERS
 from benchmarks.plan import SEED, Plan, Popularity, Through
 from benchmarks.plot import draw
@@ -120,7 +121,7 @@ def main(
 def _run(
     plan: Plan, scratch: Path, path: Path, first: dict[str, Any], tolerate: bool, retries: int
 ) -> bool:
-    from benchmarks.measure import Quiet, measure
+    from benchmarks.measure import measure
     from benchmarks.setup import build, check
     from benchmarks.workload import Call, awake, choose
 

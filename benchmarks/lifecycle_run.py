@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.synthetic import RANK
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from benchmarks.lifecycle_parts import Engines
-    from benchmarks.measure import Quiet
 
 NAME = "lifecycle"
 CHURN, STILL = "churn", "still"
@@ -74,8 +73,6 @@ def main(
         "rank": RANK,
     }
     path = out or result_path(NAME)
-    from benchmarks.measure import Quiet
-
     quiet = Quiet(tolerate=tolerate_load, retries=retries)
     with tempfile.TemporaryDirectory(prefix="lorary-lifecycle-") as scratch:
         is_complete = _run(Path(scratch), path, setup, tuple(only or PARTS), quiet)
@@ -95,9 +92,9 @@ def _run(
     model = find_base(setup["base"])
     started_s = time.monotonic()
     repeats = range(setup["repeats"])
-    kept = _Kept(path, head(NAME, setup), quiet)
+    kept = Kept(path, head(NAME, setup), quiet)
     if "known" in parts:
-        kept.run("known", "", 0, lambda: measured.known(model, scratch, setup["known"]))
+        _keep(kept, "known", "", 0, lambda: measured.known(model, scratch, setup["known"]))
     if set(parts) == {"known"}:
         return kept.is_complete
     with console.status("making adapters") as status:
@@ -106,7 +103,8 @@ def _run(
         console.print(f"set up in {time.monotonic() - started_s:.0f} s")
         for repeat in repeats if "first token" in parts else ():
             for where in (measured.WARM, measured.HOST, measured.DISK):
-                kept.run(
+                _keep(
+                    kept,
                     "first token",
                     where,
                     repeat,
@@ -117,7 +115,9 @@ def _run(
         for part in ("arrivals", "zipf"):
             for repeat in repeats if part in parts else ():
                 for case in (STILL, CHURN) if repeat % 2 == 0 else (CHURN, STILL):
-                    kept.run(part, case, repeat, _part(engines, scratch, setup, part, case, repeat))
+                    _keep(
+                        kept, part, case, repeat, _part(engines, scratch, setup, part, case, repeat)
+                    )
     return kept.is_complete
 
 
@@ -138,38 +138,18 @@ def _part(
     )
 
 
-class _Kept:
-    """Runs a case until the machine was quiet, and keeps a record of every attempt."""
+def _keep(
+    kept: Kept, kind: str, case: str, repeat: int, measure: Callable[[], dict[str, Any]]
+) -> None:
+    """Keep what one case of a part measures, and print every attempt."""
 
-    def __init__(self, path: Path, record_head: dict[str, Any], quiet: Quiet) -> None:
-        self._path = path
-        self._head = record_head
-        self._quiet = quiet
-        self.is_complete = True
+    def make() -> dict[str, Any]:
+        found = measure()
+        console.print(f"{kind} {case}: {_said(found)}")
+        return {"kind": kind, "case": case, "repeat": repeat, **found}
 
-    def run(self, kind: str, case: str, repeat: int, measure: Callable[[], dict[str, Any]]) -> None:
-        is_accepted = False
-        for attempt in range(1 + self._quiet.retries):
-            meter = CpuMeter()
-            found = measure()
-            load = meter.stop()
-            is_quiet = load.foreign <= self._quiet.max_foreign
-            is_accepted = is_quiet or self._quiet.tolerate
-            record = {
-                "kind": kind,
-                "case": case,
-                "repeat": repeat,
-                **found,
-                "attempt": attempt,
-                "load": {"own_cores": load.own, "foreign_cores": load.foreign},
-                "quiet": is_quiet,
-                "accepted": is_accepted,
-            }
-            report.append(self._path, self._head | record)
-            console.print(f"{kind} {case}: {_said(found)}; others took {load.foreign:.2f} cores")
-            if is_accepted:
-                break
-        self.is_complete &= is_accepted
+    record = kept.measure(make)
+    console.print(f"{kind} {case}: others took {record['load']['foreign_cores']:.2f} cores")
 
 
 def medians(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], float]:

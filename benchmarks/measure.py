@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +11,8 @@ from benchmarks.harness.load import CpuMeter
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from benchmarks.kept import Quiet
     from benchmarks.workload import Call, Contender, Trace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quiet:
-    """When a run counts: others use at most ``max_foreign`` cores; else it is run again."""
-
-    max_foreign: float = 0.1
-    retries: int = 3
-    tolerate: bool = False
 
 
 def measure(

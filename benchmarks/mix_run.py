@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import options, report
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.kept import Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.mix_cases import (
     KNOWN,
@@ -152,7 +153,7 @@ def _run(
 
     from benchmarks.contenders.lorary_engine import LoraryEngine
     from benchmarks.library import adapter_bytes, bytes_on_disk, fill
-    from benchmarks.measure import Quiet, measure
+    from benchmarks.measure import measure
     from benchmarks.setup import MAX_CONTEXT, TEXT
     from benchmarks.workload import Prompts
     from lorary.bases import find_base

@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.step_run import PROMPT_TOKENS, QUIET, WARM_UP
 from benchmarks.synthetic import RANK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from benchmarks.harness.stepper import Stepper
     from benchmarks.roofline_model import Machine, Shape, Work
@@ -65,8 +65,8 @@ def main(
         "steps": steps,
     }
     path = out or result_path(NAME)
-    first = head(NAME, setup)
-    kept = _Kept(path, first, tolerate_load, retries)
+    quiet = Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load)
+    kept = Kept(path, head(NAME, setup), quiet)
     with tempfile.TemporaryDirectory(prefix="lorary-roofline-") as scratch:
         _run(Path(scratch), base, chosen, most, steps, kept)
     console.print(f"records: {path}")
@@ -76,39 +76,8 @@ def main(
         raise typer.Exit(1)
 
 
-class _Kept:
-    """Measures until the machine was quiet, and keeps every attempt."""
-
-    def __init__(self, path: Path, first: dict[str, Any], tolerate: bool, retries: int) -> None:
-        self._path = path
-        self._first = first
-        self._tolerate = tolerate
-        self._retries = retries
-        self.is_complete = True
-
-    def measure(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the accepted record, or the last one."""
-        for attempt in range(1 + self._retries):
-            meter = CpuMeter()
-            found = make()
-            load = meter.stop()
-            is_quiet = load.foreign <= QUIET
-            record = {
-                **found,
-                "attempt": attempt,
-                "load": {"own_cores": load.own, "foreign_cores": load.foreign},
-                "quiet": is_quiet,
-                "accepted": is_quiet or self._tolerate,
-            }
-            report.append(self._path, {**self._first, **record})
-            if record["accepted"]:
-                break
-        self.is_complete &= bool(record["accepted"])
-        return record
-
-
 def _run(
-    scratch: Path, name: str, representations: Sequence[str], most: int, steps: int, kept: _Kept
+    scratch: Path, name: str, representations: Sequence[str], most: int, steps: int, kept: Kept
 ) -> None:
     from benchmarks.harness.stepper import make_library
     from benchmarks.peaks import bandwidths, peaks

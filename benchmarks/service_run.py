@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -18,9 +19,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter, process_tree
+from benchmarks.harness.load import process_tree
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.server_process import ServerProcess
+from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from lorary.registry import Registry
 from lorary.v1 import inference_pb2 as pb
@@ -58,8 +60,8 @@ def main(
     used = threads or len(os.sched_getaffinity(0))
     setup = {"base": base, "threads": used, "streams": streams, "tokens": tokens}
     path = out or result_path(NAME)
-    first = head(NAME, setup)
-    is_complete = True
+    quiet = Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load)
+    kept = Kept(path, head(NAME, setup), quiet)
     prompts = _prompts(base, streams)
     with tempfile.TemporaryDirectory(prefix="lorary-service-") as scratch:
         Registry.open(Path(scratch) / "registry", create=True)
@@ -72,13 +74,12 @@ def main(
             for turn in range(rounds):
                 # Who is first has the caches of nobody.
                 for name in list(doors)[:: 1 if turn % 2 else -1]:
-                    is_complete &= _measure(
-                        name, doors[name], server, prompts, tokens, retries, path, first,
-                        is_tolerant=tolerate_load,
-                    )  # fmt: skip
+                    kept.measure(
+                        functools.partial(_round, name, doors[name], server, prompts, tokens)
+                    )
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not is_complete:
+    if not kept.is_complete:
         console.print("some rounds were not measured on a quiet machine; wait, or --tolerate-load")
         raise typer.Exit(1)
 
@@ -93,41 +94,25 @@ def _prompts(name: str, count: int) -> list[tuple[int, ...]]:
     return Prompts(tokenizer, TEXT).take(count, PROMPT_TOKENS, random.Random(0))
 
 
-def _measure(
+def _round(
     name: str,
     load: Load,
     server: ServerProcess,
     prompts: Sequence[Sequence[int]],
     tokens: int,
-    retries: int,
-    path: Path,
-    first: dict[str, Any],
-    *,
-    is_tolerant: bool,
-) -> bool:
-    """Measure one round of one door until it was undisturbed; whether it was."""
+) -> dict[str, Any]:
+    """Measure one round of one door."""
     pid = int(server.facts["pid"])
-    accepted = False
-    for attempt in range(1 + retries):
-        meter, ticks, started = CpuMeter(), process_tree(pid)[pid], time.monotonic()
-        count = asyncio.run(load(prompts, tokens))
-        seconds = time.monotonic() - started
-        cpu_s = (process_tree(pid)[pid] - ticks) / os.sysconf("SC_CLK_TCK")
-        foreign = meter.stop().foreign
-        accepted = foreign <= QUIET or is_tolerant
-        record = {
-            "kind": "round",
-            "door": name,
-            "tokens_per_s": round(count / seconds, 1),
-            "server_cpu_us_per_token": round(1e6 * cpu_s / count),
-            "load": {"foreign_cores": foreign},
-            "attempt": attempt,
-            "accepted": accepted,
-        }
-        report.append(path, {**first, **record})
-        if accepted:
-            break
-    return accepted
+    ticks, started = process_tree(pid)[pid], time.monotonic()
+    count = asyncio.run(load(prompts, tokens))
+    seconds = time.monotonic() - started
+    cpu_s = (process_tree(pid)[pid] - ticks) / os.sysconf("SC_CLK_TCK")
+    return {
+        "kind": "round",
+        "door": name,
+        "tokens_per_s": round(count / seconds, 1),
+        "server_cpu_us_per_token": round(1e6 * cpu_s / count),
+    }
 
 
 def _doors(server: ServerProcess) -> dict[str, Load]:

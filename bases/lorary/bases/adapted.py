@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lorary.bases.load import quiet_bitsandbytes
 from lorary.errors import CorruptArtifact, MissingDependency
+from lorary.registry.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
 _PROBES: Final = 4
 _PROBE_TOKENS: Final = 32
 REPORT_FILE: Final = "merge-report.json"
-_TOKENIZER_FILES: Final = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +88,7 @@ def merge_adapter(base: Path, adapter: Path, dest: Path, *, dtype: str = "bfloat
     if not all(bool(parameter.isfinite().all()) for parameter in rounded.parameters()):
         raise CorruptArtifact(f"the merged weights do not fit {dtype}; merge to bfloat16")
     rounded.save_pretrained(dest)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, dest / name)
     found = _deviation(wanted, _logits(rounded.float(), tokens), bare)

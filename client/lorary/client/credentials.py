@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from lorary.errors import ConfigError
+from lorary.loopback import is_loopback
 
 if TYPE_CHECKING:
     from typing import Any, Self
@@ -123,15 +123,7 @@ def is_local(target: str) -> bool:
     if target.startswith("unix:"):
         return True
     match = _LOCAL.fullmatch(target)
-    if match is None:
-        return False
-    host = match["host"].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return match is not None and is_loopback(match["host"].strip("[]"))
 
 
 def _path(variable: str) -> Path | None:

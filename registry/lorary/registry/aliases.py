@@ -28,7 +28,7 @@ from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact, StorageErr
 from lorary.registry.durable import append_line, locked, storage_errors, sync_file
 from lorary.registry.requirements import Figure, parse_figures
 from lorary.registry.splits import Canary, Split, is_change, parse_canary, replay_splits
-from lorary.registry.strict_json import parse_json
+from lorary.registry.strict_json import numbered_lines, parse_json
 
 MoveKind = Literal["set", "rollback", "canary"]
 _OPTIONAL: Final = frozenset({"figures", "forced"})
@@ -225,10 +225,8 @@ def parse_moves(raw: bytes, where: str) -> tuple[AliasMove, ...]:
     Raises:
         CorruptArtifact: a line before the last is no move.
     """
-    *lines, _torn = raw.split(b"\n")
-    places = [f"line {number} of {where}" for number in range(1, len(lines) + 1)]
     return tuple(
-        _move(parse_json(line, place), place) for line, place in zip(lines, places, strict=True)
+        _move(parse_json(line, place), place) for line, place in numbered_lines(raw, where)
     )
 
 

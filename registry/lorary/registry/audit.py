@@ -30,7 +30,7 @@ from lorary.errors import CorruptArtifact
 from lorary.registry.aliases import AliasMove, MoveKind
 from lorary.registry.durable import append_lines, storage_errors
 from lorary.registry.marks import Mark, MarkKind
-from lorary.registry.strict_json import parse_json
+from lorary.registry.strict_json import numbered_lines, parse_json
 from lorary.registry.versions import Pointer
 
 AUDIT_FILE: Final = "audit.jsonl"
@@ -241,15 +241,13 @@ def parse_audit(raw: bytes, where: str) -> tuple[AuditEvent, ...]:
     Raises:
         CorruptArtifact: a line is damaged, or was changed, added or taken out.
     """
-    *lines, _torn = raw.split(b"\n")
     events: list[AuditEvent] = []
     previous = _START
-    for number, line in enumerate(lines, start=1):
-        event = _event(line, f"line {number} of {where}")
+    for line, place in numbered_lines(raw, where):
+        event = _event(line, place)
         if event.previous != previous:
             raise CorruptArtifact(
-                f"line {number} of {where} does not follow the line before it: a line was changed, added "
-                "or taken out"
+                f"{place} does not follow the line before it: a line was changed, added or taken out"
             )
         previous = hashlib.sha256(line + b"\n").hexdigest()
         events.append(event)

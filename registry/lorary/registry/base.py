@@ -36,22 +36,12 @@ import numpy.typing as npt
 from lorary.errors import BaseNotFound, CorruptArtifact, StorageError
 from lorary.registry.safetensors_file import BASE_LIMITS, TensorInfo, read_header
 from lorary.registry.strict_json import parse_json, show
+from lorary.registry.tokenizer_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE: Final = ".lorary-card.json"
 _FORMAT_VERSION: Final = 1
-_TOKENIZER_FILES: Final = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 # Keys that a re-save changes and that say nothing about the computation.
 _VOLATILE_CONFIG: Final = frozenset({"_name_or_path", "transformers_version", "_commit_hash"})
 _LINEAR_DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -205,7 +195,7 @@ def _fingerprint(path: Path, config: Mapping[str, Any], weights: Mapping[str, li
         "config": {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG},
         "tokenizer": {
             name: hashlib.sha256(_read(path / name)).hexdigest()
-            for name in _TOKENIZER_FILES
+            for name in TOKENIZER_FILES
             if (path / name).exists()
         },
         "weights": weights,
@@ -285,7 +275,7 @@ def _stamp(path: Path) -> list[list[Any]]:
     if not (path / "config.json").is_file():
         what = "no config.json in it" if path.is_dir() else "no such folder"
         raise BaseNotFound(f"no base model at {path}: {what}")
-    optional = [path / name for name in (*_TOKENIZER_FILES, "model.safetensors.index.json")]
+    optional = [path / name for name in (*TOKENIZER_FILES, "model.safetensors.index.json")]
     files = [path / "config.json", *(f for f in optional if f.exists()), *_weight_files(path)]
     return [_stat(file) for file in files]
 

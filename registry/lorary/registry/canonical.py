@@ -23,7 +23,7 @@ from typing import Any, Final
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, AdapterFolder
 from lorary.registry.folding import fold
-from lorary.registry.manifest import Task
+from lorary.registry.manifest import Manifest, Task
 from lorary.registry.safetensors_file import (
     NUMPY_DTYPES,
     Array,
@@ -146,3 +146,14 @@ def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: s
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
     return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
+
+
+def digest_of(manifest: Manifest) -> str:
+    """Return the identity of the content that a manifest lists, whatever digest it names."""
+    sha256s = {entry.path: entry.sha256 for entry in manifest.files}
+    return content_digest(
+        base_fingerprint=manifest.base.fingerprint,
+        task=manifest.task,
+        config=sha256s.get(CONFIG_FILE, ""),
+        tensors=sha256s.get(TENSORS_FILE, ""),
+    )

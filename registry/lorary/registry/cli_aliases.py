@@ -13,6 +13,7 @@ from lorary.registry.aliases import UNSET, AliasMove, Unset
 from lorary.registry.cli_complete import complete_alias, complete_selector
 from lorary.registry.cli_options import (
     AliasArgument,
+    ExpectOption,
     ForceOption,
     JsonOption,
     NameArgument,
@@ -66,10 +67,7 @@ def alias(
         typer.Argument(help="3, @3, @canary or @sha256:ab12….", autocompletion=complete_selector),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
-    expect: Annotated[
-        str | None,
-        typer.Option(help="Change nothing unless the alias is at this version, or at 'none'."),
-    ] = None,
+    expect: ExpectOption = None,
     require: RequireOption = None,
     force: ForceOption = False,
     reason: ReasonOption = "",
@@ -118,10 +116,7 @@ def promote(
         str | None,
         typer.Option("--to", metavar="ALIAS", help="The alias.", autocompletion=complete_alias),
     ] = None,
-    expect: Annotated[
-        str | None,
-        typer.Option(help="Change nothing unless the alias is at this version, or at 'none'."),
-    ] = None,
+    expect: ExpectOption = None,
     require: RequireOption = None,
     force: ForceOption = False,
     reason: ReasonOption = "",

@@ -9,6 +9,7 @@ import typer
 from lorary.errors import InvalidRequest
 from lorary.registry import cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
+from lorary.registry.cli_options import JsonOption, ReasonOption, RegistryOption, open_registry
 from lorary.registry.cli_support import console, print_json
 from lorary.registry.refs import check_alias, check_name, parse_selector
 from lorary.registry.splits import LIMITS, Canary, Gates
@@ -40,28 +41,17 @@ def canary(
     promote: Annotated[
         bool, typer.Option("--promote", help="Move the alias to its canary.")
     ] = False,
-    reason: Annotated[str, typer.Option("--reason", help="Kept in the log.")] = "",
-    registry: Annotated[
-        str,
-        typer.Option(
-            "--registry",
-            envvar="LORARY_REGISTRY",
-            metavar="URL",
-            help="file:///path, a path, or hf://owner.",
-        ),
-    ] = DEFAULT_REGISTRY,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    reason: ReasonOption = "",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: JsonOption = False,
 ) -> None:
     """Let a second version answer a share of an alias's calls; end that, or promote it."""
-    # Imported here: what reads tensors takes longer to import than help takes to print.
-    from lorary.registry.store import Registry
-
     if (version is not None) + stop + promote != 1:
         raise InvalidRequest(
             "name a version (registry canary NAME prod 8 --percent 10), or --stop, or --promote"
         )
     check_alias(alias)
-    opened = Registry.open(registry)
+    opened = open_registry(registry)
     rollouts = opened.rollouts
     if stop:
         move = rollouts.stop(name, alias, reason=reason)

@@ -14,7 +14,12 @@ from rich.markup import escape
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter, InvalidRequest, MissingDependency
 from lorary.registry.cli_base import BaseOption, base_folder_and_card
-from lorary.registry.cli_options import JsonOption
+from lorary.registry.cli_options import (
+    AllowZeroOption,
+    JsonOption,
+    MaxRatioOption,
+    ResidualBaseOption,
+)
 from lorary.registry.cli_support import console, print_json, table
 from lorary.registry.manifest import MAX_RATIO, Accepted
 
@@ -36,19 +41,9 @@ def check(
             "loaded and compared."
         ),
     ] = None,
-    allow_zero: Annotated[
-        bool, typer.Option("--allow-zero", help="Accept an adapter that changes nothing.")
-    ] = False,
-    max_ratio: Annotated[
-        float,
-        typer.Option(min=0, help="Largest change of a module, in norms of the base's weight."),
-    ] = MAX_RATIO,
-    residual_base: Annotated[
-        bool,
-        typer.Option(
-            "--residual-base", help="The base is what PiSSA or its kin left: take it as it is."
-        ),
-    ] = False,
+    allow_zero: AllowZeroOption = False,
+    max_ratio: MaxRatioOption = MAX_RATIO,
+    residual_base: ResidualBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say everything that is wrong with an adapter, and who can load it with which deviation."""

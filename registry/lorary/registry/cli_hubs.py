@@ -12,7 +12,13 @@ import typer
 from lorary.errors import InvalidRequest
 from lorary.registry import cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY
-from lorary.registry.cli_options import JsonOption, NameArgument, RegistryOption, open_registry
+from lorary.registry.cli_options import (
+    AllowZeroOption,
+    JsonOption,
+    NameArgument,
+    RegistryOption,
+    open_registry,
+)
 from lorary.registry.cli_support import console, print_json, progress_bar
 from lorary.registry.refs import check_name
 
@@ -27,9 +33,7 @@ def import_adapter(
         typer.Option(help="Folder or name of its base; needed unless a registry made it."),
     ] = None,
     description: Annotated[str, typer.Option(help="A line for people.")] = "",
-    allow_zero: Annotated[
-        bool, typer.Option("--allow-zero", help="Accept an adapter that changes nothing.")
-    ] = False,
+    allow_zero: AllowZeroOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:

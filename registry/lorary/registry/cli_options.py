@@ -33,6 +33,27 @@ RequireOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Move a protected alias all the same; needs --reason.")
 ]
+ExpectOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expect", help="Change nothing unless the alias is at this version, or at 'none'."
+    ),
+]
+AllowZeroOption = Annotated[
+    bool, typer.Option("--allow-zero", help="Accept an adapter that changes nothing.")
+]
+MaxRatioOption = Annotated[
+    float,
+    typer.Option(
+        "--max-ratio", min=0, help="Largest change of a module, in norms of the base's weight."
+    ),
+]
+ResidualBaseOption = Annotated[
+    bool,
+    typer.Option(
+        "--residual-base", help="The base is what PiSSA or its kin left: take it as it is."
+    ),
+]
 RefArgument = Annotated[
     str,
     typer.Argument(

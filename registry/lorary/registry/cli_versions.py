@@ -12,10 +12,13 @@ from lorary.registry import cli_complete, cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY, is_hub
 from lorary.registry.cli_base import base_folder_and_card
 from lorary.registry.cli_options import (
+    AllowZeroOption,
     JsonOption,
+    MaxRatioOption,
     NameArgument,
     RefArgument,
     RegistryOption,
+    ResidualBaseOption,
     open_registry,
 )
 from lorary.registry.cli_support import console, print_json, progress_bar, warn
@@ -39,19 +42,9 @@ def push(
         typer.Option(help="Folder or name of its base; by default the one its manifest names."),
     ] = None,
     description: Annotated[str, typer.Option(help="A line for people.")] = "",
-    allow_zero: Annotated[
-        bool, typer.Option("--allow-zero", help="Accept an adapter that changes nothing.")
-    ] = False,
-    max_ratio: Annotated[
-        float,
-        typer.Option(min=0, help="Largest change of a module, in norms of the base's weight."),
-    ] = MAX_RATIO,
-    residual_base: Annotated[
-        bool,
-        typer.Option(
-            "--residual-base", help="The base is what PiSSA or its kin left: take it as it is."
-        ),
-    ] = False,
+    allow_zero: AllowZeroOption = False,
+    max_ratio: MaxRatioOption = MAX_RATIO,
+    residual_base: ResidualBaseOption = False,
     originals: Annotated[
         bool | None,
         typer.Option(

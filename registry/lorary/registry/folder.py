@@ -28,6 +28,7 @@ from typing import Final, cast
 from lorary.errors import CorruptArtifact, LoraryError, StorageError
 from lorary.registry.findings import Report, attempt, refuse
 from lorary.registry.strict_json import show
+from lorary.registry.tokenizer_files import TOKENIZER_FILES
 
 CONFIG_FILE: Final = "adapter_config.json"
 TENSORS_FILE: Final = "adapter_model.safetensors"
@@ -44,22 +45,7 @@ MAX_OTHER_BYTES: Final = 64 << 20
 _REPORT_SUFFIXES: Final = frozenset(
     {".csv", ".html", ".json", ".jsonl", ".md", ".png", ".svg", ".txt"}
 )
-_LEFT_OUT: Final = frozenset(
-    {
-        ".cache",
-        ".gitattributes",
-        ".lorary",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-    }
-)
+_LEFT_OUT: Final = frozenset({".cache", ".gitattributes", ".lorary", *TOKENIZER_FILES})
 _ORIGINALS: Final = tuple(f"{ORIGINAL_FOLDER}/{name}" for name in (CONFIG_FILE, TENSORS_FILE))
 _PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAGIC: Final = (

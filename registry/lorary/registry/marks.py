@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, get_args
 
 from lorary.errors import AdapterNotFound, CorruptArtifact
 from lorary.registry.durable import append_line, locked, storage_errors
-from lorary.registry.strict_json import parse_json
+from lorary.registry.strict_json import numbered_lines, parse_json
 
 MarkKind = Literal["deprecate", "restore", "delete", "protect", "unprotect"]
 _OF_ALIASES: Final = frozenset({"protect", "unprotect"})
@@ -154,10 +154,8 @@ def parse_marks(raw: bytes, where: str) -> Marks:
     Raises:
         CorruptArtifact: a line before the last is no mark.
     """
-    *lines, _torn = raw.split(b"\n")
-    places = [f"line {number} of {where}" for number in range(1, len(lines) + 1)]
     return replay_marks(
-        _mark(parse_json(line, place), place) for line, place in zip(lines, places, strict=True)
+        _mark(parse_json(line, place), place) for line, place in numbered_lines(raw, where)
     )
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from lorary.errors import AdapterNotFound, Conflict, CorruptArtifact
 from lorary.registry.backend import Store
 from lorary.registry.blobs import Progress, copy_file
-from lorary.registry.canonical import content_digest
+from lorary.registry.canonical import digest_of
 from lorary.registry.durable import storage_errors
-from lorary.registry.folder import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, scan_folder
+from lorary.registry.folder import MANIFEST_FILE, scan_folder
 from lorary.registry.manifest import Manifest
 from lorary.registry.marks import Mark
 from lorary.registry.refs import check_name
@@ -172,13 +172,7 @@ def _copy(
 
 
 def _check_digest(name: str, pointer: Pointer, manifest: Manifest) -> None:
-    sha256s = {entry.path: entry.sha256 for entry in manifest.files}
-    digest = content_digest(
-        base_fingerprint=manifest.base.fingerprint,
-        task=manifest.task,
-        config=sha256s.get(CONFIG_FILE, ""),
-        tensors=sha256s.get(TENSORS_FILE, ""),
-    )
+    digest = digest_of(manifest)
     if not manifest.digest == pointer.digest == digest:
         raise CorruptArtifact(
             f"{MANIFEST_FILE} of {name}@{pointer.version} has digest {digest[:19]}…, not "

@@ -87,13 +87,7 @@ class Rollouts:
         """
         split = expect or self._running(name, alias)
         move = self._describe(alias, split.version, reason=reason, actor=actor, kind=kind)
-        return self._store.move_alias(
-            name,
-            move,
-            expect=split.version,
-            expect_serial=split.serial,
-            admit=gate(self._store, name),
-        )
+        return self._end(name, split, move)
 
     def promote(
         self,
@@ -109,6 +103,10 @@ class Rollouts:
         move = self._describe(
             alias, split.canary.version, reason=reason or PROMOTED, actor=actor, kind="set"
         )
+        return self._end(name, split, move)
+
+    def _end(self, name: str, split: Split, move: AliasMove) -> AliasMove:
+        """Record a move that ends a canary, if it is still that one which runs."""
         return self._store.move_alias(
             name,
             move,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorary.errors import CorruptArtifact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -39,6 +42,16 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CorruptArtifact(f"{what} is a JSON {type(parsed).__name__}; it must be an object")
     return parsed
+
+
+def numbered_lines(raw: bytes, where: str) -> Iterator[tuple[bytes, str]]:
+    """Yield every line of a log, and what to call it in a message.
+
+    A last line without a newline was never acknowledged and is skipped.
+    """
+    *lines, _torn = raw.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        yield line, f"line {number} of {where}"
 
 
 def show(name: str) -> str:

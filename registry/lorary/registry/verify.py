@@ -7,8 +7,7 @@ from collections.abc import Container
 from lorary.errors import CorruptArtifact, LoraryError
 from lorary.registry.backend import Store
 from lorary.registry.blobs import Progress
-from lorary.registry.canonical import content_digest
-from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE
+from lorary.registry.canonical import digest_of
 from lorary.registry.manifest import Manifest
 from lorary.registry.results import VerifyReport, VersionCheck
 from lorary.registry.versions import Pointer
@@ -63,13 +62,7 @@ def check_identity(name: str, pointer: Pointer, manifest: Manifest) -> None:
         raise CorruptArtifact(
             f"manifest is of {manifest.name}@{manifest.version}, not of {name}@{pointer.version}"
         )
-    sha256s = {entry.path: entry.sha256 for entry in manifest.files}
-    digest = content_digest(
-        base_fingerprint=manifest.base.fingerprint,
-        task=manifest.task,
-        config=sha256s.get(CONFIG_FILE, ""),
-        tensors=sha256s.get(TENSORS_FILE, ""),
-    )
+    digest = digest_of(manifest)
     if not manifest.digest == pointer.digest == digest:
         raise CorruptArtifact(
             f"digest is {pointer.digest[:19]}…, but the content gives {digest[:19]}…"

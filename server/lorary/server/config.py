@@ -8,7 +8,6 @@ build a ``ServerConfig`` in Python.
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import math
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorary.errors import ConfigError
+from lorary.loopback import is_loopback
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.server.tls import TlsFiles
 
@@ -296,7 +296,7 @@ class ServerConfig:
             )
             if given is None
         ]
-        exposed = next((h for h in (self.host, self.http_address) if not _is_loopback(h)), None)
+        exposed = next((h for h in (self.host, self.http_address) if not is_loopback(h)), None)
         if exposed is not None and lacking and not self.insecure_bind:
             raise ConfigError(
                 f"host '{exposed}' is not loopback, and there is no {' and no '.join(lacking)}: "
@@ -354,7 +354,7 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def http_address(self) -> str:
@@ -388,15 +388,6 @@ def options_table() -> str:
             text += f" Or `{meta['env']}`."
         lines.append(f"| `{flag(field.name)}` | {default} | {text} |")
     return "\n".join(lines) + "\n"
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _shown_default(field: dataclasses.Field[Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.errors import AdapterNotFound, InvalidRequest, LoraryError, Unavailable
 from lorary.registry.aliases import UNSET
-from lorary.server.access.caller import tenant_name
+from lorary.server.access.identity import tenant_name
 from lorary.server.rollout import describe
 from lorary.server.rollout.aliases import AWAY
 from lorary.server.rollout.build import server_name

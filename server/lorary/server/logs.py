@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from lorary.server.access.caller import tenant_name
+from lorary.server.access.identity import tenant_name
 from lorary.server.interceptors import request_id
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from lorary.errors import DeadlineExceeded, LoraryError
 from lorary.server import answers, validate
-from lorary.server.access.caller import tenant_name
+from lorary.server.access.identity import tenant_name
 from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed

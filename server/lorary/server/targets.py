@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorary.errors import AdapterNotFound, IncompatibleAdapter, InvalidRequest
-from lorary.server.access import caller
+from lorary.server.access import identity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -107,17 +107,17 @@ class Targets:
             LoraryError: as ``lookup``.
         """
         if not ref:
-            caller.check_base()
-        if caller.current.get() is None:
+            identity.check_base()
+        if identity.current.get() is None:
             return await self._served(ref, key)
         # Asked first in any case, so that neither words nor time tell what exists.
         with suppress(AdapterNotFound):
             target = await self._served(ref, key)
-            if not ref or caller.may_use(target.name):
+            if not ref or identity.may_use(target.name):
                 return target
         raise AdapterNotFound(
             f"adapter '{ref}' does not exist, or is not visible to tenant "
-            f"'{caller.tenant_name()}'. Check the name; its administrator knows what is visible."
+            f"'{identity.tenant_name()}'. Check the name; its administrator knows what is visible."
         )
 
     async def _served(self, ref: str, key: str | None) -> Target:

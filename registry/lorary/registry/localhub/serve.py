@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorary.errors import ConfigError, MissingDependency
+from lorary.loopback import is_loopback
 from lorary.registry.localhub.auth import Tokens
 from lorary.registry.localhub.repos import Repos
 
@@ -45,7 +45,7 @@ def make_server(
         raise MissingDependency(
             f"registry serve needs {error.name}: pip install 'lorary[hub]'"
         ) from error
-    if tokens.is_open and not _is_loopback(host):
+    if tokens.is_open and not is_loopback(host):
         raise ConfigError(
             f"--host is {host}, which others can reach, and there are no tokens: everybody could "
             "change everything. Name a file with --tokens, or listen on 127.0.0.1."
@@ -76,10 +76,3 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port, or "
             "stop what listens there."
         ) from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from lorary.errors import AccessDenied, LoraryError, Unauthenticated
-from lorary.server.access import caller
+from lorary.server.access import identity
 from lorary.server.access.quotas import Quotas
 from lorary.server.access.tokens import token_hash
 from lorary.server.interceptors import Around
@@ -113,7 +113,7 @@ class Guard:
                 f"this call is for the role admin, and tenant '{tenant.name}' is a user."
             )
         # For as long as the call's task lives, which no other call shares.
-        caller.current.set(tenant)
+        identity.current.set(tenant)
         with self._quotas.held(tenant):
             yield
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
-from lorary.server.access.caller import may_use
+from lorary.server.access.identity import may_use
 from lorary.v1 import control_pb2
 
 if TYPE_CHECKING:

@@ -1,0 +1,61 @@
+"""Measure until the machine was quiet, and keep a record of every attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import report
+from benchmarks.harness.load import CpuMeter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quiet:
+    """When a run counts: others use at most ``max_foreign`` cores; else it is run again."""
+
+    max_foreign: float = 0.1
+    retries: int = 3
+    tolerate: bool = False
+
+
+class Kept:
+    """The records of one run of a benchmark.
+
+    Args:
+        path: the JSONL file that records are appended to.
+        first: what every record begins with.
+        quiet: when a measurement counts.
+
+    Attributes:
+        is_complete: whether all that was measured was accepted.
+    """
+
+    def __init__(self, path: Path, first: dict[str, Any], quiet: Quiet) -> None:
+        self._path = path
+        self._first = first
+        self._quiet = quiet
+        self.is_complete = True
+
+    def measure(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Measure once or several times; return the accepted record, or the last one."""
+        for attempt in range(1 + self._quiet.retries):
+            meter = CpuMeter()
+            found = make()
+            load = meter.stop()
+            is_quiet = load.foreign <= self._quiet.max_foreign
+            record = {
+                **found,
+                "attempt": attempt,
+                "load": {"own_cores": load.own, "foreign_cores": load.foreign},
+                "quiet": is_quiet,
+                "accepted": is_quiet or self._quiet.tolerate,
+            }
+            report.append(self._path, {**self._first, **record})
+            if record["accepted"]:
+                break
+        self.is_complete &= bool(record["accepted"])
+        return record
