@@ -76,12 +76,18 @@ def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 
 def run_and_kill(jobs: list[dict[str, Any]], kills: int) -> int:
-    """Run all jobs to their end, killing and restarting processes on the way; return how many."""
+    """Run all jobs to their end, killing and restarting processes on the way; return how many.
+
+    The kills are spread over the operations, not over time, so that a quick machine has as many.
+    """
     chance = random.Random(0)
     workers = [start(job) for job in jobs]
+    num_operations = sum(job["count"] for job in jobs)
     killed = 0
     while kills > killed and any(worker.poll() is None for worker in workers):
-        time.sleep(chance.uniform(0.02, 0.4))
+        time.sleep(chance.uniform(0.002, 0.05))
+        if num_begun(jobs) < num_operations * killed / (kills + 1):
+            continue
         number = chance.randrange(len(workers))
         # Only in the middle of its work: a process that has just begun has nothing to lose.
         if Path(jobs[number]["log"]).exists() and workers[number].poll() is None:
@@ -93,6 +99,12 @@ def run_and_kill(jobs: list[dict[str, Any]], kills: int) -> int:
         said = worker.communicate(timeout=3000)[1].decode()
         assert worker.returncode == 0, said
     return killed
+
+
+def num_begun(jobs: list[dict[str, Any]]) -> int:
+    """Return how many operations have begun in all."""
+    logs = (Path(job["log"]) for job in jobs)
+    return sum(log.read_bytes().count(b'"begin"') for log in logs if log.exists())
 
 
 def test_nothing_is_lost_or_made_up(

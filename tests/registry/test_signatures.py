@@ -22,6 +22,7 @@ from lorary.errors import ConfigError, CorruptArtifact, InvalidRequest
 from lorary.registry import Registry
 from lorary.registry.cli import app
 from lorary.registry.cli_support import exit_code_of
+from lorary.registry.mirror import mirror
 from lorary.registry.trust import TrustPolicy
 
 if TYPE_CHECKING:
@@ -113,6 +114,40 @@ def test_a_signed_version_is_used_and_no_other(
         "a@2", TrustPolicy(mode="warn", keys=(keys.public, keys.other_public))
     )
     assert by == str(keys.other_public)
+
+
+def test_signatures_go_along_with_a_mirror_where_they_hold(
+    forge: Forge, anywhere: Registry, keys: Keys, tmp_path: Path
+) -> None:
+    for seed in (1, 2, 3):
+        anywhere.push(forge.folder(str(seed), seed=seed), "a", base=forge.card, aliases=["prod"])
+    for version in (1, 3):
+        anywhere.sign(f"a@{version}", keys.private, actor="ada")
+    anywhere.delete("a@1", reason="old")
+    copy = Registry.open(tmp_path / "copy", create=True)
+    (done,) = mirror(anywhere, copy)
+    assert (done.num_signatures, done.num_unsigned) == (1, 0)
+    strict = Registry.open(copy.url, trust=keys.policy())
+    assert strict.fetch(strict.resolve("a@prod")).exists()
+    with pytest.raises(CorruptArtifact, match="a@2 is not signed"):
+        strict.fetch(strict.resolve("a@2"))
+    assert [(e.actor, e.subject) for e in copy.audit("a") if e.event == "sign"] == [("ada", "3")]
+    (again,) = mirror(anywhere, copy)
+    assert (again.num_signatures, again.num_unsigned) == (0, 0)
+    copy.sign("a@3", keys.other_private)
+    anywhere.sign("a@3", keys.private)
+    mirror(anywhere, copy)
+    with pytest.raises(CorruptArtifact, match="no trusted key"):
+        strict.fetch(strict.resolve("a@3"))
+
+
+def test_a_mirror_on_a_hub_counts_the_signatures_that_do_not_hold_there(
+    forge: Forge, registry: Registry, hub_url: str, keys: Keys
+) -> None:
+    registry.push(forge.folder("1"), "a", base=forge.card)
+    registry.sign("a@1", keys.private)
+    (done,) = mirror(registry, Registry.open(hub_url, create=True))
+    assert (done.num_signatures, done.num_unsigned) == (0, 1)
 
 
 def test_a_signature_holds_for_its_name_and_number_only(

@@ -87,6 +87,13 @@ def mirror(
         print_json(done)
     else:
         console().print(cli_tables.mirrored(done))
+        for one in done:
+            if one.num_unsigned:
+                console().print(
+                    f"{one.num_unsigned} signed versions of {one.name} have another manifest in {target}, "
+                    f"which their signatures do not cover: registry sign {one.name}@VERSION there",
+                    highlight=False,
+                )
 
 
 def login(as_json: JsonOption = False) -> None:

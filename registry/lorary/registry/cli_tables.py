@@ -161,7 +161,7 @@ def freed(found: Freed, *, is_dry: bool) -> Table:
 
 def mirrored(found: Sequence[Mirrored]) -> Table:
     """One row per adapter."""
-    result = table("adapter", "copied", "size", "there before", "moves", "marks")
+    result = table("adapter", "copied", "size", "there before", "moves", "marks", "signatures")
     for one in found:
         result.add_row(
             one.name,
@@ -170,6 +170,7 @@ def mirrored(found: Sequence[Mirrored]) -> Table:
             str(one.num_there),
             str(one.num_moves),
             str(one.num_marks),
+            str(one.num_signatures),
         )
     return result
 

@@ -353,7 +353,11 @@ class LocalStore:
     def _summarize(self, name: str, pointer: Pointer) -> None:
         summaries = self._summaries(name)
         try:
-            pointers = [pointer] if summaries.exists() else list(self.pointers(name))
+            pointers = [pointer]
+            if not summaries.exists():
+                # A deleted version may have no manifest here: a mirror takes its number only.
+                deleted = self.marks(name).deleted
+                pointers = [p for p in self.pointers(name) if p.version not in deleted]
             summaries.append([(p, self._folders.manifest(p)) for p in pointers])
         except (OSError, CorruptArtifact) as error:
             logger.warning(

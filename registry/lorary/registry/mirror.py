@@ -1,10 +1,12 @@
-"""Make one registry hold what another does: versions with their numbers, aliases and marks with their logs.
+"""Make one registry hold what another does: versions with their numbers, aliases, marks and signatures.
 
 A mirror may be repeated, and goes on where it was interrupted: versions that are there with the same
 digest are left alone, and so are lines of the logs. Where the two have gone apart (another content under a
 number, a move that the source does not know) nothing of that adapter is changed.
 
-A version's digest is the same on both sides. Its manifest need not be: a hub's versions have a model card.
+A version's digest is the same on both sides. Its manifest need not be: a hub's versions have a model card. A
+signature is over the manifest, too, so it goes along where manifests are equal, and is counted where they
+are not.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class Mirrored:
         num_bytes: bytes that were copied.
         num_moves: moves of aliases that were added to the log.
         num_marks: marks that were added.
+        num_signatures: signatures that were added.
+        num_unsigned: versions whose signature does not hold for the target's manifest: sign them there.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Mirrored:
     num_bytes: int = 0
     num_moves: int = 0
     num_marks: int = 0
+    num_signatures: int = 0
+    num_unsigned: int = 0
 
 
 def mirror(
@@ -99,6 +105,8 @@ def _mirror_one(source: Store, target: Store, name: str, progress: Progress | No
                 num_versions=result.num_versions + 1,
                 num_bytes=result.num_bytes + size,
             )
+    # Before the aliases: who enforces signatures must not be sent to a version that has none yet.
+    num_signatures, num_unsigned = _copy_signatures(source, target, name)
     moves = source.alias_moves(name)[len(target.alias_moves(name)) :]
     for move in moves:
         target.move_alias(name, move, expect=move.from_version)
@@ -106,7 +114,33 @@ def _mirror_one(source: Store, target: Store, name: str, progress: Progress | No
     missing = [mark for mark in source.marks(name).entries if not _taken(there, mark)]
     for mark in missing:
         target.mark(name, mark)
-    return dataclasses.replace(result, num_moves=len(moves), num_marks=len(missing))
+    return dataclasses.replace(
+        result,
+        num_moves=len(moves),
+        num_marks=len(missing),
+        num_signatures=num_signatures,
+        num_unsigned=num_unsigned,
+    )
+
+
+def _copy_signatures(source: Store, target: Store, name: str) -> tuple[int, int]:
+    """Add the signatures that the target lacks; return how many, and how many do not hold there."""
+    # The log first: on a hub, every signature is a file to ask for.
+    signers = {int(e.subject): e.actor for e in source.audit(name) if e.event == "sign"}
+    num_added = num_left = 0
+    for version in sorted(signers.keys() - source.marks(name).deleted.keys()):
+        signature = source.signature(name, version)
+        theirs, ours = source.pointer(name, version), target.pointer(name, version)
+        if signature is None or theirs is None or ours is None:
+            continue
+        if target.signature(name, version) is not None:
+            continue  # that of the target's own signer, or of an earlier run
+        if source.manifest(name, theirs) == target.manifest(name, ours):
+            target.put_signature(name, version, signature, signers[version])
+            num_added += 1
+        else:
+            num_left += 1
+    return num_added, num_left
 
 
 def _taken(there: Counter[Mark], mark: Mark) -> bool:
