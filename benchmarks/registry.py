@@ -5,8 +5,8 @@
     python benchmarks/registry.py --table               newest records → docs/benchmarks.md
 
 Every figure is taken in a process of its own. `cp` and `sha256sum` read and write the same bytes in the same
-folder; a push reads, checks, rewrites and hashes a copy, a pull hashes another, and both sync it, which `cp`
-does not: so the same with `sync FILE` after `cp` is measured, too.
+folder, once; a push reads, checks, rewrites and hashes a copy, a pull hashes another, and both sync it, which
+`cp` does not: so the same with `sync FILE` after `cp` is measured, too.
 """
 
 import sys

@@ -27,7 +27,7 @@ QUIET = 0.2
 """Most cores that others may use on average."""
 BARS = {
     "transfer": (
-        "times `cp` + `sync` + `sha256sum`, a push and a pull of 100 MB beside two of them",
+        "times `cp` + `sha256sum` of 100 MB, once and not synced, for a push and a pull of it",
         1.5,
     ),
     "list": ("seconds to list 10,000 versions", 0.5),
@@ -115,7 +115,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
     transfer = found.get("transfer")
     if transfer is not None:
         for key, what in (
-            ("beside_one", "the same, beside `cp` + `sync` + `sha256sum` once"),
+            ("beside_synced", "the same, beside `cp` + `sync` + `sha256sum` once"),
             ("push_s", "seconds of a push of 100 MB"),
             ("pull_s", "seconds of a pull of 100 MB"),
             ("synced_s", "seconds of `cp`, `sync`, `sha256sum` of the same bytes"),

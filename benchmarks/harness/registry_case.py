@@ -106,8 +106,8 @@ def transfer(work: Path) -> dict[str, float]:
     push = timed(lambda: registry.push(folder, "a", base=card))
     pull = timed(lambda: registry.pull("a", work / "out"))
     return {
-        "figure": (push + pull) / (2 * synced),
-        "beside_one": (push + pull) / synced,
+        "figure": (push + pull) / plain,
+        "beside_synced": (push + pull) / synced,
         "push_s": push,
         "pull_s": pull,
         "plain_s": plain,
