@@ -31,7 +31,7 @@ def library(forge: Forge, hub_url: str) -> list[str]:
     names = [f"a{k}" for k in range(4)]
     for seed, name in enumerate(names):
         registry.push(forge.folder(name, seed=seed), name, base=forge.card)
-    budget = registry._store._budget  # type: ignore[attr-defined]
+    budget = registry._store._versions._budget  # type: ignore[attr-defined]
     for folder in unpacked(registry):
         age(folder, 3600)
     budget.free(1 << 40)
@@ -41,7 +41,7 @@ def library(forge: Forge, hub_url: str) -> list[str]:
 
 def unpacked(registry: Registry) -> list[Path]:
     store: Any = registry._store
-    return sorted((store._cache.root / "unpacked").iterdir())
+    return sorted((store._versions.cache.root / "unpacked").iterdir())
 
 
 def age(folder: Path, seconds: float) -> None:
@@ -56,7 +56,7 @@ def size_of(registry: Registry, name: str) -> int:
 def test_the_longest_unused_goes_and_comes_back(library: list[str], hub_url: str) -> None:
     probe = Registry.open(hub_url)
     each = max(size_of(probe, name) for name in library)
-    manifests = probe._store._budget.num_bytes()  # type: ignore[attr-defined]
+    manifests = probe._store._versions._budget.num_bytes()  # type: ignore[attr-defined]
     limit = manifests + int(2.5 * each)
     registry = Registry.open(hub_url, cache_bytes=limit)
     folders = {}
@@ -69,7 +69,7 @@ def test_the_longest_unused_goes_and_comes_back(library: list[str], hub_url: str
     registry.fetch(registry.resolve("a2"))
     assert folders["a0"].exists()
     assert not folders["a1"].exists()
-    assert registry._store._budget.num_bytes() <= limit  # type: ignore[attr-defined]
+    assert registry._store._versions._budget.num_bytes() <= limit  # type: ignore[attr-defined]
     assert registry.fetch(registry.resolve("a1")).exists()
 
 
@@ -118,8 +118,8 @@ def test_what_was_evicted_is_unavailable_while_the_hub_is_away(
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     monkeypatch.setenv("HF_ENDPOINT", nowhere)
     offline = Registry.open(hub_url)
-    offline._store._states = registry._store._states  # type: ignore[attr-defined]
-    offline._store._watches = True  # type: ignore[attr-defined]
+    offline._store._repos._states = registry._store._repos._states  # type: ignore[attr-defined]
+    offline._store._repos._watches = True  # type: ignore[attr-defined]
     assert offline.fetch(here) == folder
     assert offline.manifest(gone).name == "a1"
     with pytest.raises(RegistryUnavailable):
@@ -162,5 +162,5 @@ def test_two_processes_on_one_folder_never_see_a_torn_version(
             assert not thread.is_alive()
         assert other.wait(120) == 0
     assert problems == []
-    root = registry._store._cache.root  # type: ignore[attr-defined]
+    root = registry._store._versions.cache.root  # type: ignore[attr-defined]
     assert not [p for p in (root / "tmp").iterdir() if p.name.startswith(("evicted", "unpack"))]

@@ -250,7 +250,7 @@ def test_equal_moves_at_one_moment_have_one_winner(forge: Forge, hub_url: str) -
 def test_a_watching_registry_answers_from_memory(
     forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("lorary.registry.hub.RENEW_S", 0.05)
+    monkeypatch.setattr("lorary.registry.hub_repos.RENEW_S", 0.05)
     with running_hub(tmp_path / "hub") as hub:
         use_hub(monkeypatch, hub.address, tmp_path / "home")
         writer = Registry.open("hf://acme")
@@ -261,7 +261,7 @@ def test_a_watching_registry_answers_from_memory(
         writer.set_alias("a", "prod", 2)
         writer.push(forge.folder("3", seed=3), "b", base=forge.card)
         wait_for(lambda: server.resolve("a@prod").digest == digest)
-        wait_for(lambda: "b" in (server._store._known or ()))  # type: ignore[attr-defined]
+        wait_for(lambda: "b" in (server._store._repos._known or ()))  # type: ignore[attr-defined]
         with caplog.at_level(logging.WARNING):
             assert server.resolve("b").version == 1
     wait_for(lambda: "answering from memory" in caplog.text)

@@ -94,9 +94,9 @@ def test_who_was_the_latest(forge: Forge, registry: Registry) -> None:
         file = Path(registry.url.removeprefix("file://")) / f"adapters/a/versions/{version}.json"
         file.write_bytes(staged.to_json())
     assert whowas(registry, "a", "latest", "2026-01-02T10:00").version == 2
-    registry.delete("a@3")
+    deleted = registry.delete("a@3")
     held = whowas(registry, "a", "latest", "2026-01-04")
-    assert (held.version, held.until) == (3, pointer.created_at)
+    assert (held.version, held.until) == (3, deleted.at)
     assert "deleted" not in held.deleted
     assert held.deleted.startswith("on ")
 

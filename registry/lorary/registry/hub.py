@@ -18,14 +18,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import random
-import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, TypeVar
@@ -34,47 +30,35 @@ from lorary.errors import (
     AlreadyExists,
     Conflict,
     CorruptArtifact,
-    InvalidRef,
-    LoraryError,
     RegistryUnavailable,
-    StorageError,
 )
-from lorary.registry.address import hub_owner
 from lorary.registry.aliases import Admit, AliasMove, Unset, compared
 from lorary.registry.audit import AuditEvent
-from lorary.registry.blobs import Progress, check_file
-from lorary.registry.cache_budget import CacheBudget, is_full
-from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
+from lorary.registry.blobs import Progress
+from lorary.registry.durable import storage_errors, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES, README_FILE
-from lorary.registry.gc import GC_LOCK
 from lorary.registry.hub_audit import hub_audit
-from lorary.registry.hub_card import TAG, empty_card, write_card
+from lorary.registry.hub_card import empty_card, write_card
 from lorary.registry.hub_client import HubClient
 from lorary.registry.hub_errors import StaleHead
 from lorary.registry.hub_gc import collect
-from lorary.registry.hub_state import NOTHING, STATE_FOLDER, HubState, appended, read_state
+from lorary.registry.hub_repos import HubRepos
+from lorary.registry.hub_state import STATE_FOLDER, HubState, appended
+from lorary.registry.hub_versions import HubVersions
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import FileEntry, Manifest
 from lorary.registry.marks import Mark, Marks
-from lorary.registry.refs import check_name
 from lorary.registry.results import Freed
 from lorary.registry.signing import MAX_SIGNATURE_BYTES
 from lorary.registry.splits import Split, is_change
 from lorary.registry.summaries import Summary, read_summaries
-from lorary.registry.unpacked import VersionFolders
 from lorary.registry.versions import Pointer
 
 logger = logging.getLogger(__name__)
 
-FRESH_S: Final = 1.0
-"""How old what is known of a repository may be when somebody asks; changes always read anew."""
-RENEW_S: Final = 5.0
-"""How often a watching store looks for changes."""
 RACE_S: Final = 60.0
 """How long a change is retried while others come first."""
-_READERS: Final = 8
 _OURS_TO_REPLACE: Final = frozenset({".gitattributes", README_FILE})
-_TITLE: Final = re.compile(r"v([1-9][0-9]*): ")
 
 T = TypeVar("T")
 
@@ -93,51 +77,36 @@ class HubStore:
     """
 
     def __init__(self, address: str, *, watch: bool = False, cache_bytes: int = 0) -> None:
-        self._owner, self._prefix = hub_owner(address)
         self._client = HubClient()
-        self._cache = VersionFolders(_cache_root())
-        self._cache.create()
-        self._budget = CacheBudget(self._cache, cache_bytes)
-        self._states: dict[str, tuple[float, HubState]] = {}
-        self._known: frozenset[str] | None = None
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._trouble = ""
-        self._watches = watch
-        if watch:
-            threading.Thread(target=self._watch, name="registry-watch", daemon=True).start()
+        self._repos = HubRepos(self._client, address, watch=watch)
+        self._versions = HubVersions(self._client, self._repos, cache_bytes=cache_bytes)
 
     @property
     def url(self) -> str:
         """The store's address."""
-        return f"hf://{self._owner}" + (f"/{self._prefix}" if self._prefix else "")
+        return self._repos.url
 
     def close(self) -> None:
         """Stop watching."""
-        self._stop.set()
+        self._repos.close()
 
     # -- reading ------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """Return all adapters that have a version."""
-        if self._watches and self._known is not None:
-            return sorted(name for name in self._known if self._state(name).newest)
-        heads = self._heads()
-        with ThreadPoolExecutor(_READERS) as pool:
-            states = list(pool.map(lambda item: self._at(*item), heads.items()))
-        return sorted(name for name, state in zip(heads, states, strict=True) if state.newest)
+        return self._repos.names()
 
     def newest(self, name: str) -> int:
         """Return the newest version's number."""
-        return self._state(name).newest
+        return self._repos.state(name).newest
 
     def pointer(self, name: str, version: int) -> Pointer | None:
         """Return a version's pointer."""
-        return self._state(name).pointer(version)
+        return self._repos.state(name).pointer(version)
 
     def pointers(self, name: str) -> Iterator[Pointer]:
         """Yield the pointers that can be read."""
-        return self._state(name).readable()
+        return self._repos.state(name).readable()
 
     def summaries(self, name: str) -> Iterator[tuple[Pointer, Summary]]:
         """Yield what lists show of every version."""
@@ -145,100 +114,60 @@ class HubStore:
 
     def alias_state(self, name: str) -> Mapping[str, int]:
         """Return where every alias points."""
-        return self._state(name).alias_state()
+        return self._repos.state(name).alias_state()
 
     def alias_splits(self, name: str) -> Mapping[str, Split]:
         """Return the canaries that run."""
-        return self._state(name).alias_splits()
+        return self._repos.state(name).alias_splits()
 
     def trouble(self) -> str:
         """Say what the watch met last, if the Hub was away."""
-        return self._trouble
+        return self._repos.trouble
 
     def alias_moves(self, name: str) -> tuple[AliasMove, ...]:
         """Return all moves."""
-        return self._state(name).alias_moves()
+        return self._repos.state(name).alias_moves()
 
     def marks(self, name: str) -> Marks:
         """Return all marks."""
-        return self._state(name).marks()
+        return self._repos.state(name).marks()
 
     def manifest(self, name: str, pointer: Pointer) -> Manifest:
         """Return a version's manifest, from this machine or from the Hub."""
-        try:
-            return self._cache.manifest(pointer)
-        except CorruptArtifact:
-            _, raw = self._locate(name, pointer)
-            self._keep_manifest(raw, pointer)
-            return self._cache.manifest(pointer)
+        return self._versions.manifest(name, pointer)
 
     def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, fetched if they are not here, whole and checked."""
-        if not self._cache.has(pointer):
-            self._budget.admit(self._size(name, pointer))
-        try:
-            folder = self._fetch(name, pointer, progress)
-        except StorageError as error:
-            # A full disk: what was not used for long makes way, once.
-            if not is_full(error) or not self._budget.free(self._size(name, pointer)):
-                raise
-            folder = self._fetch(name, pointer, progress)
-        self._budget.used(folder)
-        return folder
-
-    def _fetch(self, name: str, pointer: Pointer, progress: Progress | None) -> Path:
-        with self._budget.reading():
-            if self._cache.has(pointer):
-                try:
-                    return self._cache.fetch(pointer, progress)
-                except CorruptArtifact as error:
-                    logger.warning("fetching %s@%d again: %s", name, pointer.version, error)
-                    self._cache.drop(pointer)
-            self._download(name, pointer, progress or _nobody)
-            return self._cache.fetch(pointer)
-
-    def _size(self, name: str, pointer: Pointer) -> int:
-        return sum(entry.size for entry in self.manifest(name, pointer).files)
+        return self._versions.fetch(name, pointer, progress)
 
     def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, fetched if they are not here, not checked."""
-        if not self._cache.has(pointer):
-            self._download(name, pointer, progress or _nobody)
-        return self._cache.locate(pointer)
+        return self._versions.locate(name, pointer, progress)
 
     def check(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Manifest:
         """Fetch every file anew and compare it; return the manifest."""
-        repo_id = self._repo(name)
-        commit, raw = self._locate(name, pointer)
-        manifest = Manifest.from_json(raw)
-        with self.staging() as folder:
-            for entry in manifest.files:
-                path = self._client.download(
-                    repo_id, entry.path, commit, folder, progress or _nobody
-                )
-                check_file(path, entry.sha256, entry.size)
-        return manifest
+        return self._versions.check(name, pointer, progress)
 
     # -- changing -----------------------------------------------------------------------------
 
     def staging(self) -> AbstractContextManager[Path]:
         """Give an empty folder beside what was fetched, removed at the end."""
-        return self._cache.staging()
+        return self._versions.cache.staging()
 
     def signature(self, name: str, version: int) -> bytes | None:
         """Return a version's signature, read at the head."""
-        head = self._state(name).head
+        head = self._repos.state(name).head
         if not head:
             return None
         path = f"{STATE_FOLDER}/signatures/v{version}.json"
-        return self._client.read(self._repo(name), path, head, MAX_SIGNATURE_BYTES)
+        return self._client.read(self._repos.repo(name), path, head, MAX_SIGNATURE_BYTES)
 
     def put_signature(self, name: str, version: int, signature: bytes, actor: str) -> None:
         """Keep a version's signature at the head, in a commit of its own."""
-        repo_id = self._repo(name)
+        repo_id = self._repos.repo(name)
 
         def attempt() -> None:
-            state = self._renew(name)
+            state = self._repos.renew(name)
             path = f"{STATE_FOLDER}/signatures/v{version}.json"
             commit = self._client.commit(
                 repo_id,
@@ -246,16 +175,16 @@ class HubStore:
                 title=f"sign v{version}: {actor}",
                 add={path: signature, **appended(state)},
             )
-            self._renew(name, commit)
+            self._repos.renew(name, commit)
 
         self._retried(name, attempt)
 
     def audit(self, name: str) -> tuple[AuditEvent, ...]:
         """Return every change; the history of commits is the log, and tells who pushed."""
-        state = self._renew(name)
+        state = self._repos.renew(name)
         if not state.head:
             return ()
-        history = self._client.history(self._repo(name))
+        history = self._client.history(self._repos.repo(name))
         return hub_audit(state.readable(), state.alias_moves(), state.marks().entries, history)
 
     def commit(
@@ -269,7 +198,7 @@ class HubStore:
         actor: str = "",
     ) -> Pointer:
         """Make the files of ``staged`` a version, unless one has the same content already."""
-        repo_id = self._repo(name)
+        repo_id = self._repos.repo(name)
 
         def attempt() -> Pointer:
             state = self._ready_for(name, repo_id)
@@ -295,8 +224,8 @@ class HubStore:
                 told=progress,
             )
             self._client.tag(repo_id, f"v{pointer.version}", commit)
-            self._tag_all(repo_id, self._renew(name, commit))
-            self._keep(staged, manifest, pointer)
+            self._tag_all(repo_id, self._repos.renew(name, commit))
+            self._versions.keep(staged, manifest, pointer)
             return pointer
 
         return self._retried(name, attempt)
@@ -311,10 +240,10 @@ class HubStore:
         admit: Admit | None = None,
     ) -> AliasMove:
         """Append a move to the log in a commit of its own."""
-        repo_id = self._repo(name)
+        repo_id = self._repos.repo(name)
 
         def attempt() -> AliasMove:
-            state = self._renew(name)
+            state = self._repos.renew(name)
             done = compared(move, state.alias_state(), expect)
             if admit is not None:
                 done = admit(done)
@@ -328,17 +257,17 @@ class HubStore:
                     title=f"alias {done.alias} {target}",
                     add=appended(state, move=done.to_json()),
                 )
-                self._renew(name, commit)
+                self._repos.renew(name, commit)
             return done
 
         return self._retried(name, attempt)
 
     def mark(self, name: str, mark: Mark, allow: Callable[[], None] | None = None) -> None:
         """Append a mark to the log in a commit of its own; a deleted version's files leave the head."""
-        repo_id = self._repo(name)
+        repo_id = self._repos.repo(name)
 
         def attempt() -> None:
-            state = self._renew(name)
+            state = self._repos.renew(name)
             state.marks()
             if allow is not None:
                 allow()
@@ -359,13 +288,13 @@ class HubStore:
             )
             if mark.kind == "delete":
                 self._client.untag(repo_id, f"v{mark.version}")
-            self._renew(name, commit)
+            self._repos.renew(name, commit)
 
         self._retried(name, attempt)
 
     def reserve(self, name: str, pointer: Pointer, mark: Mark) -> None:
         """Take the next number for a version that is deleted, in a commit of its own."""
-        repo_id = self._repo(name)
+        repo_id = self._repos.repo(name)
 
         def attempt() -> None:
             state = self._ready_for(name, repo_id)
@@ -381,7 +310,7 @@ class HubStore:
                 title=f"reserve v{pointer.version}",
                 add={**lines, **card},
             )
-            self._renew(name, commit)
+            self._repos.renew(name, commit)
 
         self._retried(name, attempt)
 
@@ -391,8 +320,8 @@ class HubStore:
             name: [p for p in self.pointers(name) if p.version in self.marks(name).deleted]
             for name in self.names()
         }
-        repos = {self._repo(name): pointers for name, pointers in gone.items() if pointers}
-        return collect(self._cache, repos, grace_s=grace_s, is_dry=is_dry)
+        repos = {self._repos.repo(name): pointers for name, pointers in gone.items() if pointers}
+        return collect(self._versions.cache, repos, grace_s=grace_s, is_dry=is_dry)
 
     def _shown_instead(
         self, name: str, repo_id: str, state: HubState, mark: Mark
@@ -405,7 +334,7 @@ class HubStore:
         for pointer in reversed(list(state.readable())):
             if pointer.version not in deleted:
                 folder = self.fetch(name, pointer)
-                entries = self._cache.manifest(pointer).files
+                entries = self._versions.cache.manifest(pointer).files
                 paths = [*(entry.path for entry in entries), MANIFEST_FILE]
                 return {path: folder / path for path in paths}
         return {README_FILE: empty_card(name)}
@@ -438,10 +367,10 @@ class HubStore:
 
     def _ready_for(self, name: str, repo_id: str) -> HubState:
         """Return the newest state of a repository that may take a version; it is made if need be."""
-        state = self._renew(name)
+        state = self._repos.renew(name)
         if not state.head:
             self._client.create(repo_id)
-            state = self._renew(name)
+            state = self._repos.renew(name)
             if not state.head:
                 raise RegistryUnavailable(
                     f"{repo_id} was created, but has no commit yet; try again"
@@ -487,17 +416,6 @@ class HubStore:
         )
         return manifest, pointer
 
-    def _keep(self, staged: Path, manifest: Manifest, pointer: Pointer) -> None:
-        """Keep what was just pushed, so that this machine need not fetch it."""
-        try:
-            with locked(self._cache.root / GC_LOCK, shared=True), self._budget.reading():
-                for entry in manifest.files:
-                    self._cache.blobs.put(staged / entry.path, entry.sha256)
-                self._cache.blobs.put(staged / MANIFEST_FILE, pointer.manifest_sha256)
-                self._cache.unpack(pointer)
-        except StorageError as error:
-            logger.warning("the push is done, but %s is not kept here: %s", pointer.digest, error)
-
     def _tag_all(self, repo_id: str, state: HubState) -> None:
         """Tag versions whose pusher died before it could, and untag deleted ones likewise."""
         tags = self._client.tags(repo_id)
@@ -512,14 +430,14 @@ class HubStore:
         ]
         if not missing:
             return
-        by_version = self._commits_by_version(repo_id)
+        by_version = self._versions.commits_by_version(repo_id)
         for version in missing:
             for commit in by_version.get(version, ())[:1]:
                 self._client.tag(repo_id, f"v{version}", commit)
 
     def untagged(self, name: str) -> list[int]:
         """Return the versions whose pusher died before it could tag them."""
-        state, tags = self._renew(name), self._client.tags(self._repo(name))
+        state, tags = self._repos.renew(name), self._client.tags(self._repos.repo(name))
         deleted = state.marks().deleted
         return [
             p.version
@@ -529,7 +447,7 @@ class HubStore:
 
     def tag_missing(self, name: str) -> None:
         """Tag the versions that have no tag."""
-        self._tag_all(self._repo(name), self._renew(name))
+        self._tag_all(self._repos.repo(name), self._repos.renew(name))
 
     def _is_whole(self, name: str, pointer: Pointer) -> bool:
         """Tell whether a version's manifest can still be read."""
@@ -539,197 +457,3 @@ class HubStore:
             logger.warning("%s@%d cannot be restored: %s", name, pointer.version, error)
             return False
         return True
-
-    # -- fetching -----------------------------------------------------------------------------
-
-    def _download(self, name: str, pointer: Pointer, told: Progress) -> None:
-        repo_id = self._repo(name)
-        commit, raw = self._locate(name, pointer)
-        manifest = Manifest.from_json(raw)
-        # The folder's name is the content's, so that a fetch goes on where a killed one stopped.
-        folder = self._cache.root / "tmp" / f"fetch-{pointer.manifest_sha256}"
-        with (
-            locked(self._cache.root / "tmp" / f"{folder.name}.lock"),
-            locked(self._cache.root / GC_LOCK, shared=True),
-        ):
-            if self._cache.has(pointer):
-                return
-            self._keep_manifest(raw, pointer)
-            with storage_errors(f"write to {folder}"):
-                make_folder(folder)
-            for entry in manifest.files:
-                self._fetch_file(repo_id, commit, entry, folder, told)
-            self._cache.unpack(pointer)
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _fetch_file(
-        self, repo_id: str, commit: str, entry: FileEntry, folder: Path, told: Progress
-    ) -> None:
-        blobs = self._cache.blobs
-        if blobs.path(entry.sha256).exists():
-            try:
-                blobs.check(entry.sha256, entry.size, told)
-            except CorruptArtifact:
-                blobs.path(entry.sha256).unlink(missing_ok=True)
-            else:
-                return
-        path = self._client.download(repo_id, entry.path, commit, folder, told)
-        try:
-            check_file(path, entry.sha256, entry.size)
-        except CorruptArtifact as error:
-            path.unlink(missing_ok=True)
-            raise CorruptArtifact(
-                f"{entry.path} of {repo_id} is not what its manifest says ({error}); "
-                "push the adapter again"
-            ) from error
-        with storage_errors(f"store {entry.path}"), path.open("rb+") as file:
-            os.fsync(file.fileno())
-        blobs.put(path, entry.sha256)
-
-    def _keep_manifest(self, raw: bytes, pointer: Pointer) -> None:
-        staged = unused_name(self._cache.root / "tmp", "manifest")
-        with storage_errors("store a manifest"):
-            write_new(staged, raw)
-            self._cache.blobs.put(staged, pointer.manifest_sha256)
-            staged.unlink(missing_ok=True)
-
-    def _locate(self, name: str, pointer: Pointer) -> tuple[str, bytes]:
-        """Return the commit that holds a version, and its manifest's bytes.
-
-        That is the tag's; a tag that is missing or was moved is made up for by the history.
-
-        Raises:
-            CorruptArtifact: no commit holds it as it was pushed.
-        """
-        repo_id = self._repo(name)
-        tagged = self._client.head(repo_id, f"v{pointer.version}")
-        found = self._holding(repo_id, [tagged] if tagged else [], pointer)
-        if found is None:
-            commits = self._commits_by_version(repo_id).get(pointer.version, [])
-            found = self._holding(repo_id, commits, pointer)
-        if found is not None:
-            return found
-        raise CorruptArtifact(
-            f"{repo_id} has no commit that holds version {pointer.version} as it was pushed; its tag "
-            "or history was changed. Push the adapter again."
-        )
-
-    def _holding(
-        self, repo_id: str, commits: list[str], pointer: Pointer
-    ) -> tuple[str, bytes] | None:
-        for commit in commits:
-            raw = self._client.read(repo_id, MANIFEST_FILE, commit, MAX_JSON_BYTES)
-            if raw and hashlib.sha256(raw).hexdigest() == pointer.manifest_sha256:
-                return commit, raw
-        return None
-
-    def _commits_by_version(self, repo_id: str) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
-        for commit, title in self._client.titles(repo_id):
-            match = _TITLE.match(title)
-            if match is not None:
-                found.setdefault(int(match[1]), []).append(commit)
-        return found
-
-    # -- what is known of repositories --------------------------------------------------------
-
-    def _state(self, name: str) -> HubState:
-        """Return what is known of an adapter, recent enough."""
-        check_name(name)
-        known = self._states.get(name)
-        if self._watches:
-            if known is not None:
-                return known[1]
-            if self._known is not None and name not in self._known:
-                return NOTHING
-        elif known is not None and time.monotonic() - known[0] < FRESH_S:
-            return known[1]
-        return self._renew(name)
-
-    def _renew(self, name: str, head: str | None = None) -> HubState:
-        """Read what the Hub says now of an adapter; ``head`` if it is known."""
-        repo_id = self._repo(name)
-        return self._at(name, head or self._client.head(repo_id) or "")
-
-    def _at(self, name: str, head: str) -> HubState:
-        known = self._states.get(name)
-        if not head:
-            with self._lock:
-                self._states.pop(name, None)
-            return NOTHING
-        if known is not None and known[1].head == head:
-            state = known[1]
-        else:
-            state = read_state(self._client, self._repo(name), head)
-        if state.newest:
-            # Only what exists is remembered: anybody may ask for names that do not.
-            with self._lock:
-                self._states[name] = (time.monotonic(), state)
-        return state
-
-    def _heads(self) -> dict[str, str]:
-        """Return the adapters that the Hub lists, with their heads."""
-        start = f"{self._owner}/" + (f"{self._prefix}-" if self._prefix else "")
-        heads: dict[str, str] = {}
-        for repo_id, head in self._client.models(self._owner, TAG).items():
-            name = repo_id[len(start) :]
-            if repo_id.startswith(start) and _is_name(name):
-                heads[name] = head
-        return heads
-
-    def _watch(self) -> None:
-        """Renew what is in memory until the store is closed; the Hub may be away meanwhile."""
-        while not self._stop.is_set():
-            try:
-                self._look()
-            except LoraryError as error:
-                if not self._trouble:
-                    logger.warning("answering from memory: %s", error)
-                self._trouble = str(error)
-            else:
-                if self._trouble:
-                    logger.warning("the hub answers again")
-                self._trouble = ""
-            self._stop.wait(RENEW_S)
-
-    def _look(self) -> None:
-        heads = self._heads()
-        with self._lock:
-            known = {name: state.head for name, (_, state) in self._states.items()}
-        for name, head in known.items():
-            if heads.get(name) != head:
-                # Lists may lag behind; the repository itself does not.
-                self._renew(name)
-        self._known = frozenset(heads) | frozenset(self._states)
-
-    def _repo(self, name: str) -> str:
-        """Return the repository of an adapter.
-
-        Raises:
-            InvalidRef: no repository can have that name.
-        """
-        if "/" in check_name(name):
-            raise InvalidRef(
-                f"adapter name '{name}' has a team; on a hub the owner is the team: use registry "
-                f"hf://{name.partition('/')[0]} and '{name.partition('/')[2]}'"
-            )
-        if "--" in name or name.endswith(".git"):
-            raise InvalidRef(f"adapter name '{name}' cannot name a repository: '--', '.git'")
-        return f"{self._owner}/{f'{self._prefix}-' if self._prefix else ''}{name}"
-
-
-def _is_name(text: str) -> bool:
-    try:
-        check_name(text)
-    except InvalidRef:
-        return False
-    return "/" not in text
-
-
-def _nobody(_: int) -> None:
-    """Be told of progress and do nothing."""
-
-
-def _cache_root() -> Path:
-    home = os.environ.get("LORARY_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "lorary") / "hub"

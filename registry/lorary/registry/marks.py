@@ -78,6 +78,11 @@ class Marks:
     deleted: Mapping[int, Mark] = field(default_factory=dict)
     protected: Mapping[str, Mark] = field(default_factory=dict)
 
+    def why_deprecated(self, version: int) -> str:
+        """Return who deprecated a version, when and why; empty if nobody did."""
+        mark = self.deprecated.get(version)
+        return "" if mark is None else str(mark)
+
     def check_there(self, name: str, version: int) -> None:
         """Raise ``AdapterNotFound`` if a version was deleted."""
         mark = self.deleted.get(version)

@@ -15,10 +15,7 @@ What happens in a push:
 from __future__ import annotations
 
 import builtins
-import getpass
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -31,23 +28,23 @@ from lorary.registry.blobs import Progress
 from lorary.registry.fsck import GRACE_S, FsckReport, fsck
 from lorary.registry.gates import deletable, gate
 from lorary.registry.gc import DEFAULT_GRACE_S
+from lorary.registry.listing import described, described_version, listed
 from lorary.registry.local import utc_now
 from lorary.registry.manifest import MAX_RATIO, Accepted, Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.publish import stage_version
 from lorary.registry.pull import check_free, copy_version
-from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name, parse_ref
+from lorary.registry.refs import LATEST, AdapterRef, check_alias, check_name
 from lorary.registry.requirements import parse_requirement
+from lorary.registry.resolving import Resolver
 from lorary.registry.results import Freed, Resolved, VerifyReport, VersionInfo
 from lorary.registry.rollouts import Rollouts
 from lorary.registry.signing import sign_folder
 from lorary.registry.splits import Canary
-from lorary.registry.summaries import Summary, summarized
 from lorary.registry.trust import Trust, TrustPolicy
+from lorary.registry.user import current_user
 from lorary.registry.verify import verify_all, verify_version
 from lorary.registry.versions import Pointer
-
-logger = logging.getLogger(__name__)
 
 MAX_MAX_RATIO: Final = 1e30
 
@@ -57,6 +54,7 @@ class Registry:
 
     def __init__(self, store: Store, trust: TrustPolicy | None = None) -> None:
         self._store = store
+        self._resolver = Resolver(store)
         self._trust = Trust(trust or TrustPolicy(), store.url)
 
     @classmethod
@@ -165,13 +163,15 @@ class Registry:
                 originals=originals,
                 progress=progress,
             )
-            pointer = self._store.commit(name, staged, draft, progress, actor=actor or _user())
+            pointer = self._store.commit(
+                name, staged, draft, progress, actor=actor or current_user()
+            )
         for alias in aliases:
             try:
                 self._move(name, alias, pointer.version, actor=actor, reason="push")
             except Refused as error:
                 raise Refused(f"pushed as {name}@{pointer.version}, but {error}") from error
-        return self._info(name, pointer)
+        return described_version(self._store, name, pointer)
 
     def resolve(self, ref: str | AdapterRef) -> Resolved:
         """Return what a ref means just now; one or two ``stat`` calls once an adapter is known.
@@ -180,37 +180,7 @@ class Registry:
             InvalidRef: the text is not a ref, or a digest prefix fits several versions.
             AdapterNotFound: no such adapter, alias, version or digest.
         """
-        if isinstance(ref, str):
-            ref = parse_ref(ref)
-        marks = self._store.marks(ref.name)
-        if ref.digest is not None:
-            self._known(ref.name)
-            return self._resolve_digest(ref.name, ref.digest, marks)
-        if ref.alias is None or ref.alias == LATEST:
-            newest = self._known(ref.name)
-            version = ref.version or _latest(ref.name, newest, marks)
-        else:
-            # The commonest: the log's status alone tells that nothing has changed, or is gone.
-            version = self._store.alias_state(ref.name).get(ref.alias, 0)
-            if not version:
-                raise AdapterNotFound(
-                    f"adapter '{ref.name}' has no alias '{ref.alias}'; it has "
-                    f"{', '.join(sorted(self.aliases(ref.name)))}"
-                )
-        pointer = self._store.pointer(ref.name, version)
-        if pointer is None:
-            raise AdapterNotFound(
-                f"adapter '{ref.name}' has no version {version}; it has 1 to "
-                f"{self._known(ref.name)}"
-            )
-        marks.check_there(ref.name, pointer.version)
-        return Resolved(
-            name=ref.name,
-            version=pointer.version,
-            digest=pointer.digest,
-            alias=ref.alias,
-            deprecated=_deprecated(marks, pointer.version),
-        )
+        return self._resolver.resolve(ref)
 
     def manifest(self, resolved: Resolved) -> Manifest:
         """Return a version's manifest, checked against its digest.
@@ -219,7 +189,7 @@ class Registry:
             AdapterNotFound: the version is gone.
             CorruptArtifact: the manifest is missing or damaged.
         """
-        return self._store.manifest(resolved.name, self._pointer(resolved))
+        return self._store.manifest(resolved.name, self._resolver.pointer(resolved))
 
     def fetch(self, resolved: Resolved, progress: Progress | None = None) -> Path:
         """Return a read-only PEFT folder of the version, every file checked just now.
@@ -230,7 +200,7 @@ class Registry:
             AdapterNotFound: the version is gone.
             CorruptArtifact: a file is missing or damaged, or its signature is not as asked for.
         """
-        pointer = self._pointer(resolved)
+        pointer = self._resolver.pointer(resolved)
         folder = self._store.fetch(resolved.name, pointer, progress)
         self._check_trust(folder, resolved, pointer)
         return folder
@@ -252,7 +222,7 @@ class Registry:
         resolved = ref if isinstance(ref, Resolved) else self.resolve(ref)
         dest = Path(dest).absolute()
         check_free(dest)
-        pointer, manifest = self._pointer(resolved), self.manifest(resolved)
+        pointer, manifest = self._resolver.pointer(resolved), self.manifest(resolved)
         left = sum(entry.size for entry in manifest.files)
 
         def fetched(count: int) -> None:
@@ -286,48 +256,15 @@ class Registry:
 
         A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
         """
-        infos: builtins.list[VersionInfo] = []
-        for name in self._store.names():
-            marks = self._marks_or_none(name)
-            if marks is None:
-                continue
-            aliases = _aliases_by_version(self._store.alias_state(name))
-            infos.extend(
-                _version_info(name, pointer, summary, aliases, marks)
-                for pointer, summary in self._store.summaries(name)
-                if pointer.version not in marks.deleted
-            )
-        return infos
+        return listed(self._store)
 
     def described(self) -> Iterator[tuple[VersionInfo, Manifest]]:
         """Yield what ``list`` returns, each with its manifest."""
-        for name in self._store.names():
-            marks = self._marks_or_none(name)
-            if marks is None:
-                continue
-            aliases = _aliases_by_version(self._store.alias_state(name))
-            for pointer in self._store.pointers(name):
-                if pointer.version in marks.deleted:
-                    continue
-                try:
-                    manifest = self._store.manifest(name, pointer)
-                except CorruptArtifact as error:
-                    logger.warning("leaving out %s@%d: %s", name, pointer.version, error)
-                    continue
-                summary = summarized(manifest)
-                yield _version_info(name, pointer, summary, aliases, marks), manifest
-
-    def _marks_or_none(self, name: str) -> Marks | None:
-        """Return an adapter's marks; None, with a warning, when they are damaged."""
-        try:
-            return self._store.marks(name)
-        except CorruptArtifact as error:
-            logger.warning("leaving out %s: %s", name, error)
-            return None
+        return described(self._store)
 
     def info(self, resolved: Resolved) -> VersionInfo:
         """Return one version's description for people."""
-        return self._info(resolved.name, self._pointer(resolved))
+        return described_version(self._store, resolved.name, self._resolver.pointer(resolved))
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return where every alias points, ``latest`` included.
@@ -335,10 +272,7 @@ class Registry:
         Raises:
             AdapterNotFound: no such adapter.
         """
-        newest = self._known(name)
-        marks = self._store.marks(name)
-        latest = {} if len(marks.deleted) == newest else {LATEST: _latest(name, newest, marks)}
-        return {**latest, **self._store.alias_state(name)}
+        return self._resolver.aliases(name)
 
     def set_alias(
         self,
@@ -372,7 +306,7 @@ class Registry:
             Refused: a requirement is not met, or the alias is protected.
         """
         _check_movable(alias)
-        newest = self._known(name)
+        newest = self._resolver.known(name)
         if version is not None and self._store.pointer(name, version) is None:
             raise AdapterNotFound(
                 f"adapter '{name}' has no version {version}; it has 1 to {newest}"
@@ -399,7 +333,7 @@ class Registry:
             Refused: the alias is protected, and there is no reason.
         """
         _check_movable(alias)
-        self._known(name)
+        self._resolver.known(name)
         split = self.rollouts.of(name, alias)
         if split is not None:
             return self.rollouts.stop(
@@ -416,7 +350,7 @@ class Registry:
         Raises:
             AdapterNotFound: no such adapter.
         """
-        self._known(name)
+        self._resolver.known(name)
         return [m for m in self._store.alias_moves(name) if alias in (None, m.alias)]
 
     def marks(self, name: str) -> Marks:
@@ -425,7 +359,7 @@ class Registry:
         Raises:
             AdapterNotFound: no such adapter.
         """
-        self._known(name)
+        self._resolver.known(name)
         return self._store.marks(name)
 
     def protect(
@@ -454,14 +388,14 @@ class Registry:
             AdapterNotFound: no such adapter, or the alias is not protected.
         """
         _check_movable(alias)
-        self._known(name)
+        self._resolver.known(name)
         for text in require:
             parse_requirement(text)
         if not is_on and alias not in self._store.marks(name).protected:
             raise AdapterNotFound(f"alias '{alias}' of '{name}' is not protected")
         mark = Mark(
             at=utc_now(),
-            actor=actor or _user(),
+            actor=actor or current_user(),
             kind="protect" if is_on else "unprotect",
             alias=alias,
             require=tuple(text.strip() for text in require),
@@ -494,7 +428,7 @@ class Registry:
             raise AdapterNotFound(f"{resolved.name}@{resolved.version} is not deprecated")
         mark = Mark(
             at=utc_now(),
-            actor=actor or _user(),
+            actor=actor or current_user(),
             kind="deprecate" if is_on else "restore",
             version=resolved.version,
             reason=reason,
@@ -529,7 +463,7 @@ class Registry:
             )
         mark = Mark(
             at=utc_now(),
-            actor=actor or _user(),
+            actor=actor or current_user(),
             kind="delete",
             version=resolved.version,
             reason=reason,
@@ -576,9 +510,11 @@ class Registry:
             MissingDependency: ``lorary[signing]`` is not installed.
         """
         resolved = self.resolve(ref)
-        folder = self._store.fetch(resolved.name, self._pointer(resolved))
+        folder = self._store.fetch(resolved.name, self._resolver.pointer(resolved))
         signature = sign_folder(folder, key, certificate=certificate, chain=chain)
-        self._store.put_signature(resolved.name, resolved.version, signature, actor or _user())
+        self._store.put_signature(
+            resolved.name, resolved.version, signature, actor or current_user()
+        )
         return resolved
 
     def verify_signature(
@@ -599,7 +535,7 @@ class Registry:
             CorruptArtifact: the signature is missing or not right, or the version is older.
         """
         resolved = self.resolve(ref)
-        pointer = self._pointer(resolved)
+        pointer = self._resolver.pointer(resolved)
         folder = self._store.fetch(resolved.name, pointer)
         signature = self._store.signature(resolved.name, resolved.version)
         trust = Trust(policy, self.url)
@@ -613,7 +549,7 @@ class Registry:
             AdapterNotFound: no such adapter.
             CorruptArtifact: the log was tampered with.
         """
-        self._known(name)
+        self._resolver.known(name)
         return [*self._store.audit(name)]
 
     def verify(
@@ -627,7 +563,9 @@ class Registry:
         if ref is None:
             return verify_all(self._store, progress)
         resolved = self.resolve(ref)
-        check = verify_version(self._store, resolved.name, self._pointer(resolved), progress)
+        check = verify_version(
+            self._store, resolved.name, self._resolver.pointer(resolved), progress
+        )
         return VerifyReport(checks=(check,))
 
     def fsck(
@@ -656,7 +594,7 @@ class Registry:
             repair=repair,
             sources=[source._store for source in sources],
             grace_s=grace_s,
-            actor=actor or _user(),
+            actor=actor or current_user(),
             progress=progress,
         )
 
@@ -664,42 +602,6 @@ class Registry:
         if self._trust.policy.mode != "off":
             signature = self._store.signature(resolved.name, resolved.version)
             self._trust.check(folder, resolved, pointer, signature)
-
-    def _known(self, name: str) -> int:
-        newest = self._store.newest(check_name(name))
-        if not newest:
-            raise AdapterNotFound(f"adapter '{name}' is not in the registry")
-        return newest
-
-    def _pointer(self, resolved: Resolved) -> Pointer:
-        self._known(resolved.name)
-        pointer = self._store.pointer(resolved.name, resolved.version)
-        if pointer is None or pointer.digest != resolved.digest:
-            raise AdapterNotFound(
-                f"version {resolved.version} of adapter '{resolved.name}' is no longer "
-                f"{resolved.digest[:19]}…; resolve the ref again"
-            )
-        return pointer
-
-    def _resolve_digest(self, name: str, digest: str, marks: Marks) -> Resolved:
-        fits = [p for p in self._store.pointers(name) if p.digest.startswith(digest)]
-        found = [p for p in fits if p.version not in marks.deleted]
-        if fits and not found:
-            marks.check_there(name, fits[-1].version)
-        if not found:
-            raise AdapterNotFound(f"adapter '{name}' has no version with digest {digest}…")
-        if len({pointer.digest for pointer in found}) > 1:
-            numbers = ", ".join(str(pointer.version) for pointer in found)
-            raise InvalidRef(
-                f"digest {digest}… fits versions {numbers} of '{name}'; give more digits"
-            )
-        newest = found[-1]
-        return Resolved(
-            name=name,
-            version=newest.version,
-            digest=newest.digest,
-            deprecated=_deprecated(marks, newest.version),
-        )
 
     def _move(
         self,
@@ -730,7 +632,7 @@ class Registry:
     ) -> AliasMove:
         return AliasMove(
             at=utc_now(),
-            actor=actor or _user(),
+            actor=actor or current_user(),
             alias=alias,
             from_version=None,
             to_version=version,
@@ -739,64 +641,7 @@ class Registry:
             canary=canary,
         )
 
-    def _info(self, name: str, pointer: Pointer) -> VersionInfo:
-        summary = summarized(self._store.manifest(name, pointer))
-        aliases = _aliases_by_version(self._store.alias_state(name))
-        return _version_info(name, pointer, summary, aliases, self._store.marks(name))
-
-
-def _aliases_by_version(state: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
-    found: dict[int, tuple[str, ...]] = {}
-    for alias, version in sorted(state.items()):
-        found[version] = (*found.get(version, ()), alias)
-    return found
-
-
-def _version_info(
-    name: str,
-    pointer: Pointer,
-    summary: Summary,
-    aliases: Mapping[int, tuple[str, ...]],
-    marks: Marks,
-) -> VersionInfo:
-    return VersionInfo(
-        name=name,
-        version=pointer.version,
-        digest=pointer.digest,
-        aliases=aliases.get(pointer.version, ()),
-        created_at=pointer.created_at,
-        size_bytes=summary.size_bytes,
-        rank=summary.rank,
-        base_name=summary.base_name,
-        base_fingerprint=summary.base_fingerprint,
-        task_kind=summary.task_kind,
-        metrics=summary.metrics,
-        deprecated=_deprecated(marks, pointer.version),
-    )
-
-
-def _latest(name: str, newest: int, marks: Marks) -> int:
-    """Return the newest version that is not deleted."""
-    version = newest
-    while version in marks.deleted:
-        version -= 1
-    if not version:
-        marks.check_there(name, newest)
-    return version
-
-
-def _deprecated(marks: Marks, version: int) -> str:
-    mark = marks.deprecated.get(version)
-    return "" if mark is None else str(mark)
-
 
 def _check_movable(alias: str) -> None:
     if check_alias(alias) == LATEST:
         raise InvalidRef(f"alias '{LATEST}' is always the newest version and cannot be moved")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without an entry in passwd
-        return f"uid-{os.getuid()}"
