@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from lorary.bases import PromptBuilder
 from lorary.errors import InvalidRecipe, MissingDependency
 from lorary.trainer.batches import IGNORED, collate, plan_batches
-from lorary.trainer.data import (
-    Neighbours,
-    Row,
-    encode_rows,
-    jaccard,
-    load_splits,
-    words_of,
-)
+from lorary.trainer.data import Row, encode_rows, load_splits
 from lorary.trainer.recipe_file import build_recipe
+from lorary.trainer.similarity import jaccard, words_of
 from lorary.trainer.sources import Example, read_examples
 
 if TYPE_CHECKING:
@@ -56,7 +50,7 @@ def file_recipe(path: Path, **data: Any) -> Recipe:
         ("a.csv", 'text,target\n"x,y\n', "is not CSV"),
         ("a.csv", "text,label\nx,y\n", "line 2 has no column 'target'"),
         ("a.csv", "text,target\n", "no usable example"),
-        ("a.txt", "x", "must end in .jsonl or .csv"),
+        ("a.md", "x", "must end in one of .jsonl, .json"),
     ],
 )
 def test_bad_file_is_refused_by_line(tmp_path: Path, name: str, content: str, says: str) -> None:
@@ -178,19 +172,6 @@ def test_impossible_split_is_refused(
     with pytest.raises(InvalidRecipe) as caught:
         load_splits(make_recipe(task=task, **data))
     assert says in str(caught.value)
-
-
-words = st.frozensets(st.sampled_from("abcdefgh"), max_size=6)
-
-
-@given(texts=st.lists(words, min_size=1, max_size=12), threshold=st.floats(0.05, 1.0))
-def test_neighbours_agree_with_comparing_all_pairs(
-    texts: list[frozenset[str]], threshold: float
-) -> None:
-    near = Neighbours(texts, threshold)
-    for i, mine in enumerate(texts):
-        others = [other for j, other in enumerate(texts) if j != i]
-        assert near.has_any(i) == any(jaccard(mine, other) > threshold for other in others)
 
 
 def test_rows_learn_the_answer_and_its_end_and_no_prompt(

@@ -10,7 +10,8 @@ import torch
 
 from lorary.bases import assets
 from lorary.trainer import load_recipe
-from lorary.trainer.data import jaccard, load_splits, words_of
+from lorary.trainer.data import load_splits
+from lorary.trainer.similarity import jaccard, words_of
 from lorary.trainer.train import _fit, prepare
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ merge characters across the seam.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jinja2
@@ -63,6 +63,29 @@ class PromptBuilder:
         """The strings that are refused inside a caller's text."""
         return self._specials
 
+    @property
+    def chat_template(self) -> str | None:
+        """The base's chat template, if it has one; all of them where it has several by name."""
+        found = getattr(self._tokenizer, "chat_template", None)
+        return "\n".join(found.values()) if isinstance(found, dict) else found or None
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        return int(self._tokenizer.eos_token_id)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of ``special_tokens``."""
+        return frozenset(self._tokenizer.convert_tokens_to_ids(list(self._specials)))
+
+    @cached_property
+    def bos(self) -> str:
+        """What this tokenizer puts before a text by itself, or nothing; prompts must hold it themselves."""
+        bos: str | None = self._tokenizer.bos_token
+        first = self._tokenizer("a")["input_ids"][0]
+        return bos if bos and first == self._tokenizer.bos_token_id else ""
+
     def from_task(self, task: _Task, inputs: Mapping[str, str]) -> list[int]:
         """Render ``task.template`` over ``inputs`` (``text`` first) and tokenize it.
 
@@ -81,7 +104,7 @@ class PromptBuilder:
                 field="input.text",
             )
         for name, value in inputs.items():
-            self._check_text(value, field=f"input.{name}")
+            self.check_text(value, field=f"input.{name}")
         try:
             return compile_template(task.template).render(dict(inputs))
         except jinja2.UndefinedError as error:
@@ -113,7 +136,7 @@ class PromptBuilder:
             InvalidRequest: no messages, an unknown role, an empty content or one that holds a
                 special token, a base without chat template, or a template that refuses them.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not self.chat_template:
             raise InvalidRequest(
                 "this base has no chat template, so it cannot take chat messages. "
                 "Send 'prompt' or 'token_ids'.",
@@ -122,16 +145,38 @@ class PromptBuilder:
         if not messages:
             raise InvalidRequest("no chat messages; send at least one.", field="input.chat")
         turns = [self._turn(i, message) for i, message in enumerate(messages)]
+        return self._encode(self.render_chat(turns), field="input.chat")
+
+    def render_chat(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_answered: bool = False,
+    ) -> str:
+        """Return turns as the base's chat template writes them; their contents are not checked.
+
+        Args:
+            turns: role, content and perhaps tool calls, in the form of transformers.
+            tools: JSON schemas of functions, for templates that know them.
+            is_answered: the last turn is the assistant's; else its beginning is written behind the turns.
+
+        Raises:
+            InvalidRequest: the template refuses them.
+        """
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
+            text: str = self._tokenizer.apply_chat_template(
+                list(turns),
+                add_generation_prompt=not is_answered,
+                tokenize=False,
+                **({"tools": list(tools)} if tools else {}),
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"the base's chat template refuses these messages: {error.message}.",
                 field="input.chat",
             ) from error
-        return self._encode(text, field="input.chat")
+        return text
 
     def label_ids(self, label: str) -> tuple[int, ...]:
         """Return the ids of a label as the completion's beginning, without the end token.
@@ -139,7 +184,7 @@ class PromptBuilder:
         Raises:
             InvalidRequest: the label is empty or holds a special token.
         """
-        self._check_text(label, field="labels")
+        self.check_text(label, field="labels")
         return tuple(self._encode(label, field="labels"))
 
     def completion_ids(self, target: str) -> list[int]:
@@ -148,8 +193,28 @@ class PromptBuilder:
         Raises:
             InvalidRequest: the target is empty or holds a special token.
         """
-        self._check_text(target, field="target")
+        self.check_text(target, field="target")
         return [*self._encode(target, field="target"), int(self._tokenizer.eos_token_id)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenize a whole text as is, and return ids with the characters ``[start, end)`` of each.
+
+        Raises:
+            InvalidRequest: the tokenizer is not one of the fast ones, which alone know offsets, or
+                the text is not valid Unicode.
+        """
+        if not self._tokenizer.is_fast:
+            raise InvalidRequest(
+                "this base's tokenizer knows no character offsets (it is not a fast one), so what is "
+                "learned of a text cannot be told. Use a base with a tokenizer.json.",
+                field="text",
+            )
+        found = self._tokenized(text, field="text", return_offsets_mapping=True)
+        return list(found["input_ids"]), [(int(a), int(b)) for a, b in found["offset_mapping"]]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenize a complete text as is; raises ``InvalidRequest`` if it is not valid Unicode."""
+        return self._encode(text, field="text")
 
     def _turn(self, index: int, message: Mapping[str, str]) -> dict[str, str]:
         """Check one chat message."""
@@ -159,11 +224,15 @@ class PromptBuilder:
             raise InvalidRequest(
                 f"role {role!r} is unknown; it is one of {', '.join(ROLES)}.", field=f"{where}.role"
             )
-        self._check_text(content, field=f"{where}.content")
+        self.check_text(content, field=f"{where}.content")
         return {"role": role, "content": content}
 
-    def _check_text(self, value: str, *, field: str) -> None:
-        """Refuse what is empty, and what would let text pose as the prompt's own structure."""
+    def check_text(self, value: str, *, field: str) -> None:
+        """Refuse what is empty, and what would let text pose as the prompt's own structure.
+
+        Raises:
+            InvalidRequest: naming ``field``.
+        """
         if not value.strip():
             raise InvalidRequest(f"'{field}' is empty; send some text.", field=field)
         for special in self._specials:
@@ -176,13 +245,18 @@ class PromptBuilder:
 
     def _encode(self, text: str, *, field: str) -> list[int]:
         """Tokenize as is: nothing added, nothing cut."""
+        return list(self._tokenized(text, field=field)["input_ids"])
+
+    def _tokenized(self, text: str, *, field: str, **options: Any) -> Mapping[str, Any]:
         try:
-            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            found: Mapping[str, Any] = self._tokenizer(
+                text, add_special_tokens=False, verbose=False, **options
+            )
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(
                 f"'{field}' is not valid Unicode text: {error}.", field=field
             ) from error
-        return list(ids)
+        return found
 
 
 @lru_cache(maxsize=256)

@@ -6,13 +6,15 @@ plan is a function of lengths and seed alone, a resumed run simply skips the bat
 
 from __future__ import annotations
 
+import itertools
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from torch import Tensor
 
-    from lorary.trainer.data import Row
+    from lorary.trainer.encoding import Row
 
 IGNORED = -100
 # Rows are shuffled, cut into pools of this many batches, and sorted by length within a pool: large
@@ -45,13 +47,31 @@ def plan_batches(
     return plan[:num_batches]
 
 
+T = TypeVar("T")
+
+
+class PlannedRows(Sequence[list[T]]):
+    """The planned batches as a data set, whose rows are read when their turn comes."""
+
+    def __init__(self, rows: Sequence[T], plan: Sequence[Sequence[int]]) -> None:
+        self._rows = rows
+        self._plan = plan
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [self._rows[i] for i in self._plan[index]]
+
+
 def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
     """Pad rows on the right and mask what is not learned.
 
     Causal attention never looks right, so padding needs no attention mask; its labels are ignored.
 
     Returns:
-        ``input_ids`` and ``labels``, both int64 [B, T]; labels are not shifted.
+        ``input_ids`` and ``labels``, both int64 [B, T]; labels are not shifted. Of packed rows also
+        ``position_ids``, which begin anew with each sample; the padding is one more of which nothing is learned.
     """
     import torch
 
@@ -62,4 +82,17 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
         ids = torch.tensor(row.input_ids)
         input_ids[i, : len(ids)] = ids
         labels[i, row.num_prompt : len(ids)] = ids[row.num_prompt :]
-    return {"input_ids": input_ids, "labels": labels}
+        for start, end in row.unlearned:
+            labels[i, start:end] = IGNORED
+    batch = {"input_ids": input_ids, "labels": labels}
+    if any(row.starts for row in rows):
+        batch["position_ids"] = torch.stack([_positions(row, longest) for row in rows])
+    return batch
+
+
+def _positions(row: Row, length: int) -> Tensor:
+    """Return int64 [length], counted from 0 in each sample and in the padding."""
+    import torch
+
+    bounds = [0, *row.starts, len(row.input_ids), length]
+    return torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)])

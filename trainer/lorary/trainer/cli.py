@@ -44,11 +44,21 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")
     ] = False,
+    show_preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="Show lengths and the first examples, learned tokens in colour; train nothing.",
+        ),
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; by default all this process may use.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the manifest as JSON instead of a table.")
+        bool,
+        typer.Option(
+            "--json", help="Print the manifest (plan, preview) as JSON instead of a table."
+        ),
     ] = False,
 ) -> None:
     """Train an adapter, measure it against its base, and write a PEFT folder with a manifest."""
@@ -66,6 +76,16 @@ def train(
     from lorary.trainer.train import train as train_adapter
 
     reporter = Reporter()
+    if show_preview:
+        from lorary.trainer.preview import preview
+
+        found = preview(prepare(checked, reporter))
+        if as_json:
+            print_json(found.as_json())
+        else:
+            for part in found.renderables():
+                console().print(part)
+        return
     if dry_run:
         prepared = prepare(checked, reporter)
         _print_plan(prepared, folder, as_json=as_json)
@@ -77,6 +97,8 @@ def train(
 
 def _print_plan(prepared: Prepared, folder: Path, *, as_json: bool) -> None:
     """Print what a run would do."""
+    from lorary.trainer.token_store import row_lengths
+
     splits, recipe = prepared.splits, prepared.recipe
     facts: dict[str, Any] = {
         "base": prepared.base.name,
@@ -85,7 +107,7 @@ def _print_plan(prepared: Prepared, folder: Path, *, as_json: bool) -> None:
         "validation": len(prepared.validation_rows),
         "test": len(splits.test),
         "too long, left out": prepared.num_too_long,
-        "longest row (tokens)": max(len(row.input_ids) for row in prepared.train_rows),
+        "longest row (tokens)": max(row_lengths(prepared.train_rows)),
         "steps": recipe.training.max_steps,
         "output": str(folder),
     }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from lorary.trainer.batches import collate
+from lorary.trainer.encoding import Encoder
 from lorary.trainer.head import head_reads
+from lorary.trainer.loop import selected_logits
 from lorary.trainer.metrics import score_labels, score_texts
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from lorary.bases.prompts import PromptBuilder
     from lorary.trainer.recipe import Recipe
     from lorary.trainer.sources import Example
+
+_MOST_NATS = 700.0  # a token; exp of more is no number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,7 @@ class Evaluator:
         self._builder = builder
         self._recipe = recipe
         self._task = recipe.task.to_manifest()
+        self._encoder = Encoder(builder, self._task)
 
     @torch.inference_mode()
     def evaluate(
@@ -72,7 +79,9 @@ class Evaluator:
             self._model.train(was_training)
 
     def _evaluate(self, examples: Sequence[Example], advance: Callable[[int], None]) -> Evaluation:
-        prompts = [self._builder.from_task(self._task, example.inputs) for example in examples]
+        if self._recipe.metric == "perplexity":
+            return self._read(examples, advance)
+        prompts = [self._encoder.prompt(example) for example in examples]
         references = [example.target for example in examples]
         generated = [""] * len(prompts)
         chosen = [0] * len(prompts)
@@ -96,6 +105,28 @@ class Evaluator:
             metrics={name: round(value, 4) for name, value in metrics.items()},
             predictions=tuple(predictions),
             generated=tuple(generated),
+        )
+
+    def _read(self, examples: Sequence[Example], advance: Callable[[int], None]) -> Evaluation:
+        """Measure how well texts are foreseen, token by token; nothing is generated.
+
+        Perplexity is exp of the mean negative log likelihood of all learned tokens.
+        """
+        nats, num_tokens = 0.0, 0
+        for example in examples:
+            for row in self._encoder.rows(example, self._recipe.training.max_length):
+                batch = collate([row], int(self._tokenizer.pad_token_id))
+                input_ids, labels = (
+                    batch[name].to(self._model.device) for name in ("input_ids", "labels")
+                )
+                logits, targets = selected_logits(self._model, input_ids, labels)
+                nats += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
+                num_tokens += targets.numel()
+            advance(1)
+        nothing = ("",) * len(examples)
+        perplexity = round(math.exp(min(nats / num_tokens, _MOST_NATS)), 4)
+        return Evaluation(
+            metrics={"perplexity": perplexity}, predictions=nothing, generated=nothing
         )
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> tuple[list[str], Tensor]:

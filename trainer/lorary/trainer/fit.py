@@ -14,11 +14,12 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 
 from lorary.errors import Cancelled, StorageError, TrainingFailed
-from lorary.trainer.batches import collate, plan_batches
+from lorary.trainer.batches import PlannedRows, collate, plan_batches
 from lorary.trainer.checkpoints import mark_complete
 from lorary.trainer.loop import LoraTrainer
 from lorary.trainer.progress import step_detail
 from lorary.trainer.quiet import quiet_libraries
+from lorary.trainer.token_store import row_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def fit(
         StorageError: a checkpoint cannot be written.
     """
     training = recipe.training
-    lengths = [len(row.input_ids) for row in train_rows]
+    lengths = row_lengths(train_rows)
     plan = plan_batches(
         lengths,
         batch_size=training.batch_size,
@@ -81,7 +82,7 @@ def fit(
         model=model,
         args=_arguments(recipe, checkpoints, has_validation=bool(validation_rows)),
         # One item is one planned batch: the Trainer's own batching is set to one.
-        train_dataset=[[train_rows[i] for i in batch] for batch in plan],
+        train_dataset=PlannedRows(train_rows, plan),
         eval_dataset=_validation_batches(validation_rows, training.batch_size) or None,
         data_collator=partial(_collate_planned, pad_token_id=int(tokenizer.pad_token_id)),
         processing_class=tokenizer,

@@ -43,7 +43,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the mean cross entropy of the learned tokens of one step."""
-        logits, targets = selected_logits(model, inputs["input_ids"], inputs["labels"])
+        logits, targets = selected_logits(
+            model, inputs["input_ids"], inputs["labels"], inputs.get("position_ids")
+        )
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
@@ -55,13 +57,16 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
-def selected_logits(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def selected_logits(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run the model, computing logits only where the next token is learned.
 
     Args:
         model: a causal language model, wrapped by PEFT or not.
         input_ids: int64 [B, T], padded on the right.
         labels: int64 [B, T], not shifted; ``IGNORED`` where nothing is learned.
+        position_ids: int64 [B, T], beginning anew with each sample of a packed row.
 
     Returns:
         Logits [N, vocab] and their target ids [N].
@@ -69,5 +74,5 @@ def selected_logits(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tupl
     predicts = labels[:, 1:] != IGNORED  # position t predicts token t + 1
     rows, positions = predicts.nonzero(as_tuple=True)
     with head_reads(model, lambda hidden: hidden[rows, positions].unsqueeze(0)):
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
     return logits.squeeze(0), labels[rows, positions + 1]

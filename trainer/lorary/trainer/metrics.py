@@ -1,4 +1,4 @@
-"""Held-out figures, the same functions for trainer, demo and nightly checks; higher is better.
+"""Held-out figures, the same functions for trainer, demo and nightly checks; higher is better, but for perplexity.
 
 accuracy, exact, f1 and exact_match are shares of 1; rouge*, bleu and chrf are on the scale of 100.
 """
@@ -17,6 +17,7 @@ PRIMARY: dict[str, str] = {
     "rouge": "rougeL",
     "bleu": "bleu",
     "exact_match": "exact_match",
+    "perplexity": "perplexity",
 }
 
 

@@ -1,6 +1,6 @@
 """What to train, in one YAML file: typed, strict, checked in full before any work.
 
-A sample; everything but ``task.template`` and ``data.source`` has a default::
+A sample; everything but ``name`` and ``data.source`` has a default::
 
     name: sentiment
     base: smollm2-135m
@@ -23,7 +23,8 @@ from typing import Literal
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import Task
 
-Metric = Literal["auto", "accuracy", "rouge", "bleu", "exact_match"]
+Shape = Literal["auto", "template", "text", "completion", "chat", "alpaca", "sharegpt"]
+Metric = Literal["auto", "accuracy", "rouge", "bleu", "exact_match", "perplexity"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,9 @@ class TaskRecipe:
 
     kind: Literal["generation", "classification"] = "generation"
     """Free text, or one label of a fixed set."""
-    template: str
-    """Jinja over the input columns (``text`` first); renders the whole prompt, special tokens too."""
+    template: str = ""
+    """Jinja over the input columns (``text`` first); renders the whole prompt, special tokens too. Of data in
+    another shape than ``template`` it is only what servers put a caller's plain text into, and made when empty."""
     labels: tuple[str, ...] = ()
     """The label set of a classification, at least two."""
     max_new_tokens: int = 64
@@ -43,7 +45,7 @@ class TaskRecipe:
 
     def __post_init__(self) -> None:
         _within("task.max_new_tokens", self.max_new_tokens, 1, 4096)
-        if not self.template.strip():
+        if self.template and not self.template.strip():
             raise InvalidRecipe("task.template is empty; write the whole prompt, with {{ text }}.")
         if len(self.stop) > 16 or "" in self.stop:
             raise InvalidRecipe("task.stop holds an empty string or more than 16; fix the list.")
@@ -62,7 +64,7 @@ class TaskRecipe:
         """Return the manifest's form."""
         return Task(
             kind=self.kind,
-            template=self.template,
+            template=self.template or None,
             labels=self.labels,
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
@@ -74,11 +76,24 @@ class DataRecipe:
     """Where examples come from, and which are held out."""
 
     source: str
-    """``movie-reviews``, ``news-headlines``, ``jupyter-fr``, or ``file``."""
+    """``movie-reviews``, ``news-headlines``, ``jupyter-fr``, ``file`` or ``hub``."""
     path: str = ""
-    """For ``file``: a .jsonl or .csv file, relative to the recipe's folder."""
+    """For ``file``: a .jsonl, .json, .csv, .parquet or .txt file, relative to the recipe's folder. For ``hub``: the
+    data set's id, ``owner/name``."""
+    subset: str = ""
+    """For ``hub``: which of the data set's configurations; empty is its only one."""
+    split: str = "train"
+    """For ``hub``: which of its splits is read, and split again into train, validation and test."""
+    revision: str = ""
+    """For ``hub``: a branch, tag or commit; empty is the newest."""
+    shape: Shape = "auto"
+    """What the columns are and what is learned; auto is ``template`` where there is one, else by the columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    """For ``file``: template input (and ``target``) to column name; default: the same names."""
+    """For ``file`` and ``hub``: what the shape calls a column to what the data calls it; default: the same names."""
+    text_unit: Literal["line", "paragraph"] = "line"
+    """For .txt files: what one text is."""
+    streaming: Literal["auto", "always", "never"] = "auto"
+    """Read in several passes and keep tokens on disk, so that memory does not grow with texts; auto is above 128 MiB."""
     num_test: int = 200
     """Examples held out to measure base and adapter; at least 1."""
     num_validation: int = 64
@@ -101,11 +116,26 @@ class DataRecipe:
         _within("data.max_similarity", self.max_similarity, 0.01, 1.0)
         _within("data.max_words", self.max_words, 0, 1_000_000)
         _within("data.min_words", self.min_words, 1, 1_000_000)
-        if self.source == "file" and not self.path:
-            raise InvalidRecipe("data.source is 'file' but data.path is empty; name a file.")
-        if self.source != "file" and (self.path or self.columns):
+        if self.source in ("file", "hub") and not self.path:
+            what = "a file" if self.source == "file" else "a data set, owner/name"
             raise InvalidRecipe(
-                f"data.path and data.columns are for source 'file', not '{self.source}'."
+                f"data.source is '{self.source}' but data.path is empty; name {what}."
+            )
+        if self.source not in ("file", "hub") and (self.path or self.columns):
+            raise InvalidRecipe(
+                f"data.path and data.columns are for source 'file' and 'hub', not '{self.source}'."
+            )
+        if self.source not in ("file", "hub") and self.shape not in ("auto", "template", "text"):
+            raise InvalidRecipe(
+                f"data.shape is '{self.shape}' for the source '{self.source}', which has texts and "
+                "targets; use template or text."
+            )
+        if self.source != "hub" and (self.subset or self.revision or self.split != "train"):
+            raise InvalidRecipe("data.subset, data.split and data.revision are for source 'hub'.")
+        if self.max_words and self.shape in ("completion", "chat", "alpaca", "sharegpt"):
+            raise InvalidRecipe(
+                f"data.max_words cuts texts, which the shape '{self.shape}' has not; "
+                "rows that are too long are left out by training.max_length."
             )
 
 
@@ -178,6 +208,8 @@ class TrainingRecipe:
     """Stop after this many validations without a better loss."""
     max_length: int = 1024
     """Longest row in tokens, prompt and answer; longer ones are left out and counted."""
+    packing: bool = False
+    """Put several samples into each row of max_length tokens, none of which sees another; batch_size counts such rows."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the base's arithmetic; A and B are always float32. auto is what the device does well."""
     device: str = "auto"
@@ -211,7 +243,7 @@ class EvaluationRecipe:
     """How base and adapter are measured on the held-out examples."""
 
     metric: Metric = "auto"
-    """auto is accuracy for a classification, rouge for a generation."""
+    """auto is accuracy for a classification, perplexity for plain texts, else rouge."""
     batch_size: int = 32
     """Prompts answered at a time."""
     num_golden_probes: int = 3
@@ -234,7 +266,7 @@ class Recipe:
     """Short name, local folder or Hub id of the base."""
     description: str = ""
     """One line for people; goes into the manifest."""
-    task: TaskRecipe
+    task: TaskRecipe = field(default_factory=TaskRecipe)
     data: DataRecipe
     method: MethodRecipe = field(default_factory=MethodRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
@@ -249,9 +281,25 @@ class Recipe:
         if not self.base.strip():
             raise InvalidRecipe("base is empty; name one, such as smollm2-135m.")
         is_classification = self.task.kind == "classification"
+        has_columns = self.data.source in ("file", "hub") and self.data.shape == "auto"
+        needs_template = is_classification or self.data.shape == "template"
+        if not self.task.template and (
+            needs_template or (self.data.shape == "auto" and not has_columns)
+        ):
+            raise InvalidRecipe("task.template is empty; write the whole prompt, with {{ text }}.")
+        if is_classification and self.data.shape not in ("auto", "template"):
+            raise InvalidRecipe(
+                f"data.shape is '{self.data.shape}' for a classification; its prompts are the "
+                "template's, so use template."
+            )
         if self.evaluation.metric == "accuracy" and not is_classification:
             raise InvalidRecipe(
                 "evaluation.metric is accuracy for a generation; use rouge or bleu."
+            )
+        if self.data.shape == "text" and self.evaluation.metric not in ("auto", "perplexity"):
+            raise InvalidRecipe(
+                f"evaluation.metric is {self.evaluation.metric} for plain texts, which have no answers; "
+                "use perplexity."
             )
         if self.evaluation.metric not in ("auto", "accuracy") and is_classification:
             raise InvalidRecipe(
@@ -263,6 +311,8 @@ class Recipe:
         """``evaluation.metric`` with its default resolved."""
         if self.evaluation.metric != "auto":
             return self.evaluation.metric
+        if self.data.shape == "text":
+            return "perplexity"
         return "accuracy" if self.task.kind == "classification" else "rouge"
 
 

@@ -45,7 +45,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = build_recipe(tree)
-    if recipe.data.path:
+    if recipe.data.path and recipe.data.source != "hub":
         data_path = str((path.parent / recipe.data.path).resolve())
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))
     return recipe

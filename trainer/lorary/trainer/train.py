@@ -20,6 +20,7 @@ from lorary.bases.load import default_dtype, load_model, load_tokenizer
 from lorary.errors import InvalidRecipe
 from lorary.trainer.checkpoints import newest_checkpoint, run_identity
 from lorary.trainer.data import Row, Splits, data_facts, encode_rows, load_splits
+from lorary.trainer.encoding import Encoder
 from lorary.trainer.output import (
     build_manifest,
     check_output,
@@ -27,10 +28,15 @@ from lorary.trainer.output import (
     save_adapter,
     write_output,
 )
+from lorary.trainer.packing import PackedRows, check_isolation
 from lorary.trainer.progress import Reporter
 from lorary.trainer.report import write_report
+from lorary.trainer.served_template import with_served_template
+from lorary.trainer.sources import resolve_shape
+from lorary.trainer.token_store import row_lengths
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -50,8 +56,8 @@ class Prepared:
     tokenizer: Any
     builder: PromptBuilder
     splits: Splits
-    train_rows: list[Row]
-    validation_rows: list[Row]
+    train_rows: Sequence[Row]
+    validation_rows: Sequence[Row]
     num_too_long: int
 
     @property
@@ -68,18 +74,22 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
         BaseNotFound, MissingDependency: the base or the data is not here.
     """
     say = (reporter or Reporter(quiet=True)).note
-    recipe = resolve_auto(recipe)
+    recipe = resolve_shape(resolve_auto(recipe))
     base = find_base(recipe.base, progress=say)
     tokenizer = load_tokenizer(base)
     builder = PromptBuilder(tokenizer)
     splits = load_splits(recipe)
+    recipe = with_served_template(recipe, builder, splits.test)
     task, longest = recipe.task.to_manifest(), recipe.training.max_length
     train_rows, too_long = encode_rows(splits.train, task, builder, longest)
+    if recipe.training.packing:
+        train_rows = PackedRows(train_rows, max_length=longest, seed=recipe.training.seed)
     validation_rows, too_long_too = encode_rows(splits.validation, task, builder, longest)
     for label in recipe.task.labels:
         builder.label_ids(label)
+    encoder = Encoder(builder, task)
     for example in splits.test:
-        builder.from_task(task, example.inputs)
+        encoder.prompt(example)
     return Prepared(
         recipe=recipe,
         base=base,
@@ -185,6 +195,8 @@ def _fit(
         grouped_attention.register()
         model.set_attn_implementation(grouped_attention.NAME)
     model = attach(model, run.recipe.method, gradient_checkpointing=training.gradient_checkpointing)
+    if training.packing:
+        check_isolation(model)
     fitted = fit(
         model,
         run.tokenizer,
@@ -240,7 +252,7 @@ def _fill(
         probes=golden_probes(
             folder,
             run.base,
-            [run.builder.from_task(task, example.inputs) for example in probed],
+            [Encoder(run.builder, task).prompt(example) for example in probed],
             quantization=recipe.method.base_quantization,
             device=recipe.training.device,
         ),
@@ -272,7 +284,7 @@ def _headline(run: Prepared) -> str:
     """Say in one line what is about to happen."""
     training, method = run.recipe.training, run.recipe.method
     rows = len(run.train_rows)
-    mean = sum(len(row.input_ids) for row in run.train_rows) / rows
+    mean = sum(row_lengths(run.train_rows)) / rows
     return (
         f"{run.recipe.name}: {method.name} rank {method.rank} on {run.base.name} "
         f"({method.base_quantization}, {training.dtype}, {training.device}), {training.max_steps} "
