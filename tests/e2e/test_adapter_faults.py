@@ -183,7 +183,7 @@ FAULTS: list[tuple[str, Callable[[Path], None], type[errors.LoraryError], grpc.S
     ("path-like-key", path_like, errors.IncompatibleAdapter, PRECONDITION, "does not have"),
     ("nan", poisoned(np.nan), errors.CorruptArtifact, LOSS, "NaN"),
     ("infinite", poisoned(-np.inf), errors.CorruptArtifact, LOSS, "NaN or infinite"),
-    ("dora", configured(use_dora=True), errors.IncompatibleAdapter, PRECONDITION, "use_dora"),
+    ("dora", configured(use_dora=True), errors.CorruptArtifact, LOSS, "magnitudes"),
     (
         "wrong-module",
         lambda folder: rename_first(folder, "base_model.model.lm_head.lora_A.weight"),

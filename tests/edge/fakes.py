@@ -196,6 +196,7 @@ class FakeLease:
     is_ready: bool
     error: LoraryError | None = None
     is_released: bool = False
+    entry: None = None
 
     def release(self) -> None:
         if not self.is_released:

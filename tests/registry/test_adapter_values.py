@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lorary.errors import IncompatibleAdapter, InvalidRequest
+from lorary.registry.check import check_folder
 from lorary.registry.folder import scan_folder
 from lorary.registry.manifest import Accepted
 from lorary.registry.validate import Limits, validate_adapter, validate_files
@@ -91,7 +92,7 @@ def test_pissa_is_taken_on_the_base_that_it_left(forge: Forge, registry: Registr
     assert spec.rank == 4
 
 
-def test_dora_is_kept_with_its_magnitudes_and_not_served(forge: Forge, registry: Registry) -> None:
+def test_dora_is_kept_with_its_magnitudes(forge: Forge, registry: Registry) -> None:
     tensors = forge.tensors()
     for module in [m for m in forge.card.modules if m.endswith(".q_proj")]:
         rows = forge.card.modules[module][0]
@@ -100,11 +101,12 @@ def test_dora_is_kept_with_its_magnitudes_and_not_served(forge: Forge, registry:
     dora = forge.folder("dora", tensors=tensors, config=forge.config(use_dora=True))
     registry.push(dora, "a", base=forge.card)
     kept = registry.fetch(registry.resolve("a"))
-    with pytest.raises(IncompatibleAdapter, match=r"no server serves it.*--to merged"):
-        validate_adapter(kept, forge.card)
-    assert validate_files(
-        scan_folder(kept, allow_hardlinks=True), forge.card, Limits(allow_dora=True)
-    ).magnitudes
+    assert validate_adapter(kept, forge.card).magnitudes
+    (served,) = check_folder(dora, forge.card, servers=["lorary"]).as_given
+    assert served.outcome == "loads"
+    assert "not in a composition" in served.reasons[0]
+    with pytest.raises(IncompatibleAdapter, match=r"no plain LoRA.*--to merged"):
+        validate_files(scan_folder(kept, allow_hardlinks=True), forge.card, Limits())
     undeclared = forge.folder("undeclared", tensors=tensors)
     with pytest.raises(IncompatibleAdapter, match="does not say use_dora"):
         registry.push(undeclared, "a", base=forge.card)

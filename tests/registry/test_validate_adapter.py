@@ -166,7 +166,7 @@ def test_rank_over_the_servers_limit(forge: Forge) -> None:
         ({"peft_type": ["LORA"]}, IncompatibleAdapter, "only 'LORA'"),
         ({"task_type": "SEQ_CLS"}, IncompatibleAdapter, "CAUSAL_LM"),
         ({"bias": "all"}, IncompatibleAdapter, "bias"),
-        ({"use_dora": True}, IncompatibleAdapter, "DoRA"),
+        ({"use_dora": True}, CorruptArtifact, "A, B and magnitudes go together"),
         ({"lora_bias": True}, IncompatibleAdapter, "plain LoRA"),
         ({"init_lora_weights": "pissa"}, IncompatibleAdapter, "changes the base"),
         ({"init_lora_weights": "olora"}, IncompatibleAdapter, "changes the base"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lorary.server.adapters.ops import reference
 from lorary.server.adapters.rounding import round_rows
-from lorary.server.adapters.segments import PoolEntry, Segments
+from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry, Segments
 
 # Against float32 sums of the same numbers: one rounding of the result (bf16), or of every
 # intermediate (torch operators keep the rank product in the pool's dtype).
@@ -43,6 +43,8 @@ class Case:
     b: list[torch.Tensor]
     row_entries: list[PoolEntry | None]
     row_scales: torch.Tensor | None = None
+    columns: tuple[torch.Tensor, ...] = ()
+    bias: torch.Tensor | None = None
 
     @classmethod
     def random(
@@ -77,12 +79,55 @@ class Case:
         kept = torch.stack([rows.float() for rows in kept_a]).to(storage)
         return cls(y, x, kept, list(kept_b), row_entries, scales)
 
+    @classmethod
+    def with_columns(
+        cls,
+        *,
+        dtype: torch.dtype,
+        outs: tuple[int, ...],
+        device: str,
+        storage: torch.dtype | None,
+        has_bias: bool,
+    ) -> Case:
+        """Three adapters, two of them with column scales, and base rows, over a pool of 64 rows."""
+        pool = entries([5, 24, 3], 40)
+        chosen = [i % 4 for i in range(9)]
+        case = cls.random(
+            [None] * len(chosen),
+            capacity=64,
+            dtype=dtype,
+            outs=outs,
+            device=device,
+            storage=storage,
+        )
+        # As in a pool: rows of B that nobody's rank rows are in, read as float32.
+        columns = tuple(
+            b.view(torch.uint8).view(-1).view(torch.float32).view(-1, b.shape[1]) for b in case.b
+        )
+        generator = torch.Generator().manual_seed(7)
+        last = columns[0].shape[0] - 1
+        for kept in columns:
+            kept[last - 1 :] = (torch.rand(2, kept.shape[1], generator=generator) + 0.5).to(device)
+        pool[0] = replace(pool[0], columns=last)
+        pool[2] = replace(pool[2], columns=last - 1)
+        bias = torch.randn(sum(outs), generator=generator).to(device) if has_bias else None
+        rows = [pool[i] if i < len(pool) else None for i in chosen]
+        return replace(case, row_entries=rows, columns=columns, bias=bias)
+
+    def without_columns(self) -> Case:
+        """Return the same step with plain adapters in the place of those with column scales."""
+        plain = {id(e): replace(e, columns=NO_COLUMNS) for e in self.row_entries if e is not None}
+        rows = [None if e is None else plain[id(e)] for e in self.row_entries]
+        return replace(self, row_entries=rows)
+
     def segments(self, long_from: int) -> Segments | None:
         return Segments.build(self.row_entries, device=self.x.device, long_from=long_from)
 
     def check(self, actual: torch.Tensor, segments: Segments) -> None:
         """Compare with the reference, and see that rows of the bare base kept their bits."""
-        expected = reference.add_lora(self.y, self.x, self.a, self.b, segments, self.row_scales)
+        expected = reference.add_lora(
+            self.y, self.x, self.a, self.b, segments, self.row_scales, self.columns, self.bias
+        )
         scale = expected.abs().max().clamp_min(1.0)
         assert (actual.float() - expected).abs().max() <= TOLERANCE[self.x.dtype] * scale
         for row, entry in enumerate(self.row_entries):

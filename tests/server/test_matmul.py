@@ -44,6 +44,26 @@ def test_product_equals_torch(
         assert error <= TOLERANCE[rows_of] * expected.abs().max().clamp_min(1.0)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("out", "width"), [(96, 64), (49, 70), (40, 1026)])
+def test_rows_of_a_packed_weight_are_what_is_multiplied(kind: str, out: int, width: int) -> None:
+    """Whole panels and parts of them; in 8 bits equal to products with the unit vectors."""
+    dtype = torch.float32 if kind == "int8" else getattr(torch, kind)
+    kernels = kernels_for(dtype)
+    if kind == "int8" and not kernels.has_int8:
+        pytest.skip("this CPU has no product with 8-bit weights")
+    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out)).to(dtype)
+    if kind == "int8":
+        packed = kernels.pack_int8(weight, None)
+        expected = packed.linear(torch.eye(width)).t()
+    else:
+        packed, expected = kernels.pack(weight, None), weight.float()
+    for start, stop in ((0, out), (0, 1), (31, 34), (out - 3, out)):
+        found = packed.rows(start, stop)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, expected[start:stop], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     kernels = kernels_for(dtype)

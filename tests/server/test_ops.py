@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorary.server.adapters.ops import torch_ops
-from lorary.server.adapters.segments import PoolEntry, Segments
+from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry, Segments
 from lorary.server.native import library as native
 from tests.server.ops_cases import WIDTH, Case, entries
 
@@ -79,6 +79,41 @@ def test_product_with_rows_kept_in_fewer_bits(
         for segment in segments.long:
             torch_ops.add_segment(actual, case.x, case.a, case.b, segment, case.row_scales)
     case.check(actual, segments)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("storage", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_column_scales_change_the_rows_of_their_adapter_alone(
+    implementation: str, dtype: torch.dtype, storage: torch.dtype | None, has_bias: bool
+) -> None:
+    """DoRA: equal to the reference; every other row has the bits of a step without it."""
+    case = Case.with_columns(
+        dtype=dtype, outs=(48, 20, 16), device="cpu", storage=storage, has_bias=has_bias
+    )
+
+    def add(case: Case) -> tuple[torch.Tensor, Segments]:
+        segments = case.segments(long_from=1 if implementation == "torch" else 99)
+        assert segments is not None
+        y = case.y.clone()
+        if implementation == "native":
+            kernel = native.load()
+            assert not isinstance(kernel, str), kernel
+            bound = kernel.bind(case.a, case.b, case.row_scales, dtype, case.bias)
+            bound.add_rows(y, case.x, segments)
+        for segment in segments.long:
+            torch_ops.add_segment(
+                y, case.x, case.a, case.b, segment, case.row_scales, case.columns, case.bias
+            )
+        return y, segments
+
+    actual, segments = add(case)
+    case.check(actual, segments)
+    alone, _ = add(case.without_columns())
+    for row, entry in enumerate(case.row_entries):
+        has_columns = entry is not None and entry.columns != NO_COLUMNS
+        assert torch.equal(actual[row], alone[row]) != has_columns
 
 
 def test_native_row_does_not_depend_on_its_company() -> None:

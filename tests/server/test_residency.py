@@ -19,6 +19,7 @@ from lorary.errors import (
 from lorary.registry import Resolved
 from lorary.server.adapters import residency as module
 from lorary.server.adapters.host_copy import copy_out
+from lorary.server.adapters.loader import LoadedAdapter
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
 from lorary.server.adapters.residency import AdapterLease, Residency
 
@@ -39,7 +40,7 @@ class Registry:
         self.rank = 8
         self.seconds = 0.0
 
-    def load(self, resolved: Resolved) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    def load(self, resolved: Resolved) -> LoadedAdapter:
         self.calls.append(resolved.digest)
         assert self.gate.wait(10)
         if self.failure is not None:
@@ -47,7 +48,8 @@ class Registry:
         time.sleep(self.seconds)
         value = float(resolved.version)
         a = torch.full((self.rank, 8), value)
-        return self.rank, {"l.q_proj": (a, torch.full((8, self.rank), value))}
+        pair = (a, torch.full((8, self.rank), value))
+        return LoadedAdapter(rank=self.rank, tensors={"l.q_proj": pair})
 
 
 class Observer:

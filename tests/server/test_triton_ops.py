@@ -10,7 +10,7 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.layers import LoraModel, step_segments
 from lorary.server.adapters.ops import triton_ops
-from lorary.server.adapters.segments import PoolEntry, Segments
+from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry, Segments
 from lorary.server.adapters.tiles import TILE_ROWS, RowTiles
 from tests.server.ops_cases import TOLERANCE, Case, compile_for_gpus, entries
 
@@ -116,6 +116,31 @@ def test_product_with_rows_kept_in_fewer_bits(
     case.check(actual, segments)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("storage", [None, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_column_scales_change_the_rows_of_their_adapter_alone(
+    kernels: triton_ops.TritonKernels, storage: torch.dtype | None, has_bias: bool
+) -> None:
+    if storage is not None and not kernels.supports_storage(storage):
+        pytest.skip("this GPU has no 8-bit floats")
+    case = Case.with_columns(
+        dtype=torch.float32, outs=(300, 16), device=DEVICE, storage=storage, has_bias=has_bias
+    )
+    segments = case.segments(long_from=99)
+    assert segments is not None
+    actual = case.y.clone()
+    bound = kernels.bind(case.a, case.b, case.row_scales, torch.float32, case.bias)
+    bound.add_rows(actual, case.x, segments)
+    case.check(actual, segments)
+    plain = case.without_columns()
+    alone, beside = plain.y.clone(), plain.segments(long_from=99)
+    assert beside is not None
+    bound.add_rows(alone, plain.x, beside)
+    for row, entry in enumerate(case.row_entries):
+        has_columns = entry is not None and entry.columns != NO_COLUMNS
+        assert torch.equal(actual[row], alone[row]) != has_columns
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_row_does_not_depend_on_its_company(
     kernels: triton_ops.TritonKernels, dtype: torch.dtype
@@ -164,15 +189,15 @@ def _padded(segments: Segments, num_tiles: int) -> RowTiles:
 
 
 def test_tiles_hold_each_row_once_and_no_padding() -> None:
-    pool = [PoolEntry((3, 1), (1.0, 0.5)), PoolEntry((7,), (2.0,))]
+    pool = [PoolEntry((3, 1), (1.0, 0.5)), PoolEntry((7,), (2.0,), columns=5)]
     rows = [pool[0]] * (TILE_ROWS + 3) + [None, pool[1]]
     segments = Segments.build(rows, device=torch.device("cpu"), long_from=99)
     assert segments is not None
     tiles = segments.tiles
     assert tiles.tiles.tolist() == [
-        [0, TILE_ROWS, 0, 2, 0],
-        [TILE_ROWS, 3, 0, 2, 2 * TILE_ROWS],
-        [TILE_ROWS + 3, 1, 2, 1, 2 * TILE_ROWS + 6],
+        [0, TILE_ROWS, 0, 2, 0, -1],
+        [TILE_ROWS, 3, 0, 2, 2 * TILE_ROWS, -1],
+        [TILE_ROWS + 3, 1, 2, 1, 2 * TILE_ROWS + 6, 5],
     ]
     assert tiles.rows.tolist() == [*range(TILE_ROWS + 3), TILE_ROWS + 4]
     assert tiles.rank_rows.tolist() == [3, 1, 7]
@@ -187,9 +212,8 @@ def test_model_with_these_kernels_equals_one_with_torch_operators(
     from transformers import AutoModelForCausalLM
 
     source = make_world(start=False)
-    tensors = {
-        name: source.residency._load(source.registry.resolve(name)) for name in ("alpha", "echo")
-    }
+    resolve = source.registry.resolve
+    adapters = [source.residency._load(resolve(name)) for name in ("alpha", "echo")]
     token_ids = torch.tensor([[5, 9, 30, 11, 44, 2, 7]], device=DEVICE)
     logits: dict[str, torch.Tensor] = {}
     for ops in ("triton", "torch"):
@@ -199,10 +223,10 @@ def test_model_with_these_kernels_equals_one_with_torch_operators(
             isinstance(g.bound, triton_ops.TritonPool) == (ops == "triton") for g in lora.groups
         )
         placed = []
-        for rank, adapter in tensors.values():
-            pages = lora.pool.try_allocate(rank)
+        for adapter in adapters:
+            pages = lora.pool.try_allocate(adapter.rank)
             assert pages is not None
-            placed.append(lora.pool.write(pages, rank, adapter))
+            placed.append(lora.pool.write(pages, adapter.rank, adapter.tensors))
         rows = [placed[0], None, placed[1], placed[1], None, placed[0], placed[0]]
         segments = Segments.build(rows, device=token_ids.device, long_from=lora.long_from)
         with torch.inference_mode(), step_segments(segments):
@@ -234,9 +258,9 @@ for capability, name, kept in ((80, "bf16", "bf16"), (80, "fp16", "fp16"), (80, 
     shrink = dict(x=f"*{name}", a=f"*{kept}", t="*fp32", **STEP, rank_scales="*fp32", row_scales="*fp32",
                   **dict.fromkeys("in_features cap members num_sums".split(), "i32"))
     compile(kernels.shrink, shrink, dict(SIZES, DOT=LANGUAGE[name], BLOCK_IN=128, HAS_SCALES=kept in ("i8", "fp8e4nv")), capability)
-    expand = dict(y=f"*{name}", t="*fp32", b_table="*i64", blocks="*i32", **STEP,
+    expand = dict(y=f"*{name}", t="*fp32", b_table="*i64", blocks="*i32", bias="*fp32", **STEP,
                   **dict.fromkeys("y_row members num_sums".split(), "i32"))
-    constants = dict(B=KEPT[kept], ALIGN=16, PRECISION="ieee" if name == "fp32" else "tf32x3")
+    constants = dict(HAS_BIAS=kept != "i8", B=KEPT[kept], ALIGN=16, PRECISION="ieee" if name == "fp32" else "tf32x3")
     compile(kernels.expand, expand, dict(SIZES, BLOCK_OUT=128, **constants), capability)
 """
 

@@ -57,10 +57,10 @@ _WHY: Final = {
     "target_parameters": "LoRA on bare parameters (fused experts) cannot be served",
     "trainable_token_indices": "it changes the token table of the base",
 }
-_DORA_IS_KEPT: Final = (
-    "adapter_config.json switches on 'use_dora': DoRA's magnitude vectors are no plain LoRA, so a "
-    "registry keeps it and no server serves it. Train with use_dora=False, or merge it into a model of "
-    "its own: registry export NAME --to merged DIR"
+_NO_PLAIN_LORA: Final = (
+    "adapter_config.json switches on 'use_dora': DoRA's magnitude vectors are no plain LoRA, which is all "
+    "that fits here. Train with use_dora=False, or merge it into a model of its own: registry export NAME "
+    "--to merged DIR"
 )
 _PLAIN_INITS: Final = (True, False, None, "gaussian", "orthogonal")
 # These subtract the adapter's start from the base: exact once converted to a difference.
@@ -185,7 +185,7 @@ def examine_config(
         raw: the file's bytes.
         report: told of every problem.
         max_rank: largest rank of any module.
-        allow_dora: accept ``use_dora``; its magnitude vectors are kept, and not served.
+        allow_dora: accept ``use_dora``, for a use that knows what to do with magnitude vectors.
         residual_base: the base is the one that PiSSA and its kin left behind, so that the adapter is
             right as it is.
 
@@ -265,7 +265,7 @@ def _check_switched_off(
             )
         )
     if config.get("use_dora") is True and not allow_dora:
-        report(IncompatibleAdapter(_DORA_IS_KEPT))
+        report(IncompatibleAdapter(_NO_PLAIN_LORA))
     problem = _init_problem(config.get("init_lora_weights", True), residual_base=residual_base)
     if problem:
         report(IncompatibleAdapter(problem))

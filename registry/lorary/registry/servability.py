@@ -104,7 +104,7 @@ def _refuses(reason: str) -> Remark:
 def _lorary(traits: Traits, card: BaseCard) -> Iterator[Remark]:
     kind = traits.config.get("peft_type")
     if traits.config.get("use_dora") is True:
-        yield _refuses("DoRA is kept and not served")
+        yield _loads("DoRA is served by itself: not in a composition, and not with a scale")
     elif kind != "LORA":
         yield _loads(f"{kind} becomes plain LoRA at the push")
 

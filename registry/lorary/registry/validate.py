@@ -2,9 +2,10 @@
 
 1. Files: only known names, no links, no pickles, sizes within limits (``folder``).
 2. Manifest, if there is one: trained on exactly this base.
-3. ``adapter_config.json``: plain LoRA, every key understood or switched off (``adapter_config``).
+3. ``adapter_config.json``: LoRA or DoRA, every key understood or switched off (``adapter_config``).
 4. Header: checked by our own parser (``safetensors_file``).
-5. Keys: exactly one A and one B for every module that the configuration targets in *this* base.
+5. Keys: exactly one A and one B for every module that the configuration targets in *this* base, and
+   DoRA's magnitude vector where it says so.
 6. Shapes: those of the base; ranks: those of the configuration.
 7. Values: finite, at least one module has an effect, and none is far larger than its weight (``values``).
 
@@ -70,7 +71,7 @@ class Limits:
         max_rank: largest rank of any module.
         accepted: what may pass though it is unusual; ``None``: what the folder's manifest says that
             the registry let pass when it was pushed. Whoever takes strangers' folders gives it.
-        allow_dora: accept DoRA, which registries keep and servers do not serve.
+        allow_dora: accept DoRA, which registries keep and servers serve, and which no plain LoRA is.
         residual_base: the base is the one that PiSSA and its kin left behind.
     """
 
@@ -100,7 +101,8 @@ def validate_adapter(
     """
     accepted = Accepted(allow_zero=True) if allow_zero else None
     files = scan_folder(folder, allow_hardlinks=True)
-    return validate_files(files, card, Limits(max_rank=max_rank, accepted=accepted))
+    limits = Limits(max_rank=max_rank, accepted=accepted, allow_dora=True)
+    return validate_files(files, card, limits)
 
 
 def validate_files(

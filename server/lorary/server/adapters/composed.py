@@ -17,10 +17,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from lorary.errors import LoraryError
+from lorary.errors import IncompatibleAdapter, LoraryError
+from lorary.server.adapters.segments import NO_COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.engine import DeviceLease
@@ -155,13 +156,20 @@ class Compositions:
             part.release()
 
     def _ask(self, composition: _Composition) -> tuple[Lease, ...] | None:
-        """Ask for every part; hold all or, when one is not there, none."""
+        """Ask for every part; hold all or, when one is not there, none.
+
+        Raises:
+            LoraryError: a part's load failed a moment ago, or a part cannot be in a sum; none is held.
+        """
         asked: list[Lease] = []
         is_complete = False
         try:
             for resolved, _ in composition.parts:
                 asked.append(self._residency.acquire(resolved))
-            is_complete = all(part.is_ready for part in asked)
+            are_ready = all(part.is_ready for part in asked)
+            if are_ready:
+                _check_linear(composition, asked)
+            is_complete = are_ready
         finally:
             before, composition.coming = composition.coming, []
             if not is_complete:
@@ -240,6 +248,22 @@ class ComposedLease:
     def release(self) -> None:
         """Give all parts back; a second call does nothing."""
         self._compositions.release(self, self._composition)
+
+
+def _check_linear(composition: _Composition, asked: Sequence[Lease]) -> None:
+    """Check that parts which are all there can be summed.
+
+    Raises:
+        IncompatibleAdapter: one cannot, for DoRA's column scales are of the base and it alone.
+    """
+    for part, (resolved, _) in zip(asked, composition.parts, strict=True):
+        entry = cast("DeviceLease", part).entry
+        if entry is not None and entry.columns != NO_COLUMNS:
+            raise IncompatibleAdapter(
+                f"'{resolved.name}@{resolved.version}' is DoRA, which scales the outputs of the base and of "
+                "its own change together: it is no part of a weighted sum, and takes no scale. Call it "
+                "alone with weight 1, or compose plain LoRA adapters."
+            )
 
 
 def _joined(held: tuple[Lease, ...], weights: list[float]) -> PoolEntry:

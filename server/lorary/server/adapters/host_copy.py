@@ -6,24 +6,25 @@ checked, parsed or rounded again. Pinned where the pool is on a GPU, so that the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorary.server.adapters.segments import PoolEntry
+from lorary.server.adapters.segments import NO_COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorary.server.adapters.pool import AdapterPool, GroupPool
+    from lorary.server.adapters.segments import PoolEntry
 
 _ALIGN = 64
 
 
 @dataclass(frozen=True, slots=True)
 class _GroupRows:
-    """One group's rows, views of the copy's buffer.
+    """One group's rows, views of the copy's buffer: rank rows, then those of the column scales.
 
     Shapes: a [members, R, in], b members × [R, out], in the pool's storage; scales float32 [members, R].
     """
@@ -39,37 +40,40 @@ class HostCopy:
 
     Attributes:
         rank: its rank rows.
+        has_columns: whether DoRA's column scales are behind them.
         error: of its entry: what the pool's storage has brought.
         num_bytes: what it takes, with what the allocator adds.
         groups: its rows.
     """
 
     rank: int
+    has_columns: bool
     error: float
     num_bytes: int
     groups: tuple[_GroupRows, ...]
 
 
-def copy_bytes(pool: AdapterPool, rank: int) -> int:
-    """Return the bytes that the copy of an adapter of this rank takes."""
-    size = sum(_aligned(nbytes) for group in pool.groups for nbytes in _sizes(group, rank))
+def copy_bytes(pool: AdapterPool, entry: PoolEntry) -> int:
+    """Return the bytes that the copy of an adapter takes."""
+    count = len(pool.rows_of(entry))
+    size = sum(_aligned(nbytes) for group in pool.groups for nbytes in _sizes(group, count))
     # torch hands out pinned memory in powers of two.
     return 1 << (size - 1).bit_length() if pool.device.type == "cuda" else size
 
 
 def copy_out(pool: AdapterPool, entry: PoolEntry) -> HostCopy:
     """Copy an adapter's rows from the pool; nobody may write its pages meanwhile."""
-    rank = entry.rank
-    size = sum(_aligned(nbytes) for group in pool.groups for nbytes in _sizes(group, rank))
+    rows = _Rows(pool.rows_of(entry), pool.device)
+    count = len(rows.numbers)
+    size = sum(_aligned(nbytes) for group in pool.groups for nbytes in _sizes(group, count))
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pool.device.type == "cuda")
     offset = 0
     groups = []
-    rows = _Rows(entry.rows, pool.device)
     for group in pool.groups:
         views = []
         for source, dim in _tensors(group):
             shape = list(source.shape)
-            shape[dim] = rank
+            shape[dim] = count
             view = _carve(buffer, offset, shape, source.dtype)
             offset += _aligned(view.nbytes)
             view.copy_(rows.of(source, dim), non_blocking=True)
@@ -77,18 +81,24 @@ def copy_out(pool: AdapterPool, entry: PoolEntry) -> HostCopy:
         has_scales = group.row_scales is not None
         b = tuple(views[1:-1] if has_scales else views[1:])
         groups.append(_GroupRows(views[0], b, views[-1] if has_scales else None))
-    return HostCopy(rank, entry.error, copy_bytes(pool, rank), tuple(groups))
+    return HostCopy(
+        entry.rank,
+        entry.columns != NO_COLUMNS,
+        entry.error,
+        copy_bytes(pool, entry),
+        tuple(groups),
+    )
 
 
 def copy_in(pool: AdapterPool, pages: Sequence[int], copy: HostCopy) -> PoolEntry:
-    """Copy an adapter's rows into pages of the same pool, ``pool.pages_for(copy.rank)`` of them."""
-    numbers = tuple(p * pool.page_rows + i for p in pages for i in range(pool.page_rows))
-    rows = _Rows(numbers[: copy.rank], pool.device)
+    """Copy an adapter's rows into pages of the same pool, taken for its ``num_rows``."""
+    entry = pool.place(pages, copy.rank, has_columns=copy.has_columns)
+    rows = _Rows(pool.rows_of(entry), pool.device)
     for group, kept in zip(pool.groups, copy.groups, strict=True):
         views = [kept.a, *kept.b, *([] if kept.scales is None else [kept.scales])]
         for (target, dim), view in zip(_tensors(group), views, strict=True):
             rows.put(target, dim, view)
-    return PoolEntry(rows=rows.numbers, scales=(1.0,) * copy.rank, error=copy.error)
+    return replace(entry, error=copy.error)
 
 
 class _Rows:
@@ -119,8 +129,8 @@ def _tensors(group: GroupPool) -> list[tuple[torch.Tensor, int]]:
     return found if group.row_scales is None else [*found, (group.row_scales, 1)]
 
 
-def _sizes(group: GroupPool, rank: int) -> list[int]:
-    return [t.nbytes // t.shape[dim] * rank for t, dim in _tensors(group)]
+def _sizes(group: GroupPool, num_rows: int) -> list[int]:
+    return [t.nbytes // t.shape[dim] * num_rows for t, dim in _tensors(group)]
 
 
 def _carve(buffer: torch.Tensor, offset: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -70,6 +70,8 @@ class LoraGroup:
 
     Attributes:
         spec: names and shapes.
+        column_bias: float32 [sum of outs], what column scales leave alone of the layers' outputs; None
+            where no layer has a bias.
         pool: the group's rows; set by ``attach``.
         bound: the row-wise kernel over these rows, if there is one; set by ``attach``.
     """
@@ -93,12 +95,28 @@ class LoraGroup:
             self.weight = self.bias = None
             for layer in self.layers:
                 _give_up(layer)
+        self.column_bias = self._column_bias()
         # Packed, laid side by side or of its own already: what was read of the file is not read again.
         release_tensors(loaded)
         self.pool: GroupPool | None = None
         self.bound: RowKernel | None = None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def _column_bias(self) -> torch.Tensor | None:
+        if self.packed is not None:
+            return self.packed.bias
+        if self.weight is not None:
+            return None if self.bias is None else self.bias.float()
+        own = [getattr(layer, "bias", None) for layer in self.layers]
+        there = next((bias for bias in own if bias is not None), None)
+        if there is None:
+            return None
+        parts = [
+            there.new_zeros(out) if bias is None else bias.detach()
+            for bias, out in zip(own, self.spec.out_features, strict=True)
+        ]
+        return torch.cat(parts).float()
 
     def attach(self, pool: GroupPool, bound: RowKernel | None) -> None:
         """Give the group its rows, and the row-wise kernel over them if there is one."""
@@ -139,7 +157,16 @@ class LoraGroup:
             x_rows = x_rows.to(self.pool.dtype)
         pool = self.pool
         for segment in segments.long:
-            torch_ops.add_segment(y_rows, x_rows, pool.a, pool.b, segment, pool.row_scales)
+            torch_ops.add_segment(
+                y_rows,
+                x_rows,
+                pool.a,
+                pool.b,
+                segment,
+                pool.row_scales,
+                pool.columns,
+                self.column_bias,
+            )
         if segments.num_short:
             assert self.bound is not None, "short rows without a row-wise kernel"
             self.bound.add_rows(y_rows, x_rows.contiguous(), segments)
@@ -249,7 +276,7 @@ class LoraModel:
         for group, pool in zip(self.groups, self.pool.groups, strict=True):
             bound = None
             if row_kernels is not None:
-                bound = row_kernels.bind(pool.a, pool.b, pool.row_scales, dtype)
+                bound = row_kernels.bind(pool.a, pool.b, pool.row_scales, dtype, group.column_bias)
             if isinstance(bound, triton_ops.TritonPool):
                 bound.warm_up()
             group.attach(pool, bound)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
 from lorary.errors import IncompatibleAdapter
+from lorary.registry.tensor_layout import lora_key, magnitude_key
 from lorary.registry.validate import validate_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
 
     from lorary.registry import BaseCard
 
-    Tensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-_PREFIX = "base_model.model."
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedAdapter:
+    """A version's tensors, checked.
+
+    Attributes:
+        rank: the largest rank of any module.
+        tensors: per full module name A [r, in] and B [out, r], with the scale folded into B.
+        magnitudes: DoRA's, per module [out]; none for plain LoRA.
+    """
+
+    rank: int
+    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def load_adapter(
     folder: Path, card: BaseCard, *, modules: frozenset[str], max_rank: int
-) -> tuple[int, Tensors]:
+) -> LoadedAdapter:
     """Read a canonical version.
 
     Args:
@@ -31,9 +45,6 @@ def load_adapter(
         card: the resident base's shapes.
         modules: full names of the layers that take adapters here.
         max_rank: largest rank this server accepts.
-
-    Returns:
-        The largest rank, and per module A [r, in] and B [out, r] with the scale folded into B.
 
     Raises:
         CorruptArtifact: damaged or hostile content.
@@ -46,10 +57,11 @@ def load_adapter(
             f"the adapter changes {foreign[:3]}{'…' if len(foreign) > 3 else ''}, which this server "
             "does not serve with adapters; train it without these modules"
         )
-    tensors: Tensors = {}
+    tensors, magnitudes = {}, {}
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         for module, (_, scale) in spec.modules.items():
-            a = file.get_tensor(f"{_PREFIX}{module}.lora_A.weight")
-            b = file.get_tensor(f"{_PREFIX}{module}.lora_B.weight")
+            a, b = (file.get_tensor(lora_key(module, side)) for side in "AB")
             tensors[module] = (a, b if scale == 1.0 else b * scale)
-    return spec.rank, tensors
+            if spec.magnitudes:
+                magnitudes[module] = file.get_tensor(magnitude_key(module))
+    return LoadedAdapter(rank=spec.rank, tensors=tensors, magnitudes=magnitudes)

@@ -7,6 +7,10 @@ ranks cost their true rank rounded up to a page, and the budget is bytes, not a 
 kept in fewer bits than they are multiplied in (``rounding``): then A's and B's row are rounded each to
 its own range, and only the product of their two scales is kept, for no kernel needs them apart.
 
+DoRA's column scales (``columns``) lie in the pages, too, so that budget, eviction and copies know
+nothing of them: behind the rank rows an adapter has one to four further rows, whose bytes in B are read
+as float32 [out]. They begin where a float32 may begin and never cross a page.
+
 Ownership of a page: free → written by one loader thread → read by steps → free. The pool hands out
 and takes back pages under its lock; that nobody reads a page while it is written is the
 residency's affair (an entry is published after it is written, freed after its last reader).
@@ -15,14 +19,14 @@ residency's affair (an entry is published after it is written, freed after its l
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorary.errors import ConfigError
 from lorary.server.adapters.rounding import has_scales, product_error, round_rows
-from lorary.server.adapters.segments import PoolEntry
+from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry
 from lorary.server.lazy_memory import lazy_zeros
 
 if TYPE_CHECKING:
@@ -61,6 +65,8 @@ class GroupPool:
         b: members × [capacity, out], likewise.
         row_scales: float32 [members, capacity], what a product with a row of A and that of B is
             multiplied by; None where the storage needs no scales.
+        columns: members × float32 [capacity / column_rows, out], the memory of ``b`` seen as column
+            scales.
     """
 
     def __init__(
@@ -79,6 +85,9 @@ class GroupPool:
         self.b = tuple(lazy_zeros((capacity, out), storage, device) for out in spec.out_features)
         self.row_scales = (
             torch.zeros(len(spec.modules), capacity, device=device) if has_scales(storage) else None
+        )
+        self.columns = tuple(
+            _raw(b).view(-1).view(torch.float32).view(-1, b.shape[1]) for b in self.b
         )
 
     def clear(self, member: int, index: torch.Tensor) -> None:
@@ -141,6 +150,7 @@ class AdapterPool:
     ) -> None:
         storage = storage or dtype
         self.page_rows = PAGE_ROWS.get(device.type, 16)
+        self.column_rows = max(1, torch.float32.itemsize // storage.itemsize)
         scale_bytes = 4 if has_scales(storage) else 0
         self.row_bytes = sum(
             storage.itemsize * g.row_elements + scale_bytes * len(g.modules) for g in groups
@@ -176,13 +186,20 @@ class AdapterPool:
         with self._lock:
             return (self.num_pages - len(self._free)) * self.page_bytes
 
-    def pages_for(self, rank: int) -> int:
-        """Return how many pages an adapter of this rank takes."""
-        return -(-rank // self.page_rows)
+    def num_rows(self, rank: int, *, has_columns: bool) -> int:
+        """Return how many rows an adapter of this rank needs, with column scales or without."""
+        if not has_columns:
+            return rank
+        # Rank rows up to where a float32 may begin; the column scales are the last ``column_rows``.
+        return (-(-rank // self.column_rows) + 1) * self.column_rows
 
-    def try_allocate(self, rank: int) -> tuple[int, ...] | None:
-        """Take pages for ``rank`` rows, lowest numbers first; None when too few are free."""
-        count = self.pages_for(rank)
+    def pages_for(self, num_rows: int) -> int:
+        """Return how many pages so many rows take."""
+        return -(-num_rows // self.page_rows)
+
+    def try_allocate(self, num_rows: int) -> tuple[int, ...] | None:
+        """Take pages for so many rows, lowest numbers first; None when too few are free."""
+        count = self.pages_for(num_rows)
         with self._lock:
             if count > len(self._free):
                 return None
@@ -201,19 +218,22 @@ class AdapterPool:
         pages: Sequence[int],
         rank: int,
         tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        columns: Mapping[str, torch.Tensor] | None = None,
     ) -> PoolEntry:
         """Copy an adapter into its pages, and return its place.
 
         Args:
-            pages: what ``try_allocate(rank)`` returned; rows beyond ``rank`` are never read.
+            pages: what ``try_allocate`` returned for its ``num_rows``; rows that hold nothing of it
+                are never read.
             rank: the adapter's largest rank; a module of a smaller rank is padded with zeros.
             tensors: per full module name, A [r, in] and B [out, r], r ≤ rank, scale folded in B.
+            columns: DoRA's column scales, per module float32 [out]; a module without any keeps 1.
 
         Raises:
             KeyError: a module that no group has; the validator refuses these before.
         """
-        rows = tuple(p * self.page_rows + i for p in pages for i in range(self.page_rows))[:rank]
-        index = torch.tensor(rows, device=self.device)
+        entry = self.place(pages, rank, has_columns=columns is not None)
+        index = torch.tensor(entry.rows, device=self.device)
         rest = dict(tensors)
         worst = 0.0
         for group in self.groups:
@@ -227,7 +247,31 @@ class AdapterPool:
                 worst = max(worst, error)
         if rest:
             raise KeyError(f"modules {sorted(rest)[:4]} are in no group of this base")
-        return PoolEntry(rows=rows, scales=(1.0,) * rank, error=worst)
+        if columns is not None:
+            for group in self.groups:
+                for module, kept in zip(group.spec.modules, group.columns, strict=True):
+                    if module in columns:
+                        kept[entry.columns].copy_(columns[module])
+                    else:
+                        kept[entry.columns].fill_(1.0)
+        return replace(entry, error=worst)
+
+    def place(self, pages: Sequence[int], rank: int, *, has_columns: bool) -> PoolEntry:
+        """Return where an adapter of this rank lies in pages that were taken for its ``num_rows``."""
+        numbers = tuple(p * self.page_rows + i for p in pages for i in range(self.page_rows))
+        last = numbers[self.num_rows(rank, has_columns=has_columns) - 1]
+        return PoolEntry(
+            rows=numbers[:rank],
+            scales=(1.0,) * rank,
+            columns=last // self.column_rows if has_columns else NO_COLUMNS,
+        )
+
+    def rows_of(self, entry: PoolEntry) -> tuple[int, ...]:
+        """Return every row that holds something of an adapter: its rank rows, then its column scales'."""
+        if entry.columns == NO_COLUMNS:
+            return entry.rows
+        first = entry.columns * self.column_rows
+        return (*entry.rows, *range(first, first + self.column_rows))
 
     def _padded(self, rows: torch.Tensor, rank: int) -> torch.Tensor:
         rows = rows.to(device=self.device)

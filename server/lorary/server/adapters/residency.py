@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lorary.registry import Resolved
     from lorary.server.adapters.host_tier import HostStats
     from lorary.server.adapters.load_times import Source
+    from lorary.server.adapters.loader import LoadedAdapter
     from lorary.server.adapters.pool import AdapterPool
     from lorary.server.adapters.verification import Verdict, Verifier
 
@@ -70,7 +71,8 @@ class Residency:
 
     Args:
         pool: where they lie.
-        load: reads a version: (largest rank, tensors per module); runs on a worker thread.
+        load: reads a version; runs on a worker thread.
+        scale_columns: computes DoRA's column scales from the base, per module float32 [out]; likewise.
         on_change: called after a load ended, from a worker thread (wakes the engine).
         observer: told of loads and evictions.
         num_workers: loads that may be under way at once.
@@ -83,8 +85,9 @@ class Residency:
         self,
         *,
         pool: AdapterPool,
-        load: Callable[[Resolved], tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]],
+        load: Callable[[Resolved], LoadedAdapter],
         on_change: Callable[[], None],
+        scale_columns: Callable[[LoadedAdapter], Mapping[str, torch.Tensor]] | None = None,
         observer: ResidencyObserver | None = None,
         num_workers: int = 2,
         verifier: Verifier | None = None,
@@ -94,6 +97,7 @@ class Residency:
         self._verifier = verifier
         self._pool = pool
         self._load = load
+        self._scale_columns = scale_columns
         self._on_change = on_change
         self._observer = observer
         self._lock = threading.Lock()
@@ -410,11 +414,12 @@ class Residency:
     def _needs_copy(self, resident: Resident) -> bool:
         if not self._host.is_on or resident.resolved.digest in self._host:
             return False
-        return self._host.has_room_for(copy_bytes(self._pool, resident.rank))
+        assert resident.entry is not None, "asked about before it is loaded"
+        return self._host.has_room_for(copy_bytes(self._pool, resident.entry))
 
     # -- worker threads -----------------------------------------------------------------------
 
-    def _allocate(self, resident: Resident, rank: int) -> tuple[int, ...]:
+    def _allocate(self, resident: Resident, num_rows: int) -> tuple[int, ...]:
         """Take pages, evicting what is idle, waiting for what is held.
 
         Raises:
@@ -422,19 +427,20 @@ class Residency:
             Cancelled: nobody wants it any more, or not so much that others should go.
             Unavailable: the server is going down.
         """
-        needed = self._pool.pages_for(rank)
+        needed = self._pool.pages_for(num_rows)
         with self._lock:
             pinned = sum(len(r.pages) for r in self._residents.values() if r.pinned)
             if needed > self._pool.num_pages - pinned:
                 raise IncompatibleAdapter(
-                    f"an adapter of rank {rank} takes {needed * self._pool.page_bytes} bytes; this "
+                    f"'{resident.resolved.name}' takes {num_rows} rank rows, which are "
+                    f"{needed * self._pool.page_bytes} bytes; this "
                     f"server gives adapters {self._pool.memory_bytes} bytes, of which "
                     f"{pinned * self._pool.page_bytes} are pinned. Raise --adapter-memory, or "
                     "unload a pinned adapter."
                 )
         while True:
             with self._lock:
-                pages = self._pool.try_allocate(rank)
+                pages = self._pool.try_allocate(num_rows)
                 if pages is not None:
                     return pages
                 if self._closed:
@@ -532,21 +538,28 @@ class Residency:
         digest = resident.resolved.digest
         copy = self._host.get(digest) if self._host.is_on else None
         started = time.monotonic()
+        adapter = None
         if copy is None:
             source: Source = "registry"
-            rank, tensors = self._load(resident.resolved)
+            adapter = self._load(resident.resolved)
+            rank, has_columns = adapter.rank, bool(adapter.magnitudes)
         else:
-            source, rank, tensors = "host", copy.rank, {}
+            source, rank, has_columns = "host", copy.rank, copy.has_columns
         seconds = time.monotonic() - started
-        pages = self._allocate(resident, rank)
+        pages = self._allocate(resident, self._pool.num_rows(rank, has_columns=has_columns))
         # Waiting for pages is no part of what a load takes.
         started = time.monotonic()
         try:
             with self._transfers.side():
-                if copy is None:
-                    entry = self._pool.write(pages, rank, tensors)
-                else:
+                if adapter is None:
+                    assert copy is not None
                     entry = copy_in(self._pool, pages, copy)
+                else:
+                    columns = None
+                    if has_columns:
+                        assert self._scale_columns is not None, "DoRA without the base's weights"
+                        columns = self._scale_columns(adapter)
+                    entry = self._pool.write(pages, rank, adapter.tensors, columns)
             if self._verifier is not None:
                 self._verifier.before_use(resident.resolved, entry)
         except BaseException:

@@ -13,6 +13,8 @@ from lorary.server.adapters.tiles import RowTiles
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+NO_COLUMNS = -1
+
 
 @dataclass(frozen=True, slots=True)
 class PoolEntry:
@@ -22,11 +24,13 @@ class PoolEntry:
     that a weighted sum of adapters is just a longer list. Versions are canonical: their own scale
     is already folded into B, so a single adapter has scales of 1. ``error`` is the largest relative
     error of a module's B·A that the pool's storage has brought; 0 where it keeps what is multiplied.
+    ``columns`` is where DoRA's column scales lie (a row of ``GroupPool.columns``), else ``NO_COLUMNS``.
     """
 
     rows: tuple[int, ...]
     scales: tuple[float, ...]
     error: float = 0.0
+    columns: int = NO_COLUMNS
 
     @property
     def rank(self) -> int:
@@ -46,6 +50,7 @@ class Segment:
         pool_rows: int64 [rank], pool rows of the adapter.
         is_contiguous: whether ``pool_rows`` are neighbours in the pool, ascending.
         scales: float32 [rank], or None when all are 1.
+        columns: the entry's.
     """
 
     entry: int
@@ -55,6 +60,7 @@ class Segment:
     pool_rows: torch.Tensor
     is_contiguous: bool
     scales: torch.Tensor | None
+    columns: int = NO_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Segments:
         rank_indptr: int32 [K + 1], where each entry's rank rows begin in ``rank_rows``.
         rank_rows: int32 [sum of ranks], pool rows.
         rank_scales: float32 [sum of ranks].
+        columns: int32 [K], each entry's; None when no entry has column scales.
         device: where the rows are.
     """
 
@@ -85,6 +92,7 @@ class Segments:
     rank_indptr: torch.Tensor
     rank_rows: torch.Tensor
     rank_scales: torch.Tensor
+    columns: torch.Tensor | None
     device: torch.device
 
     @cached_property
@@ -109,7 +117,8 @@ class Segments:
             self.rank_rows,
             self.rank_scales,
         )
-        return (*(array.data_ptr() for array in arrays), self.num_short)
+        columns = 0 if self.columns is None else self.columns.data_ptr()
+        return (*(array.data_ptr() for array in arrays), columns, self.num_short)
 
     @classmethod
     def build(
@@ -161,6 +170,8 @@ class Segments:
             rank_rows += entry.rows
             rank_scales += entry.scales
             indptr.append(len(rank_rows))
+        columns = [entry.columns for entry in entries]
+        has_columns = any(at != NO_COLUMNS for at in columns)
         return cls(
             entries=tuple(entries),
             adapter_of_row=tuple(adapter_of_row),
@@ -170,6 +181,7 @@ class Segments:
             rank_indptr=torch.tensor(indptr, dtype=torch.int32),
             rank_rows=torch.tensor(rank_rows, dtype=torch.int32),
             rank_scales=torch.tensor(rank_scales, dtype=torch.float32),
+            columns=torch.tensor(columns, dtype=torch.int32) if has_columns else None,
             device=device,
         )
 
@@ -186,4 +198,5 @@ def _segment(index: int, entry: PoolEntry, rows: list[int], device: torch.device
         pool_rows=torch.tensor(entry.rows, device=device),
         is_contiguous=entry.rows == tuple(range(first, first + entry.rank)),
         scales=None if plain else torch.tensor(entry.scales, device=device),
+        columns=entry.columns,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TILE_ROWS = 16
 """Rows of one tile: the smallest side of a matrix product that tensor cores take."""
-TILE_FIELDS = 5
+TILE_FIELDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class RowTiles:
     adapter's rank.
 
     Attributes:
-        tiles: int32 [num_tiles, 5]: where in ``rows`` a tile begins, how many rows it has (0: the
-            tile is empty), where in ``rank_rows`` its adapter begins, that adapter's rank, and where
-            its sums begin.
+        tiles: int32 [num_tiles, 6]: where in ``rows`` a tile begins, how many rows it has (0: the
+            tile is empty), where in ``rank_rows`` its adapter begins, that adapter's rank, where its
+            sums begin, and that adapter's ``columns``.
         rows: int32 [S], row numbers, sorted by adapter.
         rank_rows: int32 [sum of ranks], pool rows.
         rank_scales: float32 [sum of ranks].
@@ -80,7 +80,8 @@ class RowTiles:
             if is_end or stop - start == TILE_ROWS:
                 index = row_entries[start]
                 rank = entries[index].rank
-                tiles += [start, stop - start, first_rank[index], rank, sums]
+                columns = entries[index].columns
+                tiles += [start, stop - start, first_rank[index], rank, sums, columns]
                 sums += (stop - start) * rank
                 start = stop
         needed = len(tiles) // TILE_FIELDS

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.columns import column_scales
 from lorary.server.adapters.layers import LoraModel
 from lorary.server.adapters.loader import load_adapter
 from lorary.server.adapters.residency import BaseLease, Residency
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorary.registry import BaseCard, Registry, Resolved
+    from lorary.server.adapters.loader import LoadedAdapter
     from lorary.server.adapters.residency import ResidencyObserver
     from lorary.server.adapters.rounding import Storage
     from lorary.server.adapters.verification import VerificationObserver
@@ -201,13 +203,14 @@ def assemble(
         verifier.attach(functools.partial(engine.submit, is_own=True))
     modules = frozenset(name for group in lora.groups for name in group.spec.modules)
 
-    def load(resolved: Resolved) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    def load(resolved: Resolved) -> LoadedAdapter:
         folder = registry.fetch(resolved)
         return load_adapter(folder, card, modules=modules, max_rank=limits.max_rank)
 
     residency = Residency(
         pool=lora.pool,
         load=load,
+        scale_columns=functools.partial(column_scales, lora.groups),
         on_change=engine.wake,
         observer=residency_observer,
         verifier=verifier,

@@ -5,7 +5,9 @@
 //   t[m, j]       = x[b] . A[m, rank_rows[j]]                      float32 accumulation
 //   s[m, j]       = rank_scales[j] * row_scales[m, rank_rows[j]]   the latter 1 without 8-bit rows
 //   y[b, o_m + :] += sum_j s[m, j] * t[m, j] * B_m[rank_rows[j], :]
-// for j in [rank_indptr[k], rank_indptr[k + 1]). Rows are sorted by adapter. Each row's result depends
+// for j in [rank_indptr[k], rank_indptr[k + 1]), and with column scales c (DoRA; columns[k] >= 0) then
+//   y[b, o_m + :] = c * y[b, o_m + :] + (1 - c) * bias[o_m + :]
+// Rows are sorted by adapter. Each row's result depends
 // on that row alone: the order of summation is fixed, whatever else is in the batch.
 #pragma once
 
@@ -29,6 +31,7 @@ struct GroupPool {
     const int64_t* outs;  // [members]
     int64_t members, cap, in;
     const float* row_scales;  // [members, cap], or null
+    const float* bias;        // [sum of outs], in y already; or null
 };
 
 // Call f with a null pointer to what the pool's rows are kept in.
@@ -50,8 +53,21 @@ struct Mix {
     const int32_t* rank_indptr;  // [entries + 1]
     const int32_t* rank_rows;
     const float* rank_scales;
+    const int32_t* columns;  // [entries], where column scales lie in B, read as float32 [.., out], or
+                             // -1; null when no adapter has any
     int64_t num_rows;
 };
+
+inline bool has_columns(const Mix& mix, int64_t i) { return mix.columns && mix.columns[mix.entry[i]] >= 0; }
+
+// What column scales c make of a row y; of `aside`, if it is there, what y was to be added to.
+inline void scale_columns(float* y, const float* c, const float* bias, const float* aside, int64_t n) {
+    for (int64_t o = 0; o < n; ++o) {
+        float value = c[o] * y[o];
+        if (bias) value += bias[o] - c[o] * bias[o];  // nothing where c is 1
+        y[o] = aside ? aside[o] + value : value;
+    }
+}
 
 // Rows that share an adapter go through it in blocks, so that A and B are loaded and widened once
 // for all of them. Every row's sums run in one order, 16 lanes side by side, whatever the block.
@@ -128,10 +144,11 @@ void expand(float* const* acc, const float* const* t, const S* b, const int32_t*
         for (int w = 0; w < W; ++w) narrow(acc[r] + o + w * kLanes, sum[r][w]);
 }
 
-// One block of R rows with one adapter, one member of the group.
+// One block of R rows with one adapter, one member of the group; `columns` as in Mix.
 template <int R, typename S, typename T, typename Y>
 void add_block(const GroupPool<S>& pool, int64_t member, int64_t offset, const T* x, Y* y, int64_t y_row,
-               const int32_t* rows, const int32_t* rank_rows, const float* scales, int32_t rank) {
+               const int32_t* rows, const int32_t* rank_rows, const float* scales, int32_t rank,
+               int32_t columns, const float* aside) {
     const int64_t in = pool.in, out = pool.outs[member];
     constexpr bool kInPlace = std::is_same_v<Y, float>;
     const int64_t stride = aligned(rank) + (kInPlace ? 0 : aligned(out));
@@ -175,13 +192,21 @@ void add_block(const GroupPool<S>& pool, int64_t member, int64_t offset, const T
     for (; o < out; ++o)
         for (j = 0; j < rank; ++j)
             for (int r = 0; r < R; ++r) acc[r][o] += t[r][j] * load(b + rank_rows[j] * out + o);
+    if (columns >= 0) {
+        const float* c = reinterpret_cast<const float*>(pool.b[member]) + columns * out;
+        for (int r = 0; r < R; ++r)
+            scale_columns(acc[r], c, pool.bias ? pool.bias + offset : nullptr,
+                          aside ? aside + rows[r] * y_row + offset : nullptr, out);
+    }
     if constexpr (!kInPlace)
         for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + offset);
 }
 
-// Called by every thread of a parallel region; they share blocks and members.
+// Called by every thread of a parallel region; they share blocks and members. Where y is added to what was
+// there, `aside` has the rows of it, laid out as y's, whose adapter has column scales.
 template <typename S, typename T, typename Y>
-void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, int64_t y_row) {
+void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, int64_t y_row,
+                  const float* aside = nullptr) {
     // Blocks of neighbours with one adapter; the last of a run may be narrower.
     static thread_local std::vector<int64_t> starts;
     starts.clear();
@@ -203,9 +228,11 @@ void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, in
         const int64_t first = mine[block];
         const int32_t begin = mix.rank_indptr[mix.entry[first]];
         const int32_t rank = mix.rank_indptr[mix.entry[first] + 1] - begin;
+        const int32_t columns = has_columns(mix, first) ? mix.columns[mix.entry[first]] : -1;
         auto run = [&](auto width) {
             add_block<decltype(width)::value>(pool, member, offset, x, y, y_row, mix.rows + first,
-                                              mix.rank_rows + begin, mix.rank_scales + begin, rank);
+                                              mix.rank_rows + begin, mix.rank_scales + begin, rank,
+                                              columns, aside);
         };
         switch (mine[block + 1] - first) {
             case 1: run(std::integral_constant<int, 1>{}); break;

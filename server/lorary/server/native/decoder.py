@@ -74,6 +74,7 @@ class _Chunk(ctypes.Structure):
 class _Mix(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("rows", "entry", "rank_indptr", "rank_rows", "rank_scales")),
+        ("columns", _P),
         ("num_rows", _I),
     )
 
@@ -97,7 +98,7 @@ class _Step(ctypes.Structure):
         ("out", _P),
         ("mix", _Mix),
         *((name, _P) for name in ("hidden", "rounded", "rests", "qkv", "attended", "gate_up")),
-        *((name, _P) for name in ("bytes", "scales")),
+        *((name, _P) for name in ("bytes", "scales", "aside")),
         ("threads", ctypes.c_int32),
     )
 
@@ -118,6 +119,7 @@ class _Workspace:
             # 8-bit rows of whatever a projection reads, up to three bytes wider; a scale for each 64.
             (widest + 3, torch.uint8),
             (widest // 64 + 1, torch.float32),
+            (layer.hidden, torch.float32),
         )
         self._rows = 0
         self._buffers: tuple[torch.Tensor, ...] = ()

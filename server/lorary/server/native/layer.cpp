@@ -78,6 +78,7 @@ struct Step {
     float* gate_up;    // [rows, 2 * inner]
     uint8_t* bytes;    // [rows, widest input], where weights are 8-bit
     float* scales;     // [rows, their groups], likewise
+    float* aside;      // [rows, hidden], of rows with column scales: the residual stream meanwhile
     int32_t threads;
 };
 
@@ -134,13 +135,27 @@ void normalize(const Layer& layer, const float* weight, const Step& step, const 
 template <typename S>
 GroupPool<S> pool_of(const Projection& p) {
     return {static_cast<const S*>(p.a), reinterpret_cast<const S* const*>(p.b), p.outs, p.members, p.cap, p.in,
-            p.row_scales};
+            p.row_scales, p.bias};
+}
+
+// Called by every thread of a parallel region. Rows with column scales get a product of their own to scale:
+// the residual stream, which others are added to, waits aside.
+void set_aside(const Step& step, float* y, int64_t n) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < step.mix.num_rows; ++i) {
+        if (!has_columns(step.mix, i)) continue;
+        const int64_t at = step.mix.rows[i] * n;
+        std::memcpy(step.aside + at, y + at, n * sizeof *y);
+        std::memset(y + at, 0, n * sizeof *y);
+    }
 }
 
 // y (+)= x . w + bias + adapters, x being what has entered
 template <Into kInto, typename T>
 void project(const Projection& p, const Step& step, float* y) {
     const T* x = static_cast<const T*>(step.rounded);
+    const bool is_aside = kInto == Into::add && step.mix.columns;
+    if (is_aside) set_aside(step, y, p.out);
     if (p.scales) {
 #ifdef __AVX512VNNI__
         const Int8Weight weight{static_cast<const int8_t*>(p.packed), p.scales, p.offsets};
@@ -153,7 +168,7 @@ void project(const Projection& p, const Step& step, float* y) {
     if (step.mix.num_rows)
         with_storage<T>(p.storage, [&](auto* kind) {
             using S = std::remove_const_t<std::remove_pointer_t<decltype(kind)>>;
-            add_adapters(pool_of<S>(p), step.mix, x, y, p.out);
+            add_adapters(pool_of<S>(p), step.mix, x, y, p.out, is_aside ? step.aside : nullptr);
         });
 }
 

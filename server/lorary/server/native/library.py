@@ -14,21 +14,19 @@ import torch
 from torch import nn
 
 from lorary.server.native.build import build
-from lorary.server.native.products import STORAGE, BoundKernel, PackedLinear
+from lorary.server.native.products import GROUP, PANEL, STORAGE, BoundKernel, PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 12
-# Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
-_PANEL, _GROUP = 32, 64
+_ABI = 13
 # Elements whose float32 form lies in the caches while they are rounded.
 _ROUNDED_AT_ONCE = 1 << 20
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_POOL = [*[_POINTER] * 3, *[_INT64] * 4, _POINTER, _INT64]
-_ADD_ROWS = [*[_POINTER] * 2, *_POOL, *[_POINTER] * 5, _INT64, ctypes.c_int]
+_POOL = [*[_POINTER] * 3, *[_INT64] * 4, _POINTER, _INT64, _POINTER]
+_ADD_ROWS = [*[_POINTER] * 2, *_POOL, *[_POINTER] * 6, _INT64, ctypes.c_int]
 _ROWS = [_POINTER, _INT64, _INT64]
 _OUTPUT = [_INT64, _INT64, _POINTER, _INT64, ctypes.c_int]
 _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
@@ -143,12 +141,14 @@ class NativeKernels:
         b: Sequence[torch.Tensor],
         row_scales: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
+        bias: torch.Tensor | None = None,
     ) -> BoundKernel:
         """Fix the pool of one group of layers, so that a call passes only what changes per step.
 
-        ``dtype`` is that of the rows to be multiplied (default: the pool's).
+        ``dtype`` is that of the rows to be multiplied (default: the pool's), ``bias`` float32 [sum of
+        outs] what the layers add: column scales leave it alone.
         """
-        return BoundKernel(self._add_rows[dtype or a.dtype], a, b, row_scales)
+        return BoundKernel(self._add_rows[dtype or a.dtype], a, b, row_scales, bias)
 
     def supports_layers(self, dtype: torch.dtype) -> bool:
         """Whether packed products and whole layers run in this dtype on this CPU."""
@@ -166,7 +166,7 @@ class NativeKernels:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Copy a weight [out, in] that ``can_pack`` into the kernel's layout."""
         out, width = weight.shape
-        packed = torch.empty(-(-out // _PANEL) * _PANEL * width, dtype=weight.dtype)
+        packed = torch.empty(-(-out // PANEL) * PANEL * width, dtype=weight.dtype)
         self._pack[weight.dtype](
             weight.data_ptr(),
             weight.stride(0),
@@ -183,25 +183,25 @@ class NativeKernels:
         Only where ``has_int8``.
         """
         out, width = weight.shape
-        panels, groups = -(-out // _PANEL), -(-width // _GROUP)
+        panels, groups = -(-out // PANEL), -(-width // GROUP)
         matrix = torch.empty(out, width, dtype=torch.int8)
-        scales = torch.zeros(panels * _PANEL, groups)
-        offsets = torch.zeros(panels * _PANEL, groups, dtype=torch.int32)
+        scales = torch.zeros(panels * PANEL, groups)
+        offsets = torch.zeros(panels * PANEL, groups, dtype=torch.int32)
         # Some rows at a time: in float32 a whole layer would be a peak of memory, and out of the caches.
         step = max(1, _ROUNDED_AT_ONCE // width)
         for start in range(0, out, step):
             rows = slice(start, min(start + step, out))
-            values = nn.functional.pad(weight[rows].float(), (0, groups * _GROUP - width))
-            values = values.view(-1, groups, _GROUP)
+            values = nn.functional.pad(weight[rows].float(), (0, groups * GROUP - width))
+            values = values.view(-1, groups, GROUP)
             torch.div(values.abs().amax(dim=2), 127.0, out=scales[rows])
             values = values.div_(scales[rows].clamp_min(1e-30)[:, :, None]).round_().to(torch.int8)
             offsets[rows] = values.sum(dim=2, dtype=torch.int32) * 128
-            matrix[rows] = values.view(-1, groups * _GROUP)[:, :width]
-        packed = torch.empty(panels * _PANEL * -(-width // 4) * 4, dtype=torch.int8)
+            matrix[rows] = values.view(-1, groups * GROUP)[:, :width]
+        packed = torch.empty(panels * PANEL * -(-width // 4) * 4, dtype=torch.int8)
         self._pack_int8(matrix.data_ptr(), out, width, packed.data_ptr(), torch.get_num_threads())
 
         def by_panel(m: torch.Tensor) -> torch.Tensor:
-            return m.view(panels, _PANEL, groups).transpose(1, 2).contiguous()
+            return m.view(panels, PANEL, groups).transpose(1, 2).contiguous()
 
         return PackedLinear(
             self._linear_int8, packed, (out, width), bias, by_panel(scales), by_panel(offsets)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from lorary.server.adapters.segments import NO_COLUMNS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from lorary.server.adapters.segments import Segments
 
@@ -19,10 +21,13 @@ def add_lora(
     b: Sequence[torch.Tensor],
     segments: Segments,
     row_scales: torch.Tensor | None = None,
+    columns: Sequence[torch.Tensor] = (),
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``y`` plus each row's adapter, computed in float32.
 
-    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m], row_scales [M, cap].
+    Shapes: y [T, sum of outs], x [T, in], a [M, cap, in], b M × [cap, out_m], row_scales [M, cap],
+    columns M × [n, out_m] (``GroupPool.columns``), bias [sum of outs].
     """
     result = y.float().clone()
     for row, index in enumerate(segments.adapter_of_row):
@@ -35,5 +40,12 @@ def add_lora(
                 if row_scales is not None:
                     t = t * row_scales[m, pool_row]
                 result[row, offset : offset + b_m.shape[1]] += scale * t * b_m[pool_row].float()
+            if entry.columns != NO_COLUMNS:
+                part = slice(offset, offset + b_m.shape[1])
+                bias_m = torch.zeros(b_m.shape[1]) if bias is None else bias[part]
+                bias_m = bias_m.to(result)
+                result[row, part] = (
+                    columns[m][entry.columns] * (result[row, part] - bias_m) + bias_m
+                )
             offset += b_m.shape[1]
     return result

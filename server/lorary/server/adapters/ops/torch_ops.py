@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorary.server.adapters.segments import NO_COLUMNS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,12 +21,15 @@ def add_segment(
     b: Sequence[torch.Tensor],
     segment: Segment,
     row_scales: torch.Tensor | None = None,
+    columns: Sequence[torch.Tensor] = (),
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Add one segment's adapter to ``y``, in place.
 
-    Semantics: y[rows] += ((x[rows] @ A^T) * scales * row_scales) @ B, per member of the group.
+    Semantics: y[rows] += ((x[rows] @ A^T) * scales * row_scales) @ B, per member of the group; with
+    column scales c then y[rows] = c * y[rows] + (1 - c) * bias.
     Shapes: y [T, sum of outs] and x [T, in] of one dtype, a [M, cap, in], b M × [cap, out_m],
-    row_scales float32 [M, cap].
+    row_scales float32 [M, cap], columns M × float32 [n, out_m], bias float32 [sum of outs].
     """
     if segment.start >= 0:
         rows = slice(segment.start, segment.start + segment.length)
@@ -47,7 +52,15 @@ def add_segment(
             scales = own if scales is None else own * scales
         if scales is not None:
             t = (t.float() * scales).to(t.dtype)
-        target[:, offset : offset + b_m.shape[1]].addmm_(t, b_rows.to(x.dtype))
+        part = target[:, offset : offset + b_m.shape[1]]
+        part.addmm_(t, b_rows.to(x.dtype))
+        if segment.columns != NO_COLUMNS:
+            c = columns[m][segment.columns]
+            scaled = part.float() * c
+            if bias is not None:
+                bias_m = bias[offset : offset + b_m.shape[1]]
+                scaled += bias_m - c * bias_m
+            part.copy_(scaled)
         offset += b_m.shape[1]
     if segment.start < 0:
         y.index_copy_(0, segment.rows, target)

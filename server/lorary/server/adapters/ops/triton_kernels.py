@@ -42,7 +42,7 @@ def shrink(
     BLOCK_IN: tl.constexpr,
 ):
     """t[s, m, sum of (i, j)] = scale[j] * x[row i] . A[m, p(j)], over stretch s of ``in``."""
-    tile = tiles + tl.program_id(0) * 5
+    tile = tiles + tl.program_id(0) * 6
     count = tl.load(tile + 1)
     if count == 0:
         return
@@ -87,6 +87,7 @@ def expand(
     t,  # float32 [SPLIT, members, num_sums]
     b_table,  # int64 [members], addresses of [cap, out] of type B
     blocks,  # int32 [num blocks, 4]: member, its width, first column in it, first column in y
+    bias,  # float32 [sum of outs]; unused where HAS_BIAS is not set
     tiles,
     rows,
     rank_rows,
@@ -94,6 +95,7 @@ def expand(
     members,
     num_sums,
     SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     B: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -101,8 +103,12 @@ def expand(
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """y[row i, columns of m] += sum over j of (sum over s of t[s, m, (i, j)]) * B[m][p(j)]."""
-    tile = tiles + tl.program_id(0) * 5
+    """y[row i, columns of m] += sum over j of (sum over s of t[s, m, (i, j)]) * B[m][p(j)].
+
+    With column scales c then y = c * y + (1 - c) * bias; whether an adapter has them is read from its
+    tile, so that no step compiles anything.
+    """
+    tile = tiles + tl.program_id(0) * 6
     count = tl.load(tile + 1)
     if count == 0:
         return
@@ -142,4 +148,12 @@ def expand(
     at_y = y + row[:, None] * y_row + y_c[None, :]
     mask = has_row & has_column
     total += tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
+    columns = tl.load(tile + 5).to(tl.int64)
+    if columns >= 0:
+        of_member = tl.load(b_table + member).to(tl.pointer_type(tl.float32))
+        scale = tl.load(of_member + columns * out + c, mask=c < out, other=0.0)
+        total *= scale[None, :]
+        if HAS_BIAS:
+            some_bias = tl.load(bias + y_c, mask=c < out, other=0.0)
+            total += (some_bias - scale * some_bias)[None, :]
     tl.store(at_y, total.to(y.dtype.element_ty), mask=mask)

@@ -49,19 +49,22 @@ class TritonKernels:
         b: Sequence[torch.Tensor],
         row_scales: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
+        bias: torch.Tensor | None = None,
     ) -> TritonPool:
         """Fix the pool of one group of layers, so that a call passes only what changes per step.
 
-        ``dtype`` is that of the rows to be multiplied (default: the pool's).
+        ``dtype`` is that of the rows to be multiplied (default: the pool's), ``bias`` float32 [sum of
+        outs] what the layers add: column scales leave it alone.
         """
-        return TritonPool(self, a, b, row_scales, dtype or a.dtype)
+        return TritonPool(self, a, b, row_scales, dtype or a.dtype, bias)
 
 
 class TritonPool:
     """The kernels over one group's pool; holds the pool's tensors alive.
 
     Shapes: a [members, cap, in], b members × [cap, out_m], contiguous, one dtype, row_scales float32
-    [members, cap] where that has 8 bits, on the device that the steps run on.
+    [members, cap] where that has 8 bits, bias float32 [sum of outs], on the device that the steps run
+    on.
     """
 
     def __init__(
@@ -71,9 +74,10 @@ class TritonPool:
         b: Sequence[torch.Tensor],
         row_scales: torch.Tensor | None,
         dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
     ) -> None:
         self._shrink, self._expand = ops.kernels.shrink, ops.kernels.expand
-        self._row_scales, self._dtype = row_scales, dtype
+        self._row_scales, self._dtype, self._bias = row_scales, dtype, bias
         self._a, self._b = a, tuple(b)
         self._members, self._cap, self._in_features = a.shape
         self._split = min(_MAX_SPLIT, max(1, self._in_features // _STRETCH))
@@ -145,6 +149,7 @@ class TritonPool:
                 t,
                 self._table,
                 self._blocks,
+                t if self._bias is None else self._bias,
                 tiles.tiles,
                 tiles.rows,
                 tiles.rank_rows,
@@ -152,6 +157,7 @@ class TritonPool:
                 self._members,
                 tiles.num_sums,
                 SPLIT=self._split,
+                HAS_BIAS=self._bias is not None,
                 B=self._type,
                 ALIGN=self._align,
                 PRECISION=self._precision,

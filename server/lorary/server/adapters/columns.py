@@ -1,0 +1,103 @@
+"""DoRA's column scales: a version's magnitudes over the norms that base and change have together.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353, section 4) gives every output i of a layer a length m_i of its own::
+
+    W' = diag(c) (W0 + B A),    c_i = m_i / |(W0 + B A)_i|        |.| over a row of [out, in]
+
+so y = c * (W0 x + B A x) + bias: an adapter like any other, and one factor per output behind it. Only c needs
+the base's weights. It is computed once, when a version is loaded, from the base as it is served: where that
+is rounded, from the rounded weights, as PEFT does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorary.errors import IncompatibleAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lorary.server.adapters.layers import LoraGroup
+    from lorary.server.adapters.loader import LoadedAdapter
+
+# Elements of a weight that are looked at in float32 at once: a load must not be a peak of memory.
+_AT_ONCE = 1 << 21
+
+
+def column_scales(groups: Sequence[LoraGroup], adapter: LoadedAdapter) -> dict[str, torch.Tensor]:
+    """Return float32 [out] for every module that has magnitudes, on the base's device.
+
+    Raises:
+        IncompatibleAdapter: a row of base and change is zeros, so that it has no direction, or the base's
+            weights are kept in a form that cannot be read.
+    """
+    found: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        for group in groups:
+            for member, module in enumerate(group.spec.modules):
+                if module in adapter.magnitudes:
+                    found[module] = _scales(group, member, adapter)
+    return found
+
+
+def _scales(group: LoraGroup, member: int, adapter: LoadedAdapter) -> torch.Tensor:
+    module = group.spec.modules[member]
+    a, b = adapter.tensors[module]
+    found = []
+    for start, weight in _stretches(group, member):
+        some_b = b[start : start + weight.shape[0]].to(weight)
+        changed = torch.addmm(weight, some_b, a.to(weight))
+        found.append(torch.linalg.vector_norm(changed, dim=1))
+    norms = torch.cat(found)
+    scales = adapter.magnitudes[module].to(norms) / norms
+    if not scales.isfinite().all():
+        row = int(scales.isfinite().logical_not().nonzero()[0])
+        raise IncompatibleAdapter(
+            f"module {module}: output {row} of base and change together has length {float(norms[row]):g}, "
+            "so DoRA's magnitude has nothing to scale. The adapter was trained on another base, or its "
+            "training diverged."
+        )
+    return scales
+
+
+def _stretches(group: LoraGroup, member: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield a member's weight, float32 [n, in], some rows at a time, each with its first row's number."""
+    out, width = group.spec.out_features[member], group.spec.in_features
+    first = sum(group.spec.out_features[:member])
+    step = max(1, _AT_ONCE // width)
+    if group.packed is None and group.weight is None:
+        whole = _weight(group.layers[member], group.spec.modules[member])
+    for start in range(0, out, step):
+        stop = min(start + step, out)
+        if group.packed is not None:
+            yield start, group.packed.rows(first + start, first + stop)
+        elif group.weight is not None:
+            yield start, group.weight[first + start : first + stop].float()
+        else:
+            yield start, whole[start:stop].float()
+
+
+def _weight(layer: Any, module: str) -> torch.Tensor:
+    """Return the weight [out, in] of a layer with a product of its own, in whatever dtype."""
+    weight: torch.Tensor = layer.weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        whole: torch.Tensor = dequantize_4bit(weight.data, layer.weight.quant_state)
+        return whole
+    if kind == "Int8Params":
+        # The layer takes its weight's scales for itself at its first product.
+        own = layer.weight.SCB
+        scales: torch.Tensor = layer.state.SCB if own is None else own
+        return weight.data.float() * (scales.float()[:, None] / 127)
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise IncompatibleAdapter(
+            f"module {module}: its weight is kept as {kind} of {weight.dtype}, which cannot be read, and "
+            "DoRA needs its norms. Serve the base unquantized, in int8 or in nf4."
+        )
+    # GPT-2's layers keep theirs the other way round.
+    return weight.data.t() if type(layer).__name__ == "Conv1D" else weight.data
