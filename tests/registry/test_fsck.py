@@ -14,8 +14,12 @@ import pytest
 from lorary.errors import AdapterNotFound, CorruptArtifact
 from lorary.registry import Registry
 from lorary.registry.fsck import FsckReport
+from lorary.registry.fsck_repair import Repairs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorary.registry import VersionInfo
     from tests.registry.conftest import Forge
 
 
@@ -287,6 +291,35 @@ def test_left_overs_have_a_grace_time(filled: Registry) -> None:
     report = again(filled).fsck()
     assert (report.spare_blobs, blob.exists()) == (2, True)  # gc's business, not fsck's
     assert report.is_ok  # nothing is left that tells of a version 3
+
+
+def test_what_a_push_needs_meanwhile_stays(
+    filled: Registry, forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, blob = root_of(filled), blob_of(filled, 3)
+    folder = filled.fetch(filled.resolve("a@3"))
+    given = root.parent / "given"
+    shutil.copytree(folder, given)
+    (root / "adapters" / "a" / "versions" / "3.json").unlink()
+    (root / "adapters" / "a" / "audit.jsonl").unlink()
+    os.utime(folder, (0, 0))
+    rot(blob)
+    pushed: list[VersionInfo] = []
+
+    def after_a_push(real: Callable[[Repairs, Path], None]) -> Callable[[Repairs, Path], None]:
+        def act(self: Repairs, path: Path) -> None:
+            if not pushed:
+                pushed.append(again(filled).push(given, "a", base=forge.card))
+            real(self, path)
+
+        return act
+
+    for name in ("discard_blob", "discard_unpacked"):
+        monkeypatch.setattr(Repairs, name, after_a_push(getattr(Repairs, name)))
+    again(filled).fsck(repair=True, grace_s=0)
+    assert [info.version for info in pushed] == [3]
+    assert blob.exists()
+    assert again(filled).verify().is_ok
 
 
 def test_strangers_in_the_house(filled: Registry) -> None:

@@ -243,7 +243,7 @@ class LocalCheck:
             if known is None and time.time() - folder.lstat().st_mtime < self._grace_s:
                 continue  # a push unpacks before its version has a file
             if known is None:
-                act = partial(self._repairs.discard, folder)
+                act = partial(self._repairs.discard_unpacked, folder)
                 problem = "no version is unpacked here"
                 self._seen.add(
                     self._short(folder), problem, severity="litter", repair="remove it", act=act
@@ -292,7 +292,7 @@ class LocalCheck:
                 self._seen.spare_blobs += 1
                 self._seen.spare_bytes += status.st_size
                 if self._blob(path.name):
-                    act = partial(self._repairs.discard, path)
+                    act = partial(self._repairs.discard_blob, path)
                     problem = "it is damaged, and no version refers to it"
                     self._seen.add(where, problem, severity="litter", repair="remove it", act=act)
             if status.st_mode & _WRITABLE:

@@ -24,6 +24,7 @@ from lorary.registry.durable import (
     write_new,
 )
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES
+from lorary.registry.gc import GC_LOCK
 from lorary.registry.local import LocalStore, utc_now
 from lorary.registry.manifest import Manifest
 from lorary.registry.versions import Pointer
@@ -135,6 +136,22 @@ class Repairs:
         """Make a blob read-only."""
         with storage_errors(f"protect {path}"):
             path.chmod(0o444)
+
+    def discard_blob(self, path: Path) -> None:
+        """Remove a damaged blob that no version refers to, unless a push has replaced it meanwhile."""
+        with locked(self._store.root / GC_LOCK):
+            if not path.exists() or hash_file(path) == path.name:
+                return
+            self.discard(path)
+
+    def discard_unpacked(self, folder: Path) -> None:
+        """Remove an unpacked folder of no version, unless a push has made it one's meanwhile."""
+        with locked(self._store.root / GC_LOCK):
+            for name in self._store.names():
+                self._store.forget(name)
+                if any(p.manifest_sha256 == folder.name for p in self._store.pointers(name)):
+                    return
+            self.discard(folder)
 
     def discard(self, path: Path) -> None:
         """Remove what nobody reads; a folder goes out of sight in one step."""
