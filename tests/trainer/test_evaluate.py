@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lorary.trainer.encoding import Row
 from lorary.trainer.evaluate import Evaluator, _by_length
 from lorary.trainer.methods import attach
 from lorary.trainer.train import prepare
@@ -68,6 +69,26 @@ def test_label_scores_are_sums_of_token_log_probabilities(
                 assert scores[i, k].item() == pytest.approx(float(expected), abs=1e-3)
 
 
+def test_perplexity_reads_the_answers_alone(
+    model: Any, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nats of each answer's own tokens after its prompt; neither batch nor padding changes them."""
+    monkeypatch.setattr("lorary.trainer.evaluate._MAX_LOGIT_ROWS", 5)
+    answers = [(40, 2), (7, 8, 9, 2), (22, 2)]
+    with torch.inference_mode():
+        found = evaluator(model.eval(), make_recipe()).nats(
+            [
+                Row(input_ids=(*prompt, *answer), num_prompt=len(prompt))
+                for prompt, answer in zip(PROMPTS, answers, strict=True)
+            ]
+        )
+        for prompt, answer, nats in zip(PROMPTS, answers, found, strict=True):
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+            start = len(prompt) - 1
+            expected = -sum(logits[start + j, token] for j, token in enumerate(answer))
+            assert nats == pytest.approx(float(expected), abs=1e-3)
+
+
 def test_evaluation_leaves_the_model_as_it_was(
     model: Any, make_recipe: Callable[..., Recipe]
 ) -> None:
@@ -81,7 +102,8 @@ def test_evaluation_leaves_the_model_as_it_was(
     assert not model.get_output_embeddings()._forward_pre_hooks
     assert sum(done) == len(result.predictions) == 12
     assert set(result.predictions) <= {"good", "bad"}
-    assert set(result.metrics) == {"accuracy", "f1", "exact"}
+    assert set(result.metrics) == {"accuracy", "f1", "exact", "ece", "perplexity"}
+    assert all(sum(row) == pytest.approx(1) for row in result.label_probabilities)
 
 
 def test_answers_end_at_a_stop_string(model: Any, make_recipe: Callable[..., Recipe]) -> None:
@@ -107,5 +129,5 @@ def test_generation_task_is_scored_as_text(
         task={"template": "{{ text }}", "max_new_tokens": 4}, evaluation={"metric": "bleu"}
     )
     result = evaluator(model, recipe).evaluate(prepare(recipe).splits.test)
-    assert set(result.metrics) == {"bleu", "chrf"}
+    assert set(result.metrics) == {"bleu", "chrf", "perplexity"}
     assert result.predictions == result.generated

@@ -60,8 +60,7 @@ def test_run_learns_and_writes_a_standard_folder(
     files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
     assert files == {
         *("adapter_config.json", "adapter_model.safetensors", "manifest.json", "report"),
-        *("report/loss_curve.png", "report/metrics.json", "report/examples.jsonl"),
-        "report/history.jsonl",
+        *("report/metrics.json", "report/examples.jsonl", "report/history.jsonl"),
     }
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "checkpoints and drafts are gone"
     assert manifest == Manifest.from_json((tmp_path / "out" / "manifest.json").read_bytes())

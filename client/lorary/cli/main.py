@@ -31,6 +31,7 @@ class Part:
 
 PARTS: dict[str, Part] = {
     "train": Part("lorary.trainer.cli", "train", "Train an adapter from a recipe."),
+    "eval": Part("lorary.trainer.eval_cli", "train", "Measure adapters beside their base."),
     "registry": Part("lorary.registry.cli", "", "Push, pull, list and promote versions."),
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),

@@ -254,7 +254,16 @@ def _all_metrics(metrics: Metrics | None) -> str:
     names = sorted(metrics.base.keys() | metrics.adapter.keys())
     lines = [
         f"{name}: base {metrics.base.get(name, float('nan')):.4g}, "
-        f"adapter {metrics.adapter.get(name, float('nan')):.4g}"
+        f"adapter {metrics.adapter.get(name, float('nan')):.4g}{_gain(metrics, name)}"
         for name in names
     ]
     return "\n".join([*lines, f"on {metrics.num_examples} held-out examples"])
+
+
+def _gain(metrics: Metrics, name: str) -> str:
+    """Return the interval of the difference that the adapter makes, where it is known."""
+    found = metrics.uncertainty.get(name)
+    if found is None or found.difference is None:
+        return ""
+    interval = found.difference
+    return f", difference {interval.low:+.4g} to {interval.high:+.4g} ({metrics.confidence:.0%})"

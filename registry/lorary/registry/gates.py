@@ -103,7 +103,7 @@ def figures_of(
             raise AdapterNotFound(f"adapter '{name}' has no version {version}")
         store.marks(name).check_there(name, version)
         metrics = store.manifest(name, pointer).metrics
-        return {} if metrics is None else metrics.adapter
+        return {} if metrics is None else metrics.figures()
 
     state = store.alias_state(name)
     return tuple(

@@ -11,7 +11,10 @@ the registry can give); ``push`` completes it. A sample::
      "task": {"kind": "classification", "template": "…{{ text }}…", "labels": ["negative", "positive"],
               "max_new_tokens": 4, "stop": []},
      "metrics": {"primary": "accuracy", "num_examples": 200,
-                 "base": {"accuracy": 0.02}, "adapter": {"accuracy": 0.85}},
+                 "base": {"accuracy": 0.02}, "adapter": {"accuracy": 0.85},
+                 "uncertainty": {"accuracy": {"adapter": {"low": 0.8, "high": 0.895}, "base": …,
+                                              "difference": {"low": 0.77, "high": 0.88}}},
+                 "confidence": 0.95},
      "data": {"source": "movie-reviews", "fingerprint": "sha256:…", "num_train": 7530, …},
      "training": {"recipe": {…}, "seed": 0, "versions": {"torch": "2.13.0", …}, "seconds": 131.0, …},
      "golden_probes": [{"token_ids": […], "top_token_ids": […], "top_logits": […]}],
@@ -39,6 +42,8 @@ FORMAT_VERSION = 1
 MAX_RATIO = 10.0
 """Largest ‖scale·BA‖/‖W‖ of a module, Frobenius norms, unless a push says otherwise. What training gives
 is below 1, nearly always below 0.3; a scale applied twice, or an alpha of another rank, is beyond 10."""
+LOWER_IS_BETTER = frozenset({"perplexity", "ece"})
+"""Metrics that fall as a model gets better."""
 _MAX_NUMBER = 1e300
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -101,13 +106,74 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Where a figure lies with the confidence that ``Metrics`` names.
+
+    Raises:
+        CorruptArtifact: ``low`` is above ``high``.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise CorruptArtifact(f"manifest has an interval from {self.low} to {self.high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty:
+    """How sure one metric is, by resampling the held-out examples.
+
+    Attributes:
+        adapter: of the adapter's figure.
+        base: of the base's; ``None`` where the base was not measured.
+        difference: of adapter minus base, drawn in pairs: both answered the same resampled examples.
+    """
+
+    adapter: Interval
+    base: Interval | None = None
+    difference: Interval | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """Held-out figures of base and adapter on the same ``num_examples``; higher is better."""
+    """Held-out figures of base and adapter on the same ``num_examples``.
+
+    Higher is better, but for those of ``LOWER_IS_BETTER``.
+
+    Attributes:
+        primary: the metric that stands for all in lists.
+        num_examples: how many were held out.
+        base: figures of the base; empty where it was not measured.
+        adapter: figures of the adapter.
+        uncertainty: by metric; those without intervals are left out.
+        confidence: of every interval, such as 0.95.
+    """
 
     primary: str
     num_examples: int
     base: dict[str, float]
     adapter: dict[str, float]
+    uncertainty: dict[str, Uncertainty] = field(default_factory=dict)
+    confidence: float = 0.95
+
+    def figures(self) -> dict[str, float]:
+        """Return every figure that a requirement may name.
+
+        Beside the adapter's own ``accuracy``: ``accuracy.low`` and ``.high``, the ends of its interval;
+        ``accuracy.gain``, the difference to the base; ``accuracy.gain.low`` and ``.gain.high``.
+        """
+        found = dict(self.adapter)
+        for name, value in self.adapter.items():
+            if name in self.base:
+                found[f"{name}.gain"] = value - self.base[name]
+        for name, sure in self.uncertainty.items():
+            ends = {name: sure.adapter, f"{name}.gain": sure.difference}
+            for key, interval in ends.items():
+                if interval is not None:
+                    found |= {f"{key}.low": interval.low, f"{key}.high": interval.high}
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@
 ``accuracy>=0.90``         the version's own figure, from its manifest
 ``accuracy>=prod-0.01``    beside the figure of the version that an alias holds now
 ``f1>@6``                  beside the figure of version 6
+``accuracy.gain.low>0``    what the adapter gains on its base, at the low end of the interval
 =========================  ==========================================================
 
 Comparisons are ``>=``, ``>``, ``<=``, ``<`` and ``==``. What ends in ``+`` or ``-`` and a number is an alias with an
@@ -36,7 +37,7 @@ _REQUIREMENT: Final = re.compile(
 )
 
 MetricsOf = Callable[[int], Mapping[str, float]]
-"""Returns the adapter's own metrics of a version."""
+"""Returns the figures of a version (``Metrics.figures``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

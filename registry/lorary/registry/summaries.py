@@ -41,14 +41,15 @@ class Summary:
 
 
 def summarized(manifest: Manifest) -> Summary:
-    """Return what lists show of a version."""
+    """Return what lists show of a version: figures, but not how sure they are."""
+    metrics = manifest.metrics
     return Summary(
         size_bytes=sum(entry.size for entry in manifest.files),
         rank=manifest.method.rank,
         base_name=manifest.base.name,
         base_fingerprint=manifest.base.fingerprint,
         task_kind=manifest.task.kind,
-        metrics=manifest.metrics,
+        metrics=dataclasses.replace(metrics, uncertainty={}) if metrics else None,
     )
 
 

@@ -10,6 +10,7 @@ import typer
 
 from lorary.errors import MissingDependency
 from lorary.registry.cli_support import console, print_json, run, table
+from lorary.trainer.figures_table import figures_table
 from lorary.trainer.recipe_file import load_recipe, recipe_dict
 from lorary.trainer.threads import use_threads
 
@@ -126,13 +127,8 @@ def _print_result(manifest: Manifest, folder: Path, *, as_json: bool) -> None:
         print_json(manifest)
         return
     assert manifest.metrics is not None
-    base, adapter = manifest.metrics.base, manifest.metrics.adapter
     title = f"{folder} · {manifest.metrics.num_examples} held-out examples"
-    rows = table("metric", "base", "adapter", title=title)
-    for name, value in adapter.items():
-        before = f"{base[name]:.3f}" if name in base else "-"
-        rows.add_row(name, before, f"{value:.3f}")
-    console().print(rows)
+    console().print(figures_table(manifest.metrics, title))
     name = manifest.training["recipe"]["name"]
     console().print(f"next: registry push {folder} {name} --alias prod", highlight=False)
 

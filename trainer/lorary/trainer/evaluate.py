@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 
-from lorary.trainer.batches import collate
+from lorary.trainer.batches import IGNORED, collate
 from lorary.trainer.encoding import Encoder
 from lorary.trainer.head import head_reads
 from lorary.trainer.loop import selected_logits
-from lorary.trainer.metrics import score_labels, score_texts
+from lorary.trainer.metrics import calibration_sums, label_sums, perplexity_sums, text_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from lorary.bases.prompts import PromptBuilder
+    from lorary.trainer.bootstrap import Sums
+    from lorary.trainer.encoding import Row
     from lorary.trainer.recipe import Recipe
     from lorary.trainer.sources import Example
 
-_MOST_NATS = 700.0  # a token; exp of more is no number
+_MAX_LOGIT_ROWS = 1024  # each as wide as the vocabulary, in float32: 200 MB for 49,152 tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +33,35 @@ class Evaluation:
     """Figures, and what the model said to each example.
 
     Attributes:
+        metrics: by name, rounded.
         predictions: the likeliest label (classification) or the generated text.
         generated: the generated text.
+        sums: what the metrics were made of, for resampling; a metric may lack it.
+        label_probabilities: of a classification, [examples, labels], each row adding up to 1.
     """
 
     metrics: dict[str, float]
     predictions: tuple[str, ...]
     generated: tuple[str, ...]
+    sums: Mapping[str, Sums] = field(default_factory=dict)
+    label_probabilities: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        sums: Mapping[str, Sums],
+        predictions: Sequence[str],
+        generated: Sequence[str],
+        label_probabilities: Sequence[tuple[float, ...]] = (),
+    ) -> Self:
+        """Return the evaluation whose metrics are the values of ``sums``."""
+        return cls(
+            metrics={name: round(one.value, 4) for name, one in sums.items()},
+            predictions=tuple(predictions),
+            generated=tuple(generated),
+            sums=sums,
+            label_probabilities=tuple(label_probabilities),
+        )
 
 
 class Evaluator:
@@ -79,55 +102,60 @@ class Evaluator:
             self._model.train(was_training)
 
     def _evaluate(self, examples: Sequence[Example], advance: Callable[[int], None]) -> Evaluation:
-        if self._recipe.metric == "perplexity":
-            return self._read(examples, advance)
         prompts = [self._encoder.prompt(example) for example in examples]
         references = [example.target for example in examples]
         generated = [""] * len(prompts)
-        chosen = [0] * len(prompts)
+        nats, num_tokens = [0.0] * len(prompts), [0] * len(prompts)
+        probabilities: list[tuple[float, ...]] = [()] * len(prompts)
+        is_read_only = self._recipe.metric == "perplexity"
         labels = [self._builder.label_ids(label) for label in self._task.labels]
+        longest = self._recipe.training.max_length
         for batch in _by_length(prompts, self._recipe.evaluation.batch_size):
-            part = [prompts[i] for i in batch]
-            texts, first_logits = self.generate(part)
-            scores = self.label_logprobs(part, labels, first_logits) if labels else None
-            for place, i in enumerate(batch):
-                generated[i] = texts[place]
-                if scores is not None:
-                    chosen[i] = int(scores[place].argmax())
+            owned = [(i, row) for i in batch for row in self._encoder.rows(examples[i], longest)]
+            for (i, row), read in zip(owned, self.nats([row for _, row in owned]), strict=True):
+                nats[i] += read
+                num_tokens[i] += sum(row.is_learned())
+            if not is_read_only:
+                part = [prompts[i] for i in batch]
+                texts, first_logits = self.generate(part)
+                for i, text in zip(batch, texts, strict=True):
+                    generated[i] = text
+            if labels:
+                scores = self.label_logprobs(part, labels, first_logits).softmax(-1).tolist()
+                for i, shares in zip(batch, scores, strict=True):
+                    probabilities[i] = tuple(shares)
             advance(len(batch))
-        if labels:
-            predictions = [self._task.labels[k] for k in chosen]
-            metrics = score_labels(predictions, generated, references)
-        else:
-            predictions = generated
-            metrics = score_texts(self._recipe.metric, predictions, references)
-        return Evaluation(
-            metrics={name: round(value, 4) for name, value in metrics.items()},
-            predictions=tuple(predictions),
-            generated=tuple(generated),
-        )
+        foreseen = {"perplexity": perplexity_sums(nats, num_tokens)}
+        if is_read_only:
+            return Evaluation.of(foreseen, generated, generated)
+        if not labels:
+            sums = text_sums(self._recipe.metric, generated, references)
+            return Evaluation.of(sums | foreseen, generated, generated)
+        sure = [max(row) for row in probabilities]
+        predictions = [
+            self._task.labels[row.index(top)] for row, top in zip(probabilities, sure, strict=True)
+        ]
+        is_right = [p == r for p, r in zip(predictions, references, strict=True)]
+        sums = label_sums(predictions, generated, references)
+        sums |= {"ece": calibration_sums(sure, is_right)}
+        return Evaluation.of(sums | foreseen, predictions, generated, probabilities)
 
-    def _read(self, examples: Sequence[Example], advance: Callable[[int], None]) -> Evaluation:
-        """Measure how well texts are foreseen, token by token; nothing is generated.
+    def nats(self, rows: Sequence[Row]) -> list[float]:
+        """Return the negative log likelihood of each row's learned tokens, in nats.
 
-        Perplexity is exp of the mean negative log likelihood of all learned tokens.
+        Each is read after all tokens before it; an end token that is learned counts like any other.
         """
-        nats, num_tokens = 0.0, 0
-        for example in examples:
-            for row in self._encoder.rows(example, self._recipe.training.max_length):
-                batch = collate([row], int(self._tokenizer.pad_token_id))
-                input_ids, labels = (
-                    batch[name].to(self._model.device) for name in ("input_ids", "labels")
-                )
-                logits, targets = selected_logits(self._model, input_ids, labels)
-                nats += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
-                num_tokens += targets.numel()
-            advance(1)
-        nothing = ("",) * len(examples)
-        perplexity = round(math.exp(min(nats / num_tokens, _MOST_NATS)), 4)
-        return Evaluation(
-            metrics={"perplexity": perplexity}, predictions=nothing, generated=nothing
-        )
+        found: list[float] = []
+        for part in _by_learned(rows):
+            tensors = collate(part, int(self._tokenizer.pad_token_id))
+            input_ids, labels = (
+                tensors[name].to(self._model.device) for name in ("input_ids", "labels")
+            )
+            logits, targets = selected_logits(self._model, input_ids, labels)
+            nats = F.cross_entropy(logits.float(), targets, reduction="none")
+            lengths = (labels[:, 1:] != IGNORED).sum(dim=1).tolist()
+            found += [float(one.double().sum()) for one in torch.split(nats, lengths)]
+        return found
 
     def generate(self, prompts: Sequence[Sequence[int]]) -> tuple[list[str], Tensor]:
         """Answer a batch greedily, without any of the base's own sampling settings.
@@ -215,3 +243,18 @@ def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[li
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def _by_learned(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield runs of rows with few enough learned tokens for a table of logits."""
+    part: list[Row] = []
+    count = 0
+    for row in rows:
+        length = len(row.input_ids) - row.num_prompt
+        if part and count + length > _MAX_LOGIT_ROWS:
+            yield part
+            part, count = [], 0
+        part.append(row)
+        count += length
+    if part:
+        yield part

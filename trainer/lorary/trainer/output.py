@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.bases.load import load_model
 from lorary.errors import AlreadyExists, StorageError
-from lorary.registry.manifest import BaseIdentity, GoldenProbe, Manifest, Metrics
-from lorary.trainer.metrics import PRIMARY
+from lorary.registry.manifest import BaseIdentity, GoldenProbe, Manifest
+from lorary.trainer.metrics import metrics_of
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.recipe_file import recipe_dict
 
@@ -147,12 +147,7 @@ def build_manifest(
         ),
         method=method,
         task=recipe.task.to_manifest(),
-        metrics=Metrics(
-            primary=PRIMARY[recipe.metric],
-            num_examples=len(after.predictions),
-            base=before.metrics if before else {},
-            adapter=after.metrics,
-        ),
+        metrics=metrics_of(recipe, before, after, recipe.training.seed),
         data=data,
         training={
             "recipe": recipe_dict(recipe),

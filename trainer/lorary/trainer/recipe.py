@@ -250,10 +250,24 @@ class EvaluationRecipe:
     """Held-out prompts whose logits go into the manifest, for servers to replay; 1 to 16."""
     skip_base: bool = False
     """Measure the adapter only."""
+    num_resamples: int = 1000
+    """Resamples of the held-out examples that intervals are made from; 0 makes none."""
+    confidence: float = 0.95
+    """Of the intervals; between 0.5 and 0.999."""
+    report: bool = True
+    """Write report.html and its pictures; the numbers are written in any case."""
+    num_report_examples: int = 12
+    """Held-out examples that the report quotes of each kind: won, lost, same; 0 quotes none."""
+    num_attention_maps: int = 2
+    """Held-out prompts whose attention the report draws, before and after; 0 draws none."""
 
     def __post_init__(self) -> None:
         _within("evaluation.batch_size", self.batch_size, 1, 65_536)
         _within("evaluation.num_golden_probes", self.num_golden_probes, 1, 16)
+        _within("evaluation.num_resamples", self.num_resamples, 0, 1_000_000)
+        _within("evaluation.confidence", self.confidence, 0.5, 0.999)
+        _within("evaluation.num_report_examples", self.num_report_examples, 0, 10_000)
+        _within("evaluation.num_attention_maps", self.num_attention_maps, 0, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,7 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
     encoder = Encoder(builder, task)
     for example in splits.test:
         encoder.prompt(example)
+        encoder.rows(example, longest)
     return Prepared(
         recipe=recipe,
         base=base,
@@ -241,6 +242,7 @@ def _fill(
     import torch
 
     from lorary.trainer.methods import describe
+    from lorary.trainer.report.inside import look_inside
 
     recipe, task = run.recipe, run.recipe.task.to_manifest()
     save_adapter(model, folder, run.base)
@@ -264,12 +266,14 @@ def _fill(
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     write_report(
         folder / "report",
-        title=f"{recipe.name} on {run.base.name}",
+        recipe=recipe,
+        manifest=manifest,
+        splits=run.splits,
         history=fitted.history,
         best_step=fitted.best_step,
-        test=run.splits.test,
         before=before,
         after=after,
+        inside=look_inside(run, model, before, after) if recipe.evaluation.report else None,
     )
     return manifest
 

@@ -1,0 +1,85 @@
+"""Open a page in a real, headless browser, and say what a person at it would not see."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+_CONSOLE = re.compile(r":CONSOLE[^\]]*\] (.*)")
+# The page is looked at from the outside, through a frame: its own policy forbids scripts.
+_FRAME = """<!doctype html><link rel="icon" href="data:,"><iframe src="PAGE" width="1000" height="800"></iframe>
+<script>
+addEventListener("load", () => {
+  const page = document.querySelector("iframe").contentDocument;
+  const found = [...page.images].map(one => ({alt: one.alt, width: one.naturalWidth}));
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify({title: page.title, pictures: found});
+  document.body.append(out);
+});
+</script>"""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A page as the browser has it."""
+
+    title: str
+    widths: dict[str, int]
+    console: list[str]
+
+
+def open_page(path: Path) -> Opened:
+    """Open a page of a folder, and wait for its pictures; needs a Chromium or Chrome."""
+    browser = next(filter(None, map(shutil.which, _NAMES)), None)
+    if browser is None:
+        reason = (
+            "NO BROWSER: no page was opened, and nothing is known of what a person would see. "
+            "Install one: apt-get install chromium"
+        )
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    (path.parent / "frame.html").write_text(_FRAME.replace("PAGE", path.name))
+    handler = partial(_Quiet, directory=str(path.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [
+                browser,
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+                *("--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"),
+                f"--user-data-dir={path.parent / 'profile'}",
+                f"http://127.0.0.1:{server.server_port}/frame.html",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        server.shutdown()
+    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, f"the page did not load: {done.stdout[-500:]} {done.stderr[-2000:]}"
+    found = json.loads(match[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    return Opened(
+        title=found["title"],
+        widths={one["alt"]: one["width"] for one in found["pictures"]},
+        console=_CONSOLE.findall(done.stderr),
+    )
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_args: Any) -> None:
+        """Say nothing."""

@@ -1,0 +1,333 @@
+"""Measure adapters again: each on each task, beside their base, on the same held-out rows.
+
+Several adapters on several tasks is the *forgetting table*: what an adapter does to the tasks it was not
+trained for is its figure there beside the base's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorary.bases import Base, PromptBuilder, find_base
+from lorary.bases.load import load_model, load_tokenizer
+from lorary.errors import (
+    CorruptArtifact,
+    IncompatibleAdapter,
+    InvalidRecipe,
+    InvalidRequest,
+    LoraryError,
+)
+from lorary.registry import Manifest, Registry
+from lorary.registry.folder import CONFIG_FILE, read_bytes, scan_folder
+from lorary.registry.manifest import Metrics
+from lorary.trainer.data import load_splits
+from lorary.trainer.metrics import metrics_of
+from lorary.trainer.quiet import quiet_libraries
+from lorary.trainer.recipe import DataRecipe, Recipe, TaskRecipe
+from lorary.trainer.recipe_file import build_recipe, load_recipe
+from lorary.trainer.served_template import with_served_template
+from lorary.trainer.sources import read_examples, resolve_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lorary.bases.load import Quantization
+    from lorary.trainer.evaluate import Evaluation
+    from lorary.trainer.progress import Reporter
+    from lorary.trainer.sources import Example
+
+_RECIPES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """An adapter to be measured: its files, checked, and what its manifest says.
+
+    Attributes:
+        ref: as it was asked for.
+        digest: of the version; empty for a folder that no registry keeps.
+    """
+
+    ref: str
+    folder: Path
+    manifest: Manifest
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exam:
+    """A task and the rows that measure it.
+
+    Attributes:
+        name: for people; an adapter's ref, a recipe's name, or a file.
+        recipe: task, metric and batch size.
+        examples: to be answered.
+        note: what a reader of the figures should know; empty if nothing.
+    """
+
+    name: str
+    recipe: Recipe
+    examples: tuple[Example, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The figures of one adapter in one exam, beside those of its base."""
+
+    adapter: str
+    digest: str
+    exam: str
+    base: str
+    quantization: str
+    metrics: Metrics
+    seconds: float
+
+
+def open_subject(ref: str, registry: str) -> Subject:
+    """Find an adapter: a folder with ``adapter_config.json``, or a ref of a registry.
+
+    Raises:
+        AdapterNotFound, InvalidRef, CorruptArtifact, StorageError: as the registry says.
+        InvalidRequest: a folder without manifest, of which neither base nor task is known.
+    """
+    folder = Path(ref).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        files = scan_folder(folder)
+        if not files.has_manifest:
+            raise InvalidRequest(
+                f"'{folder}' has no manifest.json, so its base and task are not known. Push it to a "
+                "registry with --base, or train it with lorary train.",
+                field="ref",
+            )
+        return Subject(
+            ref=ref, folder=folder, manifest=Manifest.from_json(read_bytes(files.manifest))
+        )
+    opened = Registry.open(registry)
+    resolved = opened.resolve(ref)
+    return Subject(
+        ref=f"{resolved.name}@{resolved.version}",
+        folder=opened.fetch(resolved),
+        manifest=opened.manifest(resolved),
+        digest=resolved.digest,
+    )
+
+
+def own_exam(subject: Subject) -> Exam:
+    """Return the task that an adapter was trained for, with the rows that its recipe held out.
+
+    Raises:
+        InvalidRequest: the manifest has no recipe that this Lorary reads.
+        InvalidRecipe, MissingDependency: its data cannot be read here.
+    """
+    recipe = _own_recipe(subject)
+    splits = load_splits(recipe)
+    known = subject.manifest.data.get("fingerprint")
+    note = ""
+    if known is not None and known != splits.fingerprint:
+        note = (
+            f"the data of {subject.ref} is no longer what it was trained on: its held-out rows are "
+            "others, and it may have seen some of them"
+        )
+    return Exam(name=subject.ref, recipe=recipe, examples=splits.test, note=note)
+
+
+def exam_of(data: Path, subject: Subject, columns: Mapping[str, str]) -> Exam:
+    """Return the exam that a recipe or a file of rows describes.
+
+    A recipe (.yaml) brings its own task and holds out its own rows. A file of rows is taken whole, with
+    the task of ``subject``.
+
+    Raises:
+        InvalidRecipe: it cannot be read, or a row has a label that the task does not know.
+        InvalidRequest: the subject has no task template.
+    """
+    if data.suffix in _RECIPES:
+        recipe = resolve_shape(load_recipe(data))
+        return Exam(name=recipe.name, recipe=recipe, examples=load_splits(recipe).test)
+    recipe = _recipe_for(subject, data, columns)
+    examples = tuple(read_examples(recipe.data))
+    labels = recipe.task.labels
+    unknown = sorted({one.target for one in examples} - set(labels)) if labels else []
+    if unknown:
+        raise InvalidRecipe(
+            f"'{data}' has the label '{unknown[0]}', which is not one of {subject.ref}'s: "
+            f"{', '.join(labels)}."
+        )
+    return Exam(name=data.name, recipe=recipe, examples=examples)
+
+
+def adjusted(exam: Exam, *, limit: int, **evaluation: Any) -> Exam:
+    """Return the exam with its first ``limit`` rows (0: all) and other keys of ``evaluation``.
+
+    Raises:
+        InvalidRecipe: a value out of range, or a metric that does not fit the task.
+    """
+    changed = replace(exam.recipe.evaluation, **evaluation)
+    return replace(
+        exam,
+        recipe=replace(exam.recipe, evaluation=changed),
+        examples=exam.examples[:limit] if limit else exam.examples,
+    )
+
+
+def find_common_base(subjects: Sequence[Subject], named: str | None) -> Base:
+    """Return the one base of all these adapters, with the fingerprint that their manifests name.
+
+    Raises:
+        BaseNotFound: it is not here; name a folder that holds it.
+        IncompatibleAdapter: they have several bases, or the base found is another one.
+    """
+    first = subjects[0].manifest
+    other = next(
+        (s for s in subjects if s.manifest.base.fingerprint != first.base.fingerprint), None
+    )
+    if other is not None:
+        raise IncompatibleAdapter(
+            f"{subjects[0].ref} has base '{first.base.name}' and {other.ref} has "
+            f"'{other.manifest.base.name}'; measure adapters of one base at a time."
+        )
+    recipe = first.training.get("recipe")
+    # What the recipe calls it is found as it was then, also where that is a folder.
+    trained_on = recipe.get("base") if isinstance(recipe, dict) else None
+    base = find_base(named or trained_on or first.base.name)
+    if base.card.fingerprint != first.base.fingerprint:
+        raise IncompatibleAdapter(
+            f"base '{base.name}' has fingerprint {base.card.fingerprint[:19]}…, and {subjects[0].ref} "
+            f"was trained on {first.base.fingerprint[:19]}…. Name the right one with --base."
+        )
+    return base
+
+
+def measure(
+    subjects: Sequence[Subject],
+    exams: Sequence[Exam],
+    *,
+    base: Base,
+    quantization: Quantization | None,
+    dtype: Any,
+    device: str,
+    seed: int,
+    reporter: Reporter,
+) -> Iterator[Measured]:
+    """Let every adapter and the base take every exam; yields one adapter's figures at a time.
+
+    Args:
+        subjects: adapters of ``base``.
+        exams: each with its rows.
+        base: loaded once.
+        quantization: of the base; ``None`` is what the first adapter was trained on.
+        dtype: torch dtype of what is not quantized.
+        device: a torch device.
+        seed: of the resamples.
+        reporter: where progress goes.
+
+    Raises:
+        InvalidRequest: an exam has no rows, or a row does not fit its template.
+        CorruptArtifact: PEFT cannot read an adapter.
+        ConfigError, MissingDependency: the base cannot be loaded so.
+    """
+    from lorary.trainer.evaluate import Evaluator
+
+    for exam in exams:
+        if not exam.examples:
+            raise InvalidRequest(f"'{exam.name}' has no rows to measure with.", field="data")
+    kept = quantization or _quantization(subjects[0].manifest)
+    tokenizer = load_tokenizer(base)
+    builder = PromptBuilder(tokenizer)
+    model: Any = load_model(
+        base, quantization=kept, dtype=dtype, device=device, attn_implementation="sdpa"
+    )
+    exams = [
+        replace(one, recipe=with_served_template(one.recipe, builder, one.examples))
+        for one in exams
+    ]
+    before: dict[str, Evaluation] = {}
+    for subject in subjects:
+        wrapped = _attach(model, subject)
+        for exam in exams:
+            started = time.monotonic()
+
+            def answer(who: str, wrapped: Any = wrapped, exam: Exam = exam) -> Evaluation:
+                evaluator = Evaluator(wrapped, tokenizer, builder, exam.recipe)
+                total = len(exam.examples)
+                with reporter.phase(f"{who} on {exam.name}", total) as advance:
+                    return evaluator.evaluate(exam.examples, lambda count: advance(count, ""))
+
+            if exam.name not in before:
+                with wrapped.disable_adapter():
+                    before[exam.name] = answer(base.name)
+            metrics = metrics_of(exam.recipe, before[exam.name], answer(subject.ref), seed)
+            yield Measured(
+                adapter=subject.ref,
+                digest=subject.digest,
+                exam=exam.name,
+                base=base.name,
+                quantization=kept,
+                metrics=metrics,
+                seconds=round(time.monotonic() - started, 1),
+            )
+        model = wrapped.unload()
+
+
+def _attach(model: Any, subject: Subject) -> Any:
+    """Put an adapter's weights onto the base."""
+    import peft
+
+    try:
+        with quiet_libraries():
+            return peft.PeftModel.from_pretrained(model, subject.folder).eval()
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptArtifact(f"PEFT cannot load {subject.ref}: {error}") from error
+
+
+def _quantization(manifest: Manifest) -> Any:
+    return manifest.base.quantization
+
+
+def _own_recipe(subject: Subject) -> Recipe:
+    raw = subject.manifest.training.get("recipe")
+    if not isinstance(raw, dict):
+        raise InvalidRequest(
+            f"the manifest of {subject.ref} has no recipe, so the rows held out from its training "
+            "are not known. Give rows, or a recipe, with --data.",
+            field="data",
+        )
+    try:
+        return build_recipe(raw)
+    except LoraryError as error:
+        raise InvalidRequest(
+            f"the recipe in the manifest of {subject.ref} is not one that this Lorary reads: {error} "
+            "Give rows, or a recipe, with --data.",
+            field="data",
+        ) from error
+
+
+def _recipe_for(subject: Subject, data: Path, columns: Mapping[str, str]) -> Recipe:
+    """Return a recipe with the adapter's task over a file's rows."""
+    source = DataRecipe(source="file", path=str(data), columns=dict(columns))
+    task = subject.manifest.task
+    if isinstance(subject.manifest.training.get("recipe"), dict):
+        own = _own_recipe(subject)
+        return replace(own, data=replace(source, shape=own.data.shape))
+    if task.template is None:
+        raise InvalidRequest(
+            f"{subject.ref} has neither a task template nor a recipe, so rows cannot become prompts. "
+            "Name a recipe, whose task is used, with --data.",
+            field="data",
+        )
+    return Recipe(
+        name="eval",
+        base=subject.manifest.base.name,
+        task=TaskRecipe(
+            kind=task.kind,
+            template=task.template,
+            labels=task.labels,
+            max_new_tokens=task.max_new_tokens,
+            stop=task.stop,
+        ),
+        data=source,
+    )

@@ -1,0 +1,50 @@
+"""Look inside a trained model: what the adapter did to weights and to attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorary.trainer.encoding import Encoder
+from lorary.trainer.metrics import PRIMARY
+from lorary.trainer.report.attention import MAX_TOKENS, attention_changes
+from lorary.trainer.report.examples import compare_examples
+from lorary.trainer.report.weights import module_changes
+
+if TYPE_CHECKING:
+    from lorary.trainer.evaluate import Evaluation
+    from lorary.trainer.report.attention import AttentionChange
+    from lorary.trainer.report.weights import ModuleChange
+    from lorary.trainer.train import Prepared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """What a report shows of a model's inside."""
+
+    weights: list[ModuleChange]
+    attention: list[AttentionChange]
+
+
+def look_inside(run: Prepared, model: Any, before: Evaluation | None, after: Evaluation) -> Inside:
+    """Measure every module's change, and attention on the prompts where the adapter did most.
+
+    Args:
+        run: what was trained.
+        model: wrapped by PEFT, the adapter active.
+        before: the base's answers, by which prompts are chosen; ``None`` takes the first ones.
+        after: the adapter's.
+    """
+    recipe, test = run.recipe, run.splits.test
+    outcomes = compare_examples(test, before, after, PRIMARY[recipe.metric])
+    encoder = Encoder(run.builder, recipe.task.to_manifest())
+    prompts: list[list[int]] = []
+    for pair in (pair for pairs in outcomes.groups.values() for pair in pairs):
+        if len(prompts) == recipe.evaluation.num_attention_maps:
+            break
+        prompt = encoder.prompt(test[pair.index])
+        if len(prompt) <= MAX_TOKENS:
+            prompts.append(prompt)
+    return Inside(
+        weights=module_changes(model), attention=attention_changes(model, run.tokenizer, prompts)
+    )

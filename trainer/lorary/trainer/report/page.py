@@ -1,0 +1,233 @@
+"""The page of a report: what is on it, in which order, with every picture inside."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+
+from lorary.registry.manifest import LOWER_IS_BETTER
+from lorary.trainer.data import StreamedExamples
+from lorary.trainer.figures_table import verdict
+from lorary.trainer.recipe_file import recipe_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorary.registry.manifest import Interval, Manifest, Metrics
+    from lorary.trainer.data import Splits
+    from lorary.trainer.recipe import Recipe
+    from lorary.trainer.report.examples import Outcomes
+    from lorary.trainer.report.weights import ModuleChange
+
+TEMPLATE = "page.html"
+_SECTIONS = {
+    "curves": ("loss_curve.png", "schedule.png"),
+    "labels": ("confusion.png", "reliability.png"),
+    "weights": ("weight_change.png", "effective_rank.png", "singular_values.png"),
+}
+_MAX_TEXT = 600
+_UNKNOWN = ("words", "answer", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A picture: its file in the report's folder, what it shows, and its PNG."""
+
+    file: str
+    caption: str
+    png: bytes
+
+    @property
+    def data_uri(self) -> str:
+        """The picture as an address that holds it."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+def render(
+    *,
+    recipe: Recipe,
+    manifest: Manifest,
+    splits: Splits,
+    figures: Sequence[Figure],
+    outcomes: Outcomes,
+    weights: Sequence[ModuleChange],
+) -> str:
+    """Return the page: one file of HTML that loads nothing and runs nothing.
+
+    Texts of data and models are escaped; what they could still do, the page's own policy forbids.
+    """
+    metrics = manifest.metrics
+    assert metrics is not None
+    by_file = {figure.file: figure for figure in figures}
+    sections = {
+        name: [by_file[file] for file in files if file in by_file]
+        for name, files in _SECTIONS.items()
+    }
+    sections["attention"] = [one for one in figures if one.file.startswith("attention-")]
+    source = (importlib.resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = recipe.evaluation.num_report_examples
+    return environment.from_string(source).render(
+        recipe=recipe,
+        manifest=manifest,
+        metrics=metrics,
+        headline=_headline(metrics),
+        rows=_metric_rows(metrics),
+        sections=sections,
+        outcomes=outcomes,
+        groups={name: pairs[:shown] for name, pairs in outcomes.groups.items()},
+        counts={name: len(pairs) for name, pairs in outcomes.groups.items()},
+        shorten=_shorten,
+        weight_facts=_weight_facts(weights),
+        data_facts=_plain_facts(manifest.data),
+        parts=_parts(splits),
+        lock={
+            "base": f"{manifest.base.name}, {manifest.base.architecture}",
+            "base fingerprint": manifest.base.fingerprint,
+            "base quantization": manifest.base.quantization,
+            "method": f"{manifest.method.name}, rank {manifest.method.rank}, "
+            f"alpha {manifest.method.alpha:g}",
+            "data fingerprint": str(manifest.data.get("fingerprint", "")),
+            **_plain_facts(
+                {key: value for key, value in manifest.training.items() if key != "recipe"}
+            ),
+            "written": manifest.created_at,
+        },
+        recipe_yaml=yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True),
+    )
+
+
+def _headline(metrics: Metrics) -> str:
+    """Say in a sentence what the run came to."""
+    name = metrics.primary
+    after = metrics.adapter[name]
+    if name not in metrics.base:
+        return f"{name} {after:.4g} on {metrics.num_examples} held-out examples"
+    said = {
+        "better": "better than its base",
+        "worse": "worse than its base",
+        "unsure": "no sure difference from its base",
+        "": "",
+    }[verdict(metrics, name)]
+    found = metrics.uncertainty.get(name)
+    sure = ""
+    if found is not None and found.difference is not None:
+        sure = (
+            f", difference {found.difference.low:+.4g} to {found.difference.high:+.4g} "
+            f"({metrics.confidence:.0%})"
+        )
+    text = (
+        f"{name} {metrics.base[name]:.4g} → {after:.4g} on {metrics.num_examples} held-out examples"
+    )
+    return f"{text}{sure}{': ' if said else ''}{said}"
+
+
+def _metric_rows(metrics: Metrics) -> list[dict[str, str]]:
+    """Return the cells of the table of figures, one row per metric, the primary one first."""
+    names = sorted(metrics.adapter, key=lambda name: name != metrics.primary)
+    rows = []
+    for name in names:
+        sure = metrics.uncertainty.get(name)
+        has_base = name in metrics.base
+        change = f"{metrics.adapter[name] - metrics.base[name]:+.4g}" if has_base else "-"
+        rows.append(
+            {
+                "name": f"{name} ↓" if name in LOWER_IS_BETTER else name,
+                "base": f"{metrics.base[name]:.4g}" if has_base else "-",
+                "base_interval": _interval(sure.base if sure else None),
+                "adapter": f"{metrics.adapter[name]:.4g}",
+                "adapter_interval": _interval(sure.adapter if sure else None),
+                "difference": change,
+                "difference_interval": _interval(sure.difference if sure else None, "+"),
+                "verdict": verdict(metrics, name),
+            }
+        )
+    return rows
+
+
+def _interval(interval: Interval | None, sign: str = "") -> str:
+    if interval is None:
+        return ""
+    return f"{interval.low:{sign}.4g} to {interval.high:{sign}.4g}"
+
+
+def _weight_facts(weights: Sequence[ModuleChange]) -> dict[str, str]:
+    if not weights:
+        return {}
+    largest = max(weights, key=lambda one: one.ratio)
+    facts = {
+        "modules changed": str(len(weights)),
+        "‖ΔW‖ / ‖W‖, median": f"{statistics.median(one.ratio for one in weights):.3g}",
+        "largest": f"{largest.ratio:.3g} at {largest.name}",
+    }
+    ranks = [one.effective_rank for one in weights if one.singular_values]
+    if ranks:
+        facts["effective rank, median"] = f"{statistics.median(ranks):.3g}"
+        most = max(len(one.singular_values) for one in weights)
+        facts["directions of a module, at most"] = str(most)
+    return facts
+
+
+def _parts(splits: Splits) -> list[dict[str, str]]:
+    """Return counts, lengths and labels of each part of the data.
+
+    Of what does not fit in memory only the count: anything else would read it all once more.
+    """
+    rows = []
+    for name in ("train", "validation", "test"):
+        examples = getattr(splits, name)
+        if not len(examples):
+            continue
+        if isinstance(examples, StreamedExamples):
+            rows.append({"name": name, "count": f"{len(examples):,}"} | dict.fromkeys(_UNKNOWN, ""))
+            continue
+        words = sorted(len(example.text.split()) for example in examples)
+        answers = sorted(len(example.target.split()) for example in examples)
+        counts: dict[str, int] = {}
+        for example in examples:
+            counts[example.target] = counts.get(example.target, 0) + 1
+        top = sorted(counts.items(), key=lambda pair: -pair[1])
+        # Of free text nearly every answer is its own; of a classification a few stand for all.
+        labels = ", ".join(f"{label} {count}" for label, count in top[:8]) if len(top) <= 20 else ""
+        rows.append(
+            {
+                "name": name,
+                "count": f"{len(examples):,}",
+                "words": _spread(words),
+                "answer": _spread(answers),
+                "labels": labels,
+            }
+        )
+    return rows
+
+
+def _spread(ordered: Sequence[int]) -> str:
+    """Return least, middle, 95th percentile and most."""
+    at = [0.0, 0.5, 0.95, 1.0]
+    return " / ".join(str(ordered[min(int(q * len(ordered)), len(ordered) - 1)]) for q in at)
+
+
+def _plain_facts(raw: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return one line per fact; groups are flattened, long lists counted."""
+    found: dict[str, str] = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            found |= _plain_facts(value, f"{name} · ")
+        elif isinstance(value, list) and len(value) > 8:
+            found[name] = f"{len(value)} entries, in manifest.json"
+        elif value not in (None, "", []):
+            found[name] = str(value)
+    return found
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"

@@ -1,0 +1,168 @@
+"""How far an adapter moves each module: the size of ΔW beside W, and how many directions it uses."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_LAYER = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<number>\d+)\.(?P<rest>.+)")
+_MAX_SPECTRUM_SIDE = 1024  # of a full ΔW; its singular values take seconds beyond
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleChange:
+    """One module under the adapter.
+
+    Attributes:
+        name: in the base, such as ``model.layers.0.self_attn.q_proj``.
+        layer: its number; ``None`` outside numbered layers.
+        kind: its name within the layer; with the stack's before it, where there are several.
+        delta_norm: Frobenius norm of ΔW.
+        weight_norm: of W, dequantized.
+        singular_values: of ΔW, falling, those that are not zero; empty where they would take too long.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    delta_norm: float
+    weight_norm: float
+    singular_values: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """‖ΔW‖ / ‖W‖."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
+
+    @property
+    def effective_rank(self) -> float:
+        """The number of directions, were all used alike: exp of the entropy of σ / Σσ.
+
+        Roy and Vetterli, *The effective rank* (EUSIPCO 2007), definition 1; 0 for a ΔW of zero.
+        """
+        if not self.singular_values:
+            return 0.0
+        total = sum(self.singular_values)
+        shares = [value / total for value in self.singular_values]
+        return math.exp(-sum(share * math.log(share) for share in shares))
+
+
+def module_changes(model: Any) -> list[ModuleChange]:
+    """Return what the active adapter does to each module it is on, in the model's order.
+
+    Args:
+        model: wrapped by PEFT; the adapter is LoRA or any method that can name its ΔW. Modules of
+            methods that cannot (that multiply instead of adding) are left out.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned = {
+        path: module
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    places = {path: _LAYER.fullmatch(path) for path in tuned}
+    has_one_stack = len({match["stack"] for match in places.values() if match}) == 1
+    found = []
+    for path, module in tuned.items():
+        with torch.no_grad():
+            sizes = _sizes(module)
+        if sizes is None:
+            continue
+        match = places[path]
+        stack = "" if match is None or has_one_stack else f"{match['stack']}. "
+        found.append(
+            ModuleChange(
+                name=path,
+                layer=int(match["number"]) if match else None,
+                kind=f"{stack}{match['rest']}" if match else path,
+                weight_norm=sizes[0],
+                delta_norm=sizes[1],
+                singular_values=sizes[2],
+            )
+        )
+    return found
+
+
+def summary(changes: Sequence[ModuleChange]) -> dict[str, Any]:
+    """Return one row per module, as ``weights.json`` has them."""
+    return {
+        "modules": [
+            {
+                "name": one.name,
+                "delta_norm": one.delta_norm,
+                "weight_norm": one.weight_norm,
+                "ratio": one.ratio,
+                "effective_rank": one.effective_rank,
+                "singular_values": list(one.singular_values),
+            }
+            for one in changes
+        ]
+    }
+
+
+def _sizes(module: Any) -> tuple[float, float, tuple[float, ...]] | None:
+    """Return ‖W‖, ‖ΔW‖ and ΔW's singular values; ``None`` if the method has no ΔW."""
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(module.get_base_layer()).detach().float()
+    size = float(weight.norm())
+    name = module.active_adapters[0]
+    magnitude = getattr(module, "lora_magnitude_vector", {})
+    pair = getattr(module, "lora_A", {})
+    is_plain = name in pair and name not in magnitude
+    # AdaLoRA keeps parameters there, and not modules; convolutions have four dimensions.
+    if is_plain and isinstance(pair[name], torch.nn.Linear):
+        a, b = pair[name].weight.float(), module.lora_B[name].weight.float()
+        return size, *_of_product(b, a, float(module.scaling[name]))
+    added = module.get_delta_weight(name) if hasattr(module, "get_delta_weight") else None
+    if not isinstance(added, torch.Tensor):
+        return None
+    delta = added.float().reshape(weight.shape)
+    if name in magnitude:
+        delta = _with_magnitude(weight, delta, magnitude[name].weight.float())
+    matrix = delta.flatten(1)
+    is_large = min(matrix.shape) > _MAX_SPECTRUM_SIDE
+    values = () if is_large else _not_zero(torch.linalg.svdvals(matrix))
+    return size, float(matrix.norm()), values
+
+
+def _of_product(b: Tensor, a: Tensor, scale: float) -> tuple[float, tuple[float, ...]]:
+    """Return norm and singular values of ``scale · B A`` without forming it.
+
+    With B = Q₁R₁ and Aᵀ = Q₂R₂, BA = Q₁ (R₁R₂ᵀ) Q₂ᵀ: its singular values are those of an r × r matrix.
+
+    Args:
+        b: [out, r].
+        a: [r, in].
+        scale: of the product.
+    """
+    import torch
+
+    core = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+    values = torch.linalg.svdvals(core) * abs(scale)
+    return float(values.norm()), _not_zero(values)
+
+
+def _with_magnitude(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """Return DoRA's ΔW, m · (W + sBA) / ‖W + sBA‖ - W, norms over rows (arXiv 2402.09353, equation 5)."""
+    moved = weight + delta
+    norms = moved.flatten(1).norm(dim=1)
+    scale = (magnitude.flatten() / norms).reshape(-1, *[1] * (weight.dim() - 1))
+    changed: Tensor = scale * moved - weight
+    return changed
+
+
+def _not_zero(values: Tensor) -> tuple[float, ...]:
+    """Return the values above what rounding leaves of zero."""
+    floor = float(values.max()) * 1e-6 if len(values) else 0.0
+    return tuple(value for value in values.tolist() if value > floor)
