@@ -267,7 +267,7 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tenants: [acme]", "one key, 'tenants'"),
+        ("tenants: [acme]", "a key 'tenants'"),
         ("tenants: {acme: {tokens: [], adapters: [a]}}", "neither tokens nor certificates"),
         ("tenants: {acme: {tokens: [lry_secret-that-must-not-be-shown]}}", "no sha256"),
         ("tenants: {acme: {certificates: [a], adapter: [b]}}", "did you mean 'adapters'"),

@@ -179,8 +179,9 @@ class Server:
             await self._grpc.stop(LAST_WORDS_S)
         await self._rollout.stop()
         await asyncio.to_thread(self._backend.close)
-        for part in (self._targets, self._prompts):
-            part.close()
+        for part in (self._targets, self._prompts, self._guard):
+            if part is not None:
+                part.close()
         await asyncio.to_thread(self._stop_metrics)
         self._stop_metrics = lambda: None
 

@@ -13,6 +13,8 @@
       operations:
         role: admin
         tokens: [91ab…]
+
+``issuers`` beside ``tenants``, and a tenant's ``subjects``, are in ``issuers``.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import logging
 import math
 import re
 import time
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
 from lorary.errors import ConfigError
+from lorary.server.access.issuers import Issuer, read_issuers, read_subjects
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lorary.server")
 
 Role = Literal["user", "admin"]
+Proof = TypeVar("Proof", str, tuple[str, str])
 
 LOOK_AGAIN_S = 1.0
 """How long a change of the file may go unnoticed."""
@@ -56,6 +61,7 @@ class Tenant:
         calls_per_minute: 0 sets no cap. A burst of a sixth of it is let through at once.
         tokens: sha256 of each of its tokens, in hex.
         certificates: alternative names (URI or DNS) of client certificates that are its own.
+        subjects: issuers of JSON Web Tokens, each with what they call it.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Tenant:
     calls_per_minute: float = 0.0
     tokens: tuple[str, ...] = ()
     certificates: tuple[str, ...] = ()
+    subjects: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +81,8 @@ class Grants:
 
     by_token: Mapping[str, Tenant]
     by_certificate: Mapping[str, Tenant]
+    by_subject: Mapping[tuple[str, str], Tenant] = field(default_factory=dict)
+    issuers: Mapping[str, Issuer] = field(default_factory=dict)
 
     @property
     def has_certificates(self) -> bool:
@@ -138,33 +147,40 @@ def read_grants(path: Path) -> Grants:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the file of tenants '{path}' is no YAML: {error}") from error
-    if not isinstance(raw, dict) or set(raw) != {"tenants"} or not isinstance(raw["tenants"], dict):
+    is_right = isinstance(raw, dict) and {"tenants"} <= set(raw) <= {"tenants", "issuers"}
+    if not is_right or not isinstance(raw["tenants"], dict):
         raise ConfigError(
-            f"the file of tenants '{path}' must have one key, 'tenants', with a name and a mapping "
-            "for each; docs/security.md has an example."
+            f"the file of tenants '{path}' must have a key 'tenants', with a name and a mapping for each, "
+            "and perhaps 'issuers'; docs/security.md has an example."
         )
+    issuers = read_issuers(path, raw.get("issuers", {}))
     by_token: dict[str, Tenant] = {}
     by_certificate: dict[str, Tenant] = {}
+    by_subject: dict[tuple[str, str], Tenant] = {}
     for name, said in raw["tenants"].items():
-        tenant = _tenant(path, name, said)
+        tenant = _tenant(path, name, said, issuers)
         _add(path, by_token, tenant, tenant.tokens, "token")
         _add(path, by_certificate, tenant, tenant.certificates, "certificate")
-    return Grants(by_token=by_token, by_certificate=by_certificate)
+        _add(path, by_subject, tenant, tenant.subjects, "subject")
+    return Grants(
+        by_token=by_token, by_certificate=by_certificate, by_subject=by_subject, issuers=issuers
+    )
 
 
 def _add(
-    path: Path, known: dict[str, Tenant], tenant: Tenant, proofs: tuple[str, ...], what: str
+    path: Path, known: dict[Proof, Tenant], tenant: Tenant, proofs: tuple[Proof, ...], what: str
 ) -> None:
     for proof in proofs:
         if proof in known:
+            shown = proof[:24] if isinstance(proof, str) else " ".join(map(str, proof))
             raise ConfigError(
-                f"'{path}': {what} '{proof[:24]}' is of both '{known[proof].name}' and "
+                f"'{path}': {what} '{shown}' is of both '{known[proof].name}' and "
                 f"'{tenant.name}'; it must say who calls. Give each a {what} of its own."
             )
         known[proof] = tenant
 
 
-def _tenant(path: Path, name: Any, said: Any) -> Tenant:
+def _tenant(path: Path, name: Any, said: Any, issuers: Mapping[str, Issuer]) -> Tenant:
     where = f"'{path}', tenant '{name}'"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
@@ -179,11 +195,12 @@ def _tenant(path: Path, name: Any, said: Any) -> Tenant:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."
             raise ConfigError(f"{where}: '{key}' is unknown; {hint}")
-    checked = {key: _CHECKS[key](f"{where}, {key}", value) for key, value in said.items()}
-    if not checked.get("tokens") and not checked.get("certificates"):
+    checks = _CHECKS | {"subjects": partial(read_subjects, issuers=issuers)}
+    checked = {key: checks[key](f"{where}, {key}", value) for key, value in said.items()}
+    if not any(checked.get(key) for key in ("tokens", "certificates", "subjects")):
         raise ConfigError(
-            f"{where}: it has neither tokens nor certificates, so nobody could be it. Run 'lorary "
-            "token' for one."
+            f"{where}: it has neither tokens nor certificates nor subjects, so nobody could be it. Run "
+            "'lorary token' for one."
         )
     return Tenant(name=name, **checked)
 

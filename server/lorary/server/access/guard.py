@@ -16,6 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from lorary.errors import AccessDenied, LoraryError, Unauthenticated
 from lorary.server.access import identity
+from lorary.server.access.jwt_keys import JwtKeys
+from lorary.server.access.jwt_tokens import looks_like_jwt, subject_of
 from lorary.server.access.quotas import Quotas
 from lorary.server.access.tokens import token_hash
 from lorary.server.interceptors import Around
@@ -66,22 +68,44 @@ class Guard:
     def __init__(self, file: GrantsFile, quotas: Quotas | None = None) -> None:
         self._file = file
         self._quotas = quotas or Quotas()
+        self._keys = JwtKeys()
+        self._issuers = file.grants.issuers
+        self._keys.use(issuer.keys for issuer in self._issuers.values())
+        # Once before the first call: a server that says it is ready knows whom to let in.
+        self._keys.renew_due()
+
+    def close(self) -> None:
+        """Stop looking for issuers' keys."""
+        self._keys.close()
 
     def identify(self, authorization: str | None, names: Sequence[str] = ()) -> Tenant:
         """Return who calls.
 
         Args:
-            authorization: the header, ``Bearer lry_…``; counts more than a certificate.
+            authorization: the header, ``Bearer`` and one of our tokens or an issuer's JWT; counts more
+                than a certificate.
             names: alternative names of the caller's certificate, which TLS has verified.
 
         Raises:
             Unauthenticated: nobody that this server knows.
+            Unavailable: it cannot be known just now, for an issuer's keys cannot be read.
         """
         grants = self._file.grants
+        if grants.issuers is not self._issuers:
+            self._issuers = grants.issuers
+            self._keys.use(issuer.keys for issuer in grants.issuers.values())
         if authorization is not None:
             found = None
             if authorization[: len(_SCHEME)].lower() == _SCHEME:
-                found = grants.by_token.get(token_hash(authorization[len(_SCHEME) :].strip()))
+                token = authorization[len(_SCHEME) :].strip()
+                found = grants.by_token.get(token_hash(token))
+                if found is None and grants.issuers and looks_like_jwt(token):
+                    subject = subject_of(token, grants.issuers, self._keys)
+                    found = grants.by_subject.get(subject)
+                    if found is None:
+                        raise Unauthenticated(
+                            f"the token is good, and '{clip(subject[1], 100)}' is no tenant's here."
+                        )
             if found is None:
                 raise Unauthenticated(
                     "the token is not one of this server's. Check it for lost characters, or ask for a "
