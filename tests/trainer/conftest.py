@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,51 +35,52 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def recipe_of(base: Path, data: Path, /, **changes: Any) -> Recipe:
+    """Build the recipe of a run of seconds; dotted keyword arguments change keys."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "base": str(base),
+        "task": {
+            "kind": "classification",
+            "template": TEMPLATE,
+            "labels": ["good", "bad"],
+            "max_new_tokens": 4,
+        },
+        "data": {
+            "source": "file",
+            "path": str(data),
+            "columns": {"text": "review", "target": "sentiment"},
+            "num_test": 12,
+            "num_validation": 6,
+            "max_similarity": 1.0,
+        },
+        "method": {"rank": 4},
+        "training": {
+            "max_steps": 6,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "eval_every": 2,
+            "dtype": "float32",
+            "device": "cpu",
+        },
+        # Drawing takes longer than these runs; test_report.py asks for it.
+        "evaluation": {"report": False},
+    }
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            tree.setdefault(group, {})[name] = value
+        elif group == "evaluation":
+            tree[group] |= value
+        else:
+            tree[group] = value
+    return build_recipe(tree)
+
+
 @pytest.fixture
 def make_recipe(tiny_base: Path, reviews: Path) -> Callable[..., Recipe]:
-    """Build the recipe of a run of seconds; dotted keyword arguments change keys."""
-
-    def make(**changes: Any) -> Recipe:
-        tree: dict[str, Any] = {
-            "name": "tiny",
-            "base": str(tiny_base),
-            "task": {
-                "kind": "classification",
-                "template": TEMPLATE,
-                "labels": ["good", "bad"],
-                "max_new_tokens": 4,
-            },
-            "data": {
-                "source": "file",
-                "path": str(reviews),
-                "columns": {"text": "review", "target": "sentiment"},
-                "num_test": 12,
-                "num_validation": 6,
-                "max_similarity": 1.0,
-            },
-            "method": {"rank": 4},
-            "training": {
-                "max_steps": 6,
-                "batch_size": 4,
-                "learning_rate": 1e-2,
-                "eval_every": 2,
-                "dtype": "float32",
-                "device": "cpu",
-            },
-            # Drawing takes longer than these runs; test_report.py asks for it.
-            "evaluation": {"report": False},
-        }
-        for key, value in changes.items():
-            group, _, name = key.partition("__")
-            if name:
-                tree.setdefault(group, {})[name] = value
-            elif group == "evaluation":
-                tree[group] |= value
-            else:
-                tree[group] = value
-        return build_recipe(tree)
-
-    return make
+    """``recipe_of`` over the tiny base and the reviews."""
+    return partial(recipe_of, tiny_base, reviews)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lorary.bases import assets
 from lorary.trainer import load_recipe
 from lorary.trainer.data import load_splits
 from lorary.trainer.similarity import jaccard, words_of
-from lorary.trainer.train import _fit, prepare
+from lorary.trainer.train import fit_adapter, prepare
 
 if TYPE_CHECKING:
     from lorary.trainer.progress import Reporter
@@ -41,7 +41,7 @@ def test_three_steps_of_sentiment_reduce_the_loss(quiet: Reporter, tmp_path: Pat
     run = prepare(recipe)
     assert run.base.name == "smollm2-135m"
     assert run.base.card.architecture == "LlamaForCausalLM"
-    model, fitted = _fit(run, tmp_path / "checkpoints", None, quiet)
+    model, fitted = fit_adapter(run, tmp_path / "out", None, quiet)
     validation = [entry["eval_loss"] for entry in fitted.history if "eval_loss" in entry]
     assert validation[-1] < 0.8 * validation[0]
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

@@ -133,8 +133,7 @@ class _StopAfter(fit_module._Steps):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("number", "dropout"), [(signal.SIGTERM, 0.2), (signal.SIGINT, 0.0)])
 def test_resumed_run_has_the_very_losses_and_weights_of_an_unbroken_one(
     make_recipe: MakeRecipe,
     quiet: Reporter,

@@ -10,6 +10,7 @@ import typer
 
 from lorary.errors import MissingDependency
 from lorary.registry.cli_support import console, print_json, run, table
+from lorary.trainer import processes
 from lorary.trainer.figures_table import figures_table
 from lorary.trainer.recipe_file import load_recipe, recipe_dict
 from lorary.trainer.threads import use_threads
@@ -40,10 +41,19 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the output of an earlier run.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace the output of an earlier run; with --resume, go on from a checkpoint of "
+            "another recipe, base or data, too.",
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, say how much memory and time it will take, write nothing.",
+        ),
     ] = False,
     show_preview: Annotated[
         bool,
@@ -73,7 +83,7 @@ def train(
         )
     from lorary.trainer.output import check_output
     from lorary.trainer.progress import Reporter
-    from lorary.trainer.train import prepare
+    from lorary.trainer.train import assist, prepare
     from lorary.trainer.train import train as train_adapter
 
     reporter = Reporter()
@@ -88,16 +98,23 @@ def train(
                 console().print(part)
         return
     if dry_run:
+        from lorary.trainer.forecast import forecast
+
         prepared = prepare(checked, reporter)
-        _print_plan(prepared, folder, as_json=as_json)
+        _print_plan(prepared, folder, forecast(prepared, reporter), as_json=as_json)
+        return
+    if not processes.is_first():
+        assist(checked, folder, resume=resume, force=force)
         return
     check_output(folder, force=force)
     manifest = train_adapter(checked, folder, resume=resume, force=force, reporter=reporter)
     _print_result(manifest, folder, as_json=as_json)
 
 
-def _print_plan(prepared: Prepared, folder: Path, *, as_json: bool) -> None:
-    """Print what a run would do."""
+def _print_plan(
+    prepared: Prepared, folder: Path, forecast: dict[str, Any], *, as_json: bool
+) -> None:
+    """Print what a run would do and take."""
     from lorary.trainer.token_store import row_lengths
 
     splits, recipe = prepared.splits, prepared.recipe
@@ -113,8 +130,11 @@ def _print_plan(prepared: Prepared, folder: Path, *, as_json: bool) -> None:
         "output": str(folder),
     }
     if as_json:
-        print_json({"plan": facts, "recipe": recipe_dict(recipe)})
+        print_json({"plan": facts, "forecast": forecast, "recipe": recipe_dict(recipe)})
         return
+    from lorary.trainer.forecast import forecast_rows
+
+    facts |= forecast_rows(forecast)
     rows = table("what", "value", title=f"{recipe.name}: nothing was trained or written")
     for name, value in facts.items():
         rows.add_row(name, str(value))

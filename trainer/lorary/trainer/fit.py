@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from lorary.errors import Cancelled, StorageError, TrainingFailed
+from lorary.errors import Cancelled, CorruptArtifact, StorageError, TrainingFailed
+from lorary.trainer import processes
 from lorary.trainer.batches import PlannedRows, collate, plan_batches
-from lorary.trainer.checkpoints import mark_complete
+from lorary.trainer.checkpoints import step_of
 from lorary.trainer.loop import LoraTrainer
+from lorary.trainer.meter import StepMeter
+from lorary.trainer.optimizers import OPTIMIZERS
 from lorary.trainer.progress import step_detail
 from lorary.trainer.quiet import quiet_libraries
+from lorary.trainer.resumable import stopped_early_at
 from lorary.trainer.token_store import row_lengths
+from lorary.trainer.trackers import tracker_callbacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,8 +47,9 @@ class Fit:
     """What a run did.
 
     Attributes:
-        history: one entry per step (``step``, ``loss``, ``learning_rate``, ``grad_norm``) and per
-            validation (``step``, ``eval_loss``).
+        history: one entry per step (``step``, ``loss``, ``learning_rate``, ``grad_norm`` before
+            clipping, ``tokens``, ``seconds``, ``tokens_per_s``, ``memory_bytes``) and per validation
+            (``step``, ``eval_loss``).
         steps: optimizer steps taken, those before a resume included.
         best_step: the step whose weights were kept.
         num_tokens: unpadded tokens trained on over all steps.
@@ -64,23 +75,46 @@ def fit(
 ) -> Fit:
     """Train ``model`` in place and leave the best step's weights in it.
 
+    Args:
+        model: with a fresh adapter.
+        tokenizer: of its base.
+        recipe: with no ``auto`` left.
+        train_rows: to learn from.
+        validation_rows: to choose the best step by; may be empty.
+        checkpoints: folder of this run's checkpoints, ``<output>.checkpoints``; TensorBoard's files go
+            to ``<output>.tensorboard``, where the recipe asks for them.
+        identity: what ``run_identity`` returned.
+        resume_from: a checkpoint to go on from.
+        reporter: where progress goes.
+
     Raises:
-        TrainingFailed: the loss is not finite, or memory ran out.
+        TrainingFailed: the loss or a weight is not finite, or memory ran out.
         Cancelled: SIGINT or SIGTERM; a checkpoint of the last step is kept.
         StorageError: a checkpoint cannot be written.
+        CorruptArtifact: the checkpoint to go on from does not fit the model.
     """
     training = recipe.training
     lengths = row_lengths(train_rows)
+    # A run that had stopped early before it was killed takes no further step.
+    stopped_at = stopped_early_at(resume_from, training.patience) if resume_from else None
+    max_steps = stopped_at or training.max_steps
+    batches_a_step = training.gradient_accumulation * processes.num_processes()
     plan = plan_batches(
         lengths,
         batch_size=training.batch_size,
-        num_batches=training.max_steps * training.gradient_accumulation,
+        num_batches=max_steps * batches_a_step,
         seed=training.seed,
     )
-    tokens = [sum(lengths[i] for i in batch) for batch in plan]
+    tokens = [
+        sum(lengths[i] for batch in plan[start : start + batches_a_step] for i in batch)
+        for start in range(0, len(plan), batches_a_step)
+    ]
+    meter = StepMeter(tokens, training.device)
     trainer = LoraTrainer(
         model=model,
-        args=_arguments(recipe, checkpoints, has_validation=bool(validation_rows)),
+        args=_arguments(recipe, checkpoints, max_steps, has_validation=bool(validation_rows)),
+        meter=meter,
+        identity=identity,
         # One item is one planned batch: the Trainer's own batching is set to one.
         train_dataset=PlannedRows(train_rows, plan),
         eval_dataset=_validation_batches(validation_rows, training.batch_size) or None,
@@ -90,22 +124,37 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if validation_rows:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=training.patience))
+    if processes.is_first():
+        tracking = checkpoints.with_name(f"{checkpoints.stem}.tensorboard")
+        for tracker in tracker_callbacks(training.trackers, tracking):
+            trainer.add_callback(tracker)
+    else:
+        # Alike in all processes so far; dropout must differ between them.
+        set_seed(training.seed + processes.process_index())
     interrupt = _Interrupt()
-    first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
-    with reporter.phase("training", training.max_steps, first_step) as advance, interrupt:
-        trainer.add_callback(_Steps(advance, tokens, training.gradient_accumulation))
-        trainer.add_callback(_Marker(identity))
+    first_step = step_of(resume_from) if resume_from else 0
+    with reporter.phase("training", max_steps, first_step) as advance, interrupt:
+        trainer.add_callback(_Steps(advance, meter))
         trainer.add_callback(interrupt)
         with quiet_libraries():
             _run(trainer, resume_from, recipe)
-    if interrupt.is_set and trainer.state.global_step < training.max_steps:
+    if interrupt.was_heeded and trainer.state.global_step < max_steps:
         raise Cancelled(
             f"stopped at step {trainer.state.global_step} of {training.max_steps}; the checkpoint "
             f"is in '{checkpoints}'. Go on with --resume."
         )
-    return _result(
-        trainer.state, sum(tokens[: trainer.state.global_step * training.gradient_accumulation])
-    )
+    _check_weights(model, trainer.state.global_step)
+    return _result(trainer.state, sum(tokens[: trainer.state.global_step]))
+
+
+def _check_weights(model: Any, step: int) -> None:
+    """Refuse what the last step may have spoiled after its loss was still finite."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not torch.isfinite(weight).all():
+            raise TrainingFailed(
+                f"after step {step} '{name}' holds values that are not finite, so nothing is written. "
+                "Lower training.learning_rate."
+            )
 
 
 def _result(state: TrainerState, num_tokens: int) -> Fit:
@@ -137,6 +186,10 @@ def _run(trainer: LoraTrainer, resume_from: Path | None, recipe: Recipe) -> None
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
             raise TrainingFailed(f"memory ran out: {error}. {knobs}") from error
+        if "size mismatch" in str(error) and resume_from is not None:
+            raise CorruptArtifact(
+                f"checkpoint '{resume_from}' does not fit this model: {error}. Run without --resume."
+            ) from error
         raise
     except OSError as error:
         raise StorageError(
@@ -145,29 +198,35 @@ def _run(trainer: LoraTrainer, resume_from: Path | None, recipe: Recipe) -> None
         ) from error
 
 
-def _arguments(recipe: Recipe, checkpoints: Path, *, has_validation: bool) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, checkpoints: Path, max_steps: int, *, has_validation: bool
+) -> TrainingArguments:
     """Translate a recipe; every default of the Trainer that could surprise is set here."""
     training = recipe.training
     every = training.steps_between_evals
     return TrainingArguments(
         output_dir=str(checkpoints),
-        max_steps=training.max_steps,
+        max_steps=max_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
+        # transformers' "constant" leaves warm-up out.
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            training.schedule, training.schedule
+        ),
         warmup_steps=round(training.warmup * training.max_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[training.optimizer].optim,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=every if has_validation else None,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        # Without it, early stopping would forget how many validations were no better.
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=has_validation,
         metric_for_best_model="eval_loss" if has_validation else None,
         greater_is_better=False if has_validation else None,
@@ -178,6 +237,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, *, has_validation: bool) -> Tr
         use_cpu=not str(recipe.training.device).startswith("cuda"),
         disable_tqdm=True,
         report_to=[],
+        run_name=recipe.name,
         seed=training.seed,
         data_seed=training.seed,
     )
@@ -198,48 +258,34 @@ def _validation_batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]
 class _Steps(TrainerCallback):  # type: ignore[misc]
     """Reports each step, and validates and saves after the last one."""
 
-    def __init__(
-        self, advance: Callable[[int, str], None], tokens: Sequence[int], accumulation: int
-    ) -> None:
+    def __init__(self, advance: Callable[[int, str], None], meter: StepMeter) -> None:
         self._advance = advance
-        self._tokens = tokens
-        self._accumulation = accumulation
-        self._num_tokens = 0
-        self._seconds = 0.0
-        self._started = 0.0
+        self._meter = meter
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
+        self._meter.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._seconds += time.perf_counter() - self._started
-        start = (state.global_step - 1) * self._accumulation
-        self._num_tokens += sum(self._tokens[start : start + self._accumulation])
+        self._meter.stop(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            self._advance(1, step_detail(logs, self._num_tokens / self._seconds))
-
-
-class _Marker(TrainerCallback):  # type: ignore[misc]
-    """Declares each checkpoint whole once everything is in it."""
-
-    def __init__(self, identity: str) -> None:
-        self._identity = identity
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        mark_complete(checkpoint, step=state.global_step, identity=self._identity)
+            self._advance(1, step_detail(logs, self._meter.tokens_per_s))
 
 
 class _Interrupt(TrainerCallback):  # type: ignore[misc]
-    """Turns SIGINT and SIGTERM into a stop after the current step; a second one acts at once."""
+    """Turns SIGINT and SIGTERM into a stop after the current step; a second one acts at once.
+
+    Attributes:
+        was_heeded: whether the run was stopped; in all processes alike.
+    """
 
     def __init__(self) -> None:
-        self.is_set = False
+        self.was_heeded = False
+        self._is_set = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -251,11 +297,11 @@ class _Interrupt(TrainerCallback):  # type: ignore[misc]
         self._restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.is_set:
-            control.should_save = control.should_training_stop = True
+        if processes.any_of(self._is_set):
+            self.was_heeded = control.should_save = control.should_training_stop = True
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self.is_set = True
+        self._is_set = True
         self._restore()
 
     def _restore(self) -> None:

@@ -19,7 +19,10 @@ def head_reads(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]
         hidden, *rest = args
         return (change(hidden), *rest)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(before)
+    from torch.nn.parallel import DistributedDataParallel
+
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    handle = bare.get_output_embeddings().register_forward_pre_hook(before)
     try:
         yield
     finally:

@@ -11,22 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
 
 from lorary.errors import TrainingFailed
 from lorary.trainer.batches import IGNORED
 from lorary.trainer.head import head_reads
+from lorary.trainer.resumable import ResumableTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset, Sampler
 
+    from lorary.trainer.meter import StepMeter
 
-class LoraTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose data set is a list of batches, already planned and taken in order."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+class LoraTrainer(ResumableTrainer):
+    """Trainer whose data set is a list of batches, already planned and taken in order.
+
+    Args:
+        meter: whose figures go into the log of every step.
+        args: of the Trainer.
+        kwargs: of ``ResumableTrainer`` and the Trainer.
+    """
+
+    def __init__(self, *args: Any, meter: StepMeter, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._meter = meter
         # The loss is a sum over tokens divided by their number in the whole step.
         self.model_accepts_loss_kwargs = True
 
@@ -47,14 +56,33 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             model, inputs["input_ids"], inputs["labels"], inputs.get("position_ids")
         )
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
-        loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
-        if not torch.isfinite(loss):
+        if num_items_in_batch is None:
+            loss = total / targets.numel()
+        else:
+            # The number is of all processes, and their gradients are averaged, not summed.
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        self._check_finite("loss", loss)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm before clipping; one that is not finite would spoil every weight."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_finite("gradient norm", torch.as_tensor(norm))
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step with its speed and memory."""
+        if "loss" in logs:
+            logs |= self._meter.figures
+        super().log(logs, start_time)
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
             raise TrainingFailed(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}. Lower "
+                f"the {what} is {value.item()} at step {self.state.global_step + 1}. Lower "
                 "training.learning_rate (now at "
                 f"{self.args.learning_rate:g}) or method.alpha, or set training.dtype=float32."
             )
-        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def selected_logits(

@@ -200,6 +200,8 @@ class TrainingRecipe:
     """Share of the steps over which it rises; [0, 1)."""
     weight_decay: float = 0.0
     """AdamW's; [0, 1]."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """8-bit moments take a quarter of the memory; paged ones move to the host when a GPU is full."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     eval_every: int = 0
@@ -216,6 +218,8 @@ class TrainingRecipe:
     """A torch device; auto is cuda when there is one, else cpu."""
     gradient_checkpointing: bool = False
     """Trade a third more compute for less memory."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Where figures go while it trains; tensorboard writes to `<output>.tensorboard`."""
     seed: int = 0
     """Of initial weights, order and dropout."""
 
@@ -230,6 +234,8 @@ class TrainingRecipe:
         _within("training.eval_every", self.eval_every, 0, 10_000_000)
         _within("training.patience", self.patience, 1, 1_000_000)
         _within("training.max_length", self.max_length, 2, 10_000_000)
+        if len(set(self.trackers)) != len(self.trackers):
+            raise InvalidRecipe(f"training.trackers repeats one: {list(self.trackers)}.")
         _within("training.seed", self.seed, 0, 2**32 - 1)
 
     @property

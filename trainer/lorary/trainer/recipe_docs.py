@@ -43,7 +43,7 @@ def _kind(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in args)
     if origin is tuple:
-        return "list of text"
+        return "list of text" if args[0] is str else f"list of {_kind(args[0])}"
     if origin is dict:
         return "group of text"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}

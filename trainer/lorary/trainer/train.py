@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorary.bases import Base, PromptBuilder, find_base
 from lorary.bases.load import default_dtype, load_model, load_tokenizer
 from lorary.errors import InvalidRecipe
-from lorary.trainer.checkpoints import newest_checkpoint, run_identity
+from lorary.trainer import processes
+from lorary.trainer.checkpoints import identity_of, newest_checkpoint, run_identity, step_of
 from lorary.trainer.data import Row, Splits, data_facts, encode_rows, load_splits
 from lorary.trainer.encoding import Encoder
+from lorary.trainer.meter import peak_memory_bytes
+from lorary.trainer.optimizers import check_optimizer
 from lorary.trainer.output import (
     build_manifest,
     check_output,
@@ -34,6 +37,7 @@ from lorary.trainer.report import write_report
 from lorary.trainer.served_template import with_served_template
 from lorary.trainer.sources import resolve_shape
 from lorary.trainer.token_store import row_lengths
+from lorary.trainer.trackers import check_trackers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +67,12 @@ class Prepared:
     @property
     def identity(self) -> str:
         """What a checkpoint must match to be resumed."""
-        return run_identity(self.recipe, self.base.card.fingerprint, self.splits.fingerprint)
+        return run_identity(
+            self.recipe,
+            self.base.card.fingerprint,
+            self.splits.fingerprint,
+            processes.num_processes(),
+        )
 
 
 def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
@@ -71,10 +80,12 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
 
     Raises:
         InvalidRecipe: the data does not fit the recipe, or the device cannot do what it says.
-        BaseNotFound, MissingDependency: the base or the data is not here.
+        BaseNotFound, MissingDependency: the base, the data or a tracker is not here.
     """
     say = (reporter or Reporter(quiet=True)).note
     recipe = resolve_shape(resolve_auto(recipe))
+    check_optimizer(recipe.training)
+    check_trackers(recipe.training.trackers)
     base = find_base(recipe.base, progress=say)
     tokenizer = load_tokenizer(base)
     builder = PromptBuilder(tokenizer)
@@ -135,7 +146,8 @@ def train(
         recipe: what to do.
         output: folder to make; it appears only when everything in it is done.
         resume: go on from the newest checkpoint of the same recipe, base and data.
-        force: replace an earlier output, and drop checkpoints of another run.
+        force: replace an earlier output; with ``resume``, go on from a checkpoint of another recipe,
+            base or data, too, which the manifest then says.
         reporter: where progress goes.
 
     Raises:
@@ -146,12 +158,15 @@ def train(
     started = time.monotonic()
     check_output(output, force=force)
     run = prepare(recipe, reporter)
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
-    resume_from = newest_checkpoint(checkpoints, run.identity) if resume else None
+    checkpoints = _checkpoints_of(output)
+    resume_from = (
+        newest_checkpoint(checkpoints, run.identity, allow_other=force) if resume else None
+    )
+    resumed = _resumed_facts(resume_from, run.identity)
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     reporter.note(_headline(run))
-    model, fitted = _fit(run, checkpoints, resume_from, reporter)
+    model, fitted = fit_adapter(run, output, resume_from, reporter)
     fitted_at = time.monotonic()
     after, before = _evaluate(run, model, reporter)
     evaluated_at = time.monotonic()
@@ -165,6 +180,9 @@ def train(
             "steps": fitted.steps,
             "best_step": fitted.best_step,
             "num_tokens": fitted.num_tokens,
+            "num_processes": processes.num_processes(),
+            "peak_memory_bytes": peak_memory_bytes(run.recipe.training.device),
+            **resumed,
         }
         manifest.append(_fill(run, folder, model, fitted, before, after, facts))
 
@@ -173,10 +191,40 @@ def train(
     return manifest[0]
 
 
-def _fit(
-    run: Prepared, checkpoints: Path, resume_from: Path | None, reporter: Reporter
+def assist(recipe: Recipe, output: Path, *, resume: bool = False, force: bool = False) -> None:
+    """Train beside the process that runs ``train``, which evaluates and writes; see ``processes``.
+
+    Raises:
+        What ``train`` raises up to the end of the fit.
+    """
+    quiet = Reporter(quiet=True)
+    run = prepare(recipe, quiet)
+    resume_from = None
+    if resume:
+        resume_from = newest_checkpoint(_checkpoints_of(output), run.identity, allow_other=force)
+    fit_adapter(run, output, resume_from, quiet)
+
+
+def _checkpoints_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.checkpoints")
+
+
+def _resumed_facts(checkpoint: Path | None, identity: str) -> dict[str, Any]:
+    """Return what the manifest says about a checkpoint that a run went on from."""
+    if checkpoint is None:
+        return {}
+    is_same = identity_of(checkpoint) == identity
+    return {"resumed_from": {"step": step_of(checkpoint), "is_same_run": is_same}}
+
+
+def fit_adapter(
+    run: Prepared, output: Path, resume_from: Path | None, reporter: Reporter
 ) -> tuple[Any, Fit]:
-    """Load, attach, fit."""
+    """Load the base, attach a fresh adapter and fit it; checkpoints go beside ``output``.
+
+    Returns:
+        The model with the best step's weights, and what the fit did.
+    """
     from transformers import set_seed
 
     from lorary.trainer import grouped_attention
@@ -188,12 +236,11 @@ def _fit(
     model = load_model(
         run.base,
         quantization=run.recipe.method.base_quantization,
-        dtype=_dtype(run.recipe),
-        device=training.device,
+        dtype=dtype_of(run.recipe),
+        device=processes.local_device(training.device),
         attn_implementation="sdpa" if training.device.startswith("cuda") else "eager",
     )
-    if training.device == "cpu" and grouped_attention.suits(model.config):
-        grouped_attention.register()
+    if attention_of(model.config, training.device) == grouped_attention.NAME:
         model.set_attn_implementation(grouped_attention.NAME)
     model = attach(model, run.recipe.method, gradient_checkpointing=training.gradient_checkpointing)
     if training.packing:
@@ -204,7 +251,7 @@ def _fit(
         run.recipe,
         train_rows=run.train_rows,
         validation_rows=run.validation_rows,
-        checkpoints=checkpoints,
+        checkpoints=_checkpoints_of(output),
         identity=run.identity,
         resume_from=resume_from,
         reporter=reporter,
@@ -278,7 +325,20 @@ def _fill(
     return manifest
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def attention_of(config: Any, device: str) -> str:
+    """Return the attention that a model of this configuration trains with on a device."""
+    from lorary.trainer import grouped_attention
+
+    if device.startswith("cuda"):
+        return "sdpa"
+    if device == "cpu" and grouped_attention.suits(config):
+        grouped_attention.register()
+        return grouped_attention.NAME
+    return "eager"
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Return the dtype that a resolved recipe computes in."""
     import torch
 
     return torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32
