@@ -46,21 +46,23 @@ def test_product_equals_torch(
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("out", "width"), [(96, 64), (49, 70), (40, 1026)])
-def test_rows_of_a_packed_weight_are_what_is_multiplied(kind: str, out: int, width: int) -> None:
-    """Whole panels and parts of them; in 8 bits equal to products with the unit vectors."""
+def test_lengths_of_rows_with_a_change(kind: str, out: int, width: int) -> None:
+    """Of whole panels and of parts; in 8 bits of what products with the unit vectors say the weight is."""
     dtype = torch.float32 if kind == "int8" else getattr(torch, kind)
     kernels = kernels_for(dtype)
     if kind == "int8" and not kernels.has_int8:
         pytest.skip("this CPU has no product with 8-bit weights")
-    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out)).to(dtype)
+    generator = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, width, generator=generator).to(dtype)
     if kind == "int8":
         packed = kernels.pack_int8(weight, None)
-        expected = packed.linear(torch.eye(width)).t()
+        weight = packed.linear(torch.eye(width)).t()
     else:
-        packed, expected = kernels.pack(weight, None), weight.float()
+        packed = kernels.pack(weight, None)
+    a, b = torch.randn(5, width, generator=generator), torch.randn(out, 5, generator=generator)
+    expected = (weight.double() + b.double() @ a.double()).norm(dim=1).float()
     for start, stop in ((0, out), (0, 1), (31, 34), (out - 3, out)):
-        found = packed.rows(start, stop)
-        assert found.dtype == torch.float32
+        found = packed.norms(start, a, b[start:stop])
         assert torch.allclose(found, expected[start:stop], rtol=1e-6, atol=0)
 
 

@@ -18,7 +18,7 @@ import torch
 from lorary.errors import IncompatibleAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from lorary.server.adapters.layers import LoraGroup
     from lorary.server.adapters.loader import LoadedAdapter
@@ -45,13 +45,7 @@ def column_scales(groups: Sequence[LoraGroup], adapter: LoadedAdapter) -> dict[s
 
 def _scales(group: LoraGroup, member: int, adapter: LoadedAdapter) -> torch.Tensor:
     module = group.spec.modules[member]
-    a, b = adapter.tensors[module]
-    found = []
-    for start, weight in _stretches(group, member):
-        some_b = b[start : start + weight.shape[0]].to(weight)
-        changed = torch.addmm(weight, some_b, a.to(weight))
-        found.append(torch.linalg.vector_norm(changed, dim=1))
-    norms = torch.cat(found)
+    norms = _norms(group, member, *adapter.tensors[module])
     scales = adapter.magnitudes[module].to(norms) / norms
     if not scales.isfinite().all():
         row = int(scales.isfinite().logical_not().nonzero()[0])
@@ -63,21 +57,21 @@ def _scales(group: LoraGroup, member: int, adapter: LoadedAdapter) -> torch.Tens
     return scales
 
 
-def _stretches(group: LoraGroup, member: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield a member's weight, float32 [n, in], some rows at a time, each with its first row's number."""
-    out, width = group.spec.out_features[member], group.spec.in_features
+def _norms(group: LoraGroup, member: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return |W + B A| of a member's rows, float32 [out]; a [r, in], b [out, r]."""
     first = sum(group.spec.out_features[:member])
-    step = max(1, _AT_ONCE // width)
-    if group.packed is None and group.weight is None:
-        whole = _weight(group.layers[member], group.spec.modules[member])
-    for start in range(0, out, step):
-        stop = min(start + step, out)
-        if group.packed is not None:
-            yield start, group.packed.rows(first + start, first + stop)
-        elif group.weight is not None:
-            yield start, group.weight[first + start : first + stop].float()
-        else:
-            yield start, whole[start:stop].float()
+    if group.packed is not None:
+        return group.packed.norms(first, a, b)
+    if group.weight is not None:
+        weight = group.weight[first : first + b.shape[0]]
+    else:
+        weight = _weight(group.layers[member], group.spec.modules[member])
+    step = max(1, _AT_ONCE // group.spec.in_features)
+    a, found = a.to(weight.device, torch.float32), []
+    for rows, some_b in zip(torch.split(weight, step), torch.split(b, step), strict=True):
+        changed = torch.addmm(rows.float(), some_b.to(a), a)
+        found.append(torch.linalg.vector_norm(changed, dim=1))
+    return torch.cat(found)
 
 
 def _weight(layer: Any, module: str) -> torch.Tensor:

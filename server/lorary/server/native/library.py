@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from lorary.server.native.build import build
-from lorary.server.native.products import GROUP, PANEL, STORAGE, BoundKernel, PackedLinear
+from lorary.server.native.products import STORAGE, BoundKernel, PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 13
+_ABI = 14
+# Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
+_PANEL, _GROUP = 32, 64
 # Elements whose float32 form lies in the caches while they are rounded.
 _ROUNDED_AT_ONCE = 1 << 20
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -33,6 +35,7 @@ _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
 _LINEAR_INT8 = [*_ROWS, *[_POINTER] * 4, *_OUTPUT]
 _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
+_NORMS = [*[_POINTER] * 2, *[_INT64] * 3, *[_POINTER] * 2, _INT64, _POINTER, ctypes.c_int]
 _LAYERS = [_POINTER, _POINTER]
 _ARGMAX = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DRAW = [_POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int]
@@ -99,6 +102,10 @@ class NativeKernels:
                 torch.bfloat16: typed(library, "lorary_linear_bf16", _LINEAR),
                 f32: typed(library, "lorary_linear_f32_bf16", _LINEAR),
             }
+        self._norms = {
+            dtype: typed(library, f"lorary_norms_{suffix}", _NORMS)
+            for dtype, suffix in {**_SUFFIX, torch.int8: "int8"}.items()
+        }
         self._draw = typed(library, "lorary_draw_f32", _DRAW)
         library.lorary_draw_bytes.restype = _INT64
         assert library.lorary_draw_bytes() == ctypes.sizeof(Draw)
@@ -166,7 +173,7 @@ class NativeKernels:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Copy a weight [out, in] that ``can_pack`` into the kernel's layout."""
         out, width = weight.shape
-        packed = torch.empty(-(-out // PANEL) * PANEL * width, dtype=weight.dtype)
+        packed = torch.empty(-(-out // _PANEL) * _PANEL * width, dtype=weight.dtype)
         self._pack[weight.dtype](
             weight.data_ptr(),
             weight.stride(0),
@@ -175,7 +182,8 @@ class NativeKernels:
             packed.data_ptr(),
             torch.get_num_threads(),
         )
-        return PackedLinear(self._linear[weight.dtype], packed, (out, width), bias)
+        functions = self._linear[weight.dtype]
+        return PackedLinear(functions, self._norms[weight.dtype], packed, (out, width), bias)
 
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Round a weight [out, in] of any float dtype to 8 bits, a scale for each 64 inputs.
@@ -183,28 +191,34 @@ class NativeKernels:
         Only where ``has_int8``.
         """
         out, width = weight.shape
-        panels, groups = -(-out // PANEL), -(-width // GROUP)
+        panels, groups = -(-out // _PANEL), -(-width // _GROUP)
         matrix = torch.empty(out, width, dtype=torch.int8)
-        scales = torch.zeros(panels * PANEL, groups)
-        offsets = torch.zeros(panels * PANEL, groups, dtype=torch.int32)
+        scales = torch.zeros(panels * _PANEL, groups)
+        offsets = torch.zeros(panels * _PANEL, groups, dtype=torch.int32)
         # Some rows at a time: in float32 a whole layer would be a peak of memory, and out of the caches.
         step = max(1, _ROUNDED_AT_ONCE // width)
         for start in range(0, out, step):
             rows = slice(start, min(start + step, out))
-            values = nn.functional.pad(weight[rows].float(), (0, groups * GROUP - width))
-            values = values.view(-1, groups, GROUP)
+            values = nn.functional.pad(weight[rows].float(), (0, groups * _GROUP - width))
+            values = values.view(-1, groups, _GROUP)
             torch.div(values.abs().amax(dim=2), 127.0, out=scales[rows])
             values = values.div_(scales[rows].clamp_min(1e-30)[:, :, None]).round_().to(torch.int8)
             offsets[rows] = values.sum(dim=2, dtype=torch.int32) * 128
-            matrix[rows] = values.view(-1, groups * GROUP)[:, :width]
-        packed = torch.empty(panels * PANEL * -(-width // 4) * 4, dtype=torch.int8)
+            matrix[rows] = values.view(-1, groups * _GROUP)[:, :width]
+        packed = torch.empty(panels * _PANEL * -(-width // 4) * 4, dtype=torch.int8)
         self._pack_int8(matrix.data_ptr(), out, width, packed.data_ptr(), torch.get_num_threads())
 
         def by_panel(m: torch.Tensor) -> torch.Tensor:
-            return m.view(panels, PANEL, groups).transpose(1, 2).contiguous()
+            return m.view(panels, _PANEL, groups).transpose(1, 2).contiguous()
 
         return PackedLinear(
-            self._linear_int8, packed, (out, width), bias, by_panel(scales), by_panel(offsets)
+            self._linear_int8,
+            self._norms[torch.int8],
+            packed,
+            (out, width),
+            bias,
+            by_panel(scales),
+            by_panel(offsets),
         )
 
     def argmax(self, logits: torch.Tensor) -> list[int]:

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """What a pool may keep its rows in, by the numbers of adapters.h."""
 
-PANEL, GROUP = 32, 64
-"""Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers."""
-
 
 class PackedLinear:
     """A weight in the matrix product's own layout, and its bias; holds its tensors alive.
@@ -33,6 +30,7 @@ class PackedLinear:
     def __init__(
         self,
         functions: Mapping[torch.dtype, ctypes._NamedFuncPointer],
+        norms: ctypes._NamedFuncPointer,
         packed: torch.Tensor,
         shape: tuple[int, int],
         bias: torch.Tensor | None,
@@ -40,6 +38,7 @@ class PackedLinear:
         offsets: torch.Tensor | None = None,
     ) -> None:
         self._functions = functions
+        self._norms = norms
         self._tensors = (
             packed,
             scales,
@@ -54,22 +53,26 @@ class PackedLinear:
             None if t is None else t.data_ptr() for t in self._tensors
         )
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows of the weight as it is multiplied, float32 [stop - start, in]."""
-        packed, scales = self._tensors[:2]
-        assert packed is not None
-        # Inputs that lie side by side for one output: in int8 the fourth may be padding.
-        together = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[self.dtype]
-        panels = slice(start // PANEL, -(-stop // PANEL))
-        depth = -(-self.in_features // together)
-        found = packed.view(-1, depth, PANEL, together)[panels].transpose(1, 2)
-        weight = found.reshape(-1, depth * together)[:, : self.in_features].float()
-        if scales is not None:
-            of_groups = scales.view(-1, -(-self.in_features // GROUP), PANEL)[panels]
-            of_rows = of_groups.transpose(1, 2).reshape(weight.shape[0], -1)
-            weight *= of_rows.repeat_interleave(GROUP, dim=1)[:, : self.in_features]
-        first = panels.start * PANEL
-        return weight[start - first : stop - first]
+    def norms(self, start: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the lengths of the weight's rows from ``start`` on, each with its row of b @ a.
+
+        Shapes: a [r, in], b [n, r] → float32 [n].
+        """
+        a, b = a.float().contiguous(), b.float().contiguous()
+        found = torch.empty(b.shape[0])
+        self._norms(
+            self.address,
+            self.scales_address,
+            self.in_features,
+            start,
+            b.shape[0],
+            a.data_ptr(),
+            b.data_ptr(),
+            a.shape[0],
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., in] → [..., out] of x's dtype, with sums in float32.
