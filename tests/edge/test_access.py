@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import ssl
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -350,6 +351,43 @@ async def test_tls_with_client_certificates_and_a_renewed_one(
             os.replace(fresh, old)
         shown: dict[str, Any] = {"certificate": mine.certificate, "key": mine.key}
         assert await ask(edge, **shown, ca=stranger.certificate) == "8 "
+
+
+async def test_https_shows_the_certificate_that_is_there_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = make_authority(tmp_path)
+    server = issue(tmp_path, authority, "server", "DNS:localhost,IP:127.0.0.1")
+    mine = issue(tmp_path, authority, "mine", "URI:spiffe://prod/globex")
+    options: dict[str, Any] = {
+        "tls_cert": server.certificate,
+        "tls_key": server.key,
+        "tls_client_ca": authority.certificate,
+        "http_port": 0,
+    }
+
+    async def serial(edge: Edge, *, name: str) -> int:
+        context = ssl.create_default_context(cafile=str(authority.certificate))
+        context.load_cert_chain(mine.certificate, mine.key)
+        port = int(edge.http.rsplit(":", 1)[1])
+        _, writer = await asyncio.open_connection(
+            "127.0.0.1", port, ssl=context, server_hostname=name
+        )
+        shown = writer.get_extra_info("ssl_object").getpeercert()
+        writer.close()
+        return int(shown["serialNumber"], 16)
+
+    async with serving(**options) as edge:
+        before = await serial(edge, name="localhost")
+        renewed = issue(tmp_path, authority, "renewed", "DNS:localhost,IP:127.0.0.1")
+        server.key.write_text("half of it")
+        assert await serial(edge, name="127.0.0.1") == before
+        assert "stays as it was" in caplog.text
+        os.replace(renewed.key, server.key)
+        os.replace(renewed.certificate, server.certificate)
+        after = [await serial(edge, name=name) for name in ("127.0.0.1", "localhost")]
+        assert before not in after
+        assert len(set(after)) == 1
 
 
 def test_a_client_keeps_its_token_off_the_open_network(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 log = logging.getLogger("lorary.server")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,50 @@ def check_files(files: TlsFiles) -> None:
             ) from error
 
 
+class _Followed:
+    """Files that are looked at now and then: have they changed, and can they be used?"""
+
+    def __init__(self, files: TlsFiles) -> None:
+        check_files(files)
+        self._files = files
+        self._seen = _stamp(files)
+
+    def fresh(self, make: Callable[[TlsFiles], T]) -> T | None:
+        """Return what ``make`` makes of the files once they have changed; bad ones are logged."""
+        stamp = _stamp(self._files)
+        if stamp == self._seen:
+            return None
+        self._seen = stamp
+        try:
+            check_files(self._files)
+            made = make(self._files)
+        except (ConfigError, OSError) as error:
+            log.error("the TLS certificate stays as it was: %s", error)  # noqa: TRY400
+            return None
+        log.info("the TLS certificate was read again")
+        return made
+
+
+def server_context(files: TlsFiles) -> ssl.SSLContext:
+    """Return a context for Python's own TLS that follows the files, as ``server_credentials`` do.
+
+    Raises:
+        ConfigError: the files cannot be used now.
+    """
+    followed = _Followed(files)
+    newest = _context(files)
+    first = _context(files)
+
+    def follow(connection: ssl.SSLObject, _name: str | None, _was: ssl.SSLContext) -> None:
+        # Asked at every handshake, also where the client names no server.
+        nonlocal newest
+        newest = followed.fresh(_context) or newest
+        connection.context = newest
+
+    first.sni_callback = follow
+    return first
+
+
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """Return credentials that follow the files: new connections get what is in them then.
 
@@ -66,30 +112,26 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     Raises:
         ConfigError: the files cannot be used now.
     """
-    check_files(files)
-    seen = _stamp(files)
+    followed = _Followed(files)
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         # Asked at every handshake; None keeps what there is.
-        nonlocal seen
-        stamp = _stamp(files)
-        if stamp == seen:
-            return None
-        seen = stamp
-        try:
-            check_files(files)
-            fresh = _configuration(files)
-        except (ConfigError, OSError) as error:
-            log.error("the TLS certificate stays as it was: %s", error)  # noqa: TRY400
-            return None
-        log.info("the TLS certificate was read again")
-        return fresh
+        return followed.fresh(_configuration)
 
     # The stubs do not know that None is an answer; gRPC's own documentation does.
     fetcher = cast("Callable[[], grpc.ServerCertificateConfiguration]", fetch)
     return grpc.dynamic_ssl_server_credentials(
         _configuration(files), fetcher, require_client_authentication=files.client_ca is not None
     )
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+    if files.client_ca is not None:
+        context.load_verify_locations(files.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import uvicorn
+
+from lorary.server.tls import server_context
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -29,7 +30,10 @@ class Listener:
 
     Args:
         app: the application.
-        tls: files for HTTPS; None speaks plain HTTP. Unlike gRPC's, they are read once.
+        tls: files for HTTPS, which are followed; None speaks plain HTTP.
+
+    Raises:
+        ConfigError: the files cannot be used.
     """
 
     def __init__(self, app: ASGIApp, tls: TlsFiles | None = None) -> None:
@@ -45,13 +49,10 @@ class Listener:
             proxy_headers=False,
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=LAST_WORDS_S,
-            ssl_certfile=None if tls is None else str(tls.certificate),
-            ssl_keyfile=None if tls is None else str(tls.key),
-            ssl_ca_certs=None if tls is None or tls.client_ca is None else str(tls.client_ca),
-            ssl_cert_reqs=ssl.CERT_NONE
-            if tls is None or tls.client_ca is None
-            else ssl.CERT_REQUIRED,
         )
+        config.load()
+        if tls is not None:
+            config.ssl = server_context(tls)
         self._server = _Embedded(config)
         self._task: asyncio.Task[None] | None = None
 
