@@ -32,6 +32,10 @@ class Part:
 PARTS: dict[str, Part] = {
     "train": Part("lorary.trainer.cli", "train", "Train an adapter from a recipe."),
     "eval": Part("lorary.trainer.eval_cli", "train", "Measure adapters beside their base."),
+    "search": Part(
+        "lorary.trainer.search.cli", "search", "Search a recipe's space, train with the best."
+    ),
+    "reproduce": Part("lorary.trainer.reproduce.cli", "train", "Train a version again, compare."),
     "registry": Part("lorary.registry.cli", "", "Push, pull, list and promote versions."),
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),

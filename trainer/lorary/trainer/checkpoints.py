@@ -29,7 +29,7 @@ MARKER = "lorary.json"
 _FORMAT_VERSION = 2
 _DRAFT = ".draft-"
 # Keys of a recipe that do not change what is trained.
-_FREE_KEYS = ("name", "description", "evaluation")
+_FREE_KEYS = ("name", "description", "evaluation", "search")
 _FREE_TRAINING_KEYS = ("trackers",)
 
 

@@ -72,6 +72,7 @@ def fit(
     identity: str,
     resume_from: Path | None,
     reporter: Reporter,
+    watch: Callable[[float], None] | None = None,
 ) -> Fit:
     """Train ``model`` in place and leave the best step's weights in it.
 
@@ -86,6 +87,7 @@ def fit(
         identity: what ``run_identity`` returned.
         resume_from: a checkpoint to go on from.
         reporter: where progress goes.
+        watch: told every validation loss; what it raises ends the run and goes through.
 
     Raises:
         TrainingFailed: the loss or a weight is not finite, or memory ran out.
@@ -136,6 +138,8 @@ def fit(
     with reporter.phase("training", max_steps, first_step) as advance, interrupt:
         trainer.add_callback(_Steps(advance, meter))
         trainer.add_callback(interrupt)
+        if watch is not None:
+            trainer.add_callback(_Watch(watch))
         with quiet_libraries():
             _run(trainer, resume_from, recipe)
     if interrupt.was_heeded and trainer.state.global_step < max_steps:
@@ -274,6 +278,16 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             self._advance(1, step_detail(logs, self._meter.tokens_per_s))
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Tells somebody each validation loss."""
+
+    def __init__(self, watch: Callable[[float], None]) -> None:
+        self._watch = watch
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        self._watch(float(metrics["eval_loss"]))
 
 
 class _Interrupt(TrainerCallback):  # type: ignore[misc]

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from lorary.trainer.recipe import Recipe
 
 NUM_TOP_LOGITS = 16
-_PACKAGES = ("lorary", "torch", "transformers", "peft", "tokenizers", "safetensors")
+_PACKAGES = (
+    *("lorary", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
+    *("tokenizers", "safetensors", "numpy"),
+)
 
 
 def check_output(folder: Path, *, force: bool) -> None:

@@ -22,6 +22,7 @@ from typing import Literal
 
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import Task
+from lorary.trainer.search.space import SearchRecipe
 
 Shape = Literal["auto", "template", "text", "completion", "chat", "alpaca", "sharegpt"]
 Metric = Literal["auto", "accuracy", "rouge", "bleu", "exact_match", "perplexity"]
@@ -291,6 +292,7 @@ class Recipe:
     method: MethodRecipe = field(default_factory=MethodRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    search: SearchRecipe = field(default_factory=SearchRecipe)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})?", self.name):

@@ -45,7 +45,7 @@ def _kind(hint: Any) -> str:
     if origin is tuple:
         return "list of text" if args[0] is str else f"list of {_kind(args[0])}"
     if origin is dict:
-        return "group of text"
+        return "group of lists or ranges" if args[1] is Any else "group of text"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     return names[hint]
 

@@ -55,6 +55,10 @@ def build_recipe(tree: Mapping[str, Any]) -> Recipe:
     """Build a recipe from plain data; raises what ``load_recipe`` raises."""
     recipe = _build(Recipe, tree, "")
     assert isinstance(recipe, Recipe)
+    if recipe.search.space:
+        from lorary.trainer.search.points import check_space  # which builds recipes itself
+
+        check_space(recipe)
     return recipe
 
 
@@ -122,6 +126,8 @@ def _build(cls: type[Any], raw: Any, where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Convert one YAML value to the type of its field."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast("type[Any]", hint), value, where)
     if origin is Literal:

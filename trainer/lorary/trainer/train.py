@@ -33,6 +33,7 @@ from lorary.trainer.output import (
 )
 from lorary.trainer.packing import PackedRows, check_isolation
 from lorary.trainer.progress import Reporter
+from lorary.trainer.provenance import golden_logits, hardware, loss_curve
 from lorary.trainer.report import write_report
 from lorary.trainer.served_template import with_served_template
 from lorary.trainer.sources import resolve_shape
@@ -40,7 +41,7 @@ from lorary.trainer.token_store import row_lengths
 from lorary.trainer.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -139,6 +140,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     reporter: Reporter | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Train, evaluate and write an adapter.
 
@@ -149,6 +151,7 @@ def train(
         force: replace an earlier output; with ``resume``, go on from a checkpoint of another recipe,
             base or data, too, which the manifest then says.
         reporter: where progress goes.
+        origin: what the manifest shall say besides about where the recipe comes from.
 
     Raises:
         AlreadyExists, InvalidRecipe, IncompatibleAdapter, TrainingFailed, Cancelled, StorageError,
@@ -183,6 +186,7 @@ def train(
             "num_processes": processes.num_processes(),
             "peak_memory_bytes": peak_memory_bytes(run.recipe.training.device),
             **resumed,
+            **(origin or {}),
         }
         manifest.append(_fill(run, folder, model, fitted, before, after, facts))
 
@@ -218,9 +222,15 @@ def _resumed_facts(checkpoint: Path | None, identity: str) -> dict[str, Any]:
 
 
 def fit_adapter(
-    run: Prepared, output: Path, resume_from: Path | None, reporter: Reporter
+    run: Prepared,
+    output: Path,
+    resume_from: Path | None,
+    reporter: Reporter,
+    watch: Callable[[float], None] | None = None,
 ) -> tuple[Any, Fit]:
     """Load the base, attach a fresh adapter and fit it; checkpoints go beside ``output``.
+
+    ``watch`` is told every validation loss; what it raises ends the fit and goes through.
 
     Returns:
         The model with the best step's weights, and what the fit did.
@@ -255,6 +265,7 @@ def fit_adapter(
         identity=run.identity,
         resume_from=resume_from,
         reporter=reporter,
+        watch=watch,
     )
     return model, fitted
 
@@ -294,21 +305,32 @@ def _fill(
     recipe, task = run.recipe, run.recipe.task.to_manifest()
     save_adapter(model, folder, run.base)
     probed = run.splits.test[: recipe.evaluation.num_golden_probes]
+    quantization, device = recipe.method.base_quantization, recipe.training.device
+    probes = golden_probes(
+        folder,
+        run.base,
+        [Encoder(run.builder, task).prompt(example) for example in probed],
+        quantization=quantization,
+        device=device,
+    )
+    made = {
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "hardware": hardware(),
+        "loss_curve": loss_curve(fitted.history),
+        "golden_logits": golden_logits(
+            folder, run.base, probes, recorded=quantization, device=device
+        ),
+    }
     manifest = build_manifest(
         recipe,
         run.base,
         method=describe(model, recipe.method),
-        probes=golden_probes(
-            folder,
-            run.base,
-            [Encoder(run.builder, task).prompt(example) for example in probed],
-            quantization=recipe.method.base_quantization,
-            device=recipe.training.device,
-        ),
+        probes=probes,
         before=before,
         after=after,
         data=data_facts(run.splits, recipe, run.num_too_long),
-        training={**facts, "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
+        training={**facts, **made},
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     write_report(

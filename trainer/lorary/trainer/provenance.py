@@ -1,0 +1,115 @@
+"""What a manifest says about how a run was made, beyond its recipe: machine, losses, quantized probes.
+
+All of it lies in the manifest's ``training``, which is free in form, so that older readers pass over it::
+
+    "hardware": {"cpu": "AMD EPYC …", "cpus": 2, "memory_bytes": 8589934592, "gpus": [], "system": "Linux …"},
+    "loss_curve": {"steps": [1, 2, …], "loss": […], "validation_steps": [15, …], "validation_loss": […]},
+    "golden_logits": {"none": [[…], …], "nf4": [[…], …], "int8": [[…], …]}
+
+``golden_logits`` has, for each golden probe, the logits of its ``top_token_ids`` over the base in other
+quantizations than the probe's own: what a server that quantizes should see.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lorary.bases.load import QUANTIZATIONS, load_model
+from lorary.trainer.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lorary.bases import Base
+    from lorary.registry.manifest import GoldenProbe
+
+MAX_POINTS = 512
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this machine is: CPU, memory, GPUs, system."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count() or 0,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+        "system": platform.platform(),
+    }
+
+
+def loss_curve(history: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the losses of a run, every bit of each; of more than ``MAX_POINTS``, as many, evenly chosen.
+
+    Args:
+        history: entries with ``step`` and ``loss`` or ``eval_loss``, as ``Fit`` has them.
+    """
+    train = _thinned([(row["step"], row["loss"]) for row in history if "loss" in row])
+    held = _thinned([(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row])
+    return {
+        "steps": [step for step, _ in train],
+        "loss": [loss for _, loss in train],
+        "validation_steps": [step for step, _ in held],
+        "validation_loss": [loss for _, loss in held],
+    }
+
+
+def golden_logits(
+    folder: Path, base: Base, probes: Sequence[GoldenProbe], *, recorded: str, device: str
+) -> dict[str, list[list[float]]]:
+    """Read each probe's logits over the base in every quantization but the one ``recorded``.
+
+    Base and saved adapter are loaded afresh for each; arithmetic is float32, so that nothing but the
+    quantization differs. Without bitsandbytes there is only ``none``.
+    """
+    import peft
+    import torch
+
+    has_bitsandbytes = find_spec("bitsandbytes") is not None
+    found: dict[str, list[list[float]]] = {}
+    for quantization in QUANTIZATIONS:
+        if quantization == recorded or not probes:
+            continue
+        if quantization != "none" and not has_bitsandbytes:
+            continue
+        model: Any = load_model(base, quantization=quantization, dtype=torch.float32, device=device)
+        with quiet_libraries():
+            model = peft.PeftModel.from_pretrained(model, folder).eval()
+            found[quantization] = [_logits(model, probe, device) for probe in probes]
+    return found
+
+
+def _logits(model: Any, probe: GoldenProbe, device: str) -> list[float]:
+    import torch
+
+    ids = torch.tensor([list(probe.token_ids)], device=device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1].float()
+    chosen = logits[list(probe.top_token_ids)].tolist()
+    return [round(value, 4) for value in chosen]
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Keep the first, the last, and evenly many between."""
+    if len(points) <= MAX_POINTS:
+        return points
+    last = len(points) - 1
+    return [points[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
+
+
+def _cpu_name() -> str:
+    """Return the processor's name as the system has it; on Linux from /proc/cpuinfo."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # no Linux
+    return platform.processor() or platform.machine()
