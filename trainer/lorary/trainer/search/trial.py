@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorary.trainer.recipe import Recipe
     from lorary.trainer.search.study import SharedStudy
 
-# Keys that change the rows, so that data is read again.
-_DATA_KEYS = frozenset({"data.max_train", "task.template"})
+# Keys that change the rows, or how they are packed, so that data is read again.
+_DATA_KEYS = frozenset({"data.max_train", "task.template", "training.packing", "training.seed"})
 
 
 def prepare_without_test(recipe: Recipe) -> Prepared:
