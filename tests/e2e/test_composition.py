@@ -6,6 +6,7 @@ import json
 import subprocess
 from typing import TYPE_CHECKING
 
+from tests.conftest import AdapterRecipe, build_adapter, write_manifest
 from tests.e2e.conftest import registry_cli
 from tests.processes import BIN
 from tests.server.test_composition import NUM_TOKENS, peft_composed
@@ -50,8 +51,13 @@ def test_selfcheck_starts_a_server_and_finds_every_answer_the_same_in_company(
 ) -> None:
     # Other tests of this folder leave damaged versions behind, which it would rightly report.
     registry = tmp_path / "registry"
-    for name in ("alpha", "bravo"):
-        folder = world.folders[name]
+    recipe = AdapterRecipe(rank=5, seed=51, config={"use_dora": True})
+    dora = write_manifest(world.base, build_adapter(world.base, tmp_path / "dora", recipe))
+    for name, folder in (
+        ("alpha", world.folders["alpha"]),
+        ("bravo", world.folders["bravo"]),
+        ("dora", dora),
+    ):
         registry_cli("push", folder, name, "--base", world.base, "--registry", registry)
     command = [str(BIN / "lorary"), "selfcheck", "--rounds", "2", "--json", "--"]
     command += ["--base", str(world.base), "--registry", str(registry)]
@@ -59,8 +65,13 @@ def test_selfcheck_starts_a_server_and_finds_every_answer_the_same_in_company(
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads(done.stdout)
-    assert {check["result"] for check in checks} == {"ok"}
+    # DoRA is served beside the others, and is no part of a sum.
+    others = {check["name"]: check for check in checks if check["result"] != "ok"}
+    assert {name: check["result"] for name, check in others.items()} == {
+        "bravo@1*0.7+dora@1*0.3": "skip"
+    }
+    assert "'dora@1' is DoRA" in others["bravo@1*0.7+dora@1*0.3"]["detail"]
     names = [check["name"] for check in checks]
     assert names.count("base") == 2
-    assert {"alpha@1", "alpha@1*0.5", "alpha@1*0.7+bravo@1*0.3"} <= set(names)
+    assert {"alpha@1", "dora@1", "alpha@1*0.5", "alpha@1*0.7+bravo@1*0.3"} <= set(names)
     assert names[-1] == "mixed steps"

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.host_copy import copy_bytes, copy_in, copy_out
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
 
 GROUPS = [
@@ -137,6 +138,46 @@ def test_rows_are_rounded_each_to_its_own_range(storage: torch.dtype, largest_er
     pool.write(pages, 6, {})
     assert group.row_scales[0, rows].count_nonzero() == 0
     assert group.a[0].float()[rows].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("storage", [torch.float32, None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("rank", [1, 4, 7, 8, 15, 17])
+def test_column_scales_lie_in_the_adapters_own_pages(
+    storage: torch.dtype | None, rank: int
+) -> None:
+    """Of any kept dtype, over scattered pages, through host memory and back: every float32 bit."""
+    pool = wide_pool(1 << 20, storage)
+    num_rows = pool.num_rows(rank, has_columns=True)
+    # Every other page is somebody else's, so that an adapter's pages are no neighbours.
+    taken = [pool.try_allocate(1) or () for _ in range(12)]
+    for freed in taken[::2]:
+        pool.free(freed)
+    pages = pool.try_allocate(num_rows)
+    assert pages is not None
+    assert len(pages) == -(-num_rows // pool.page_rows)
+    generator = torch.Generator().manual_seed(rank)
+    pair = (torch.randn(rank, 256, generator=generator), torch.randn(64, rank, generator=generator))
+    columns = {"l.k_proj": torch.rand(64, generator=generator) + 0.5}
+    before = [b.view(torch.uint8).clone() for g in pool.groups for b in g.b]
+    entry = pool.write(pages, rank, {"l.k_proj": pair}, columns)
+    rows = pool.rows_of(entry)
+    assert len(set(rows)) == len(rows) == rank + pool.column_rows
+    assert {row // pool.page_rows for row in rows} <= set(pages)
+    after = [b.view(torch.uint8) for g in pool.groups for b in g.b]
+    for old, new in zip(before, after, strict=True):
+        changed = (old != new).any(dim=1).nonzero()[:, 0].tolist()
+        assert set(changed) <= set(rows), "a row of somebody else was written"
+    kept = copy_out(pool, entry)
+    assert kept.num_bytes == copy_bytes(pool, entry)
+    again = pool.try_allocate(num_rows)
+    assert again is not None
+    for place in (entry, copy_in(pool, again, kept)):
+        q_proj, k_proj = (c[place.columns] for c in pool.groups[0].columns)
+        assert torch.equal(k_proj, columns["l.k_proj"])
+        assert torch.equal(q_proj, torch.ones(256))
+        assert torch.equal(pool.groups[1].columns[0][place.columns], torch.ones(256))
+        old, new = (pool.groups[0].a[1].float()[list(e.rows)] for e in (entry, place))
+        assert torch.equal(old, new)
 
 
 def test_rows_kept_as_they_are_multiplied_lose_nothing() -> None:
