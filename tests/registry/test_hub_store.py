@@ -32,8 +32,9 @@ from lorary.errors import (
     outcome,
 )
 from lorary.registry import Registry
+from lorary.registry.hub_card import write_card
 from lorary.registry.localhub.auth import Tokens
-from lorary.registry.manifest import Metrics
+from lorary.registry.manifest import FileEntry, Interval, Metrics, Uncertainty
 from tests.registry.conftest import running_hub, use_hub
 
 if TYPE_CHECKING:
@@ -100,6 +101,32 @@ def test_the_card_says_what_a_hub_can_be_searched_by(
         author=owner_of(hub_url), filter=["base_model:adapter:org/tiny", "lorary"]
     )
     assert [model.id for model in found] == [f"{owner_of(hub_url)}/a"]
+
+
+def test_the_card_shows_gains_and_the_pictures_of_the_report(forge: Forge) -> None:
+    import dataclasses
+
+    sure = Uncertainty(adapter=Interval(low=0.7, high=1), difference=Interval(low=0.6, high=0.9))
+    files = ("report/loss_curve.png", "report/report.html", "report/metrics.json")
+    manifest = dataclasses.replace(
+        forge.manifest(),
+        name="a",
+        metrics=Metrics(
+            primary="f1",
+            num_examples=9,
+            base={"f1": 0.1, "ece": 0.3},
+            adapter={"f1": 0.9, "ece": 0.2},
+            uncertainty={"f1": sure},
+        ),
+        files=tuple(FileEntry(path=path, size=1, sha256="ab" * 32) for path in files),
+    )
+    folder = forge.folder(manifest=manifest)
+    card = write_card(folder, manifest, "acme/a").decode()
+    assert "| f1 | 0.1 | 0.9 | +0.6 to +0.9 |\n" in card
+    assert "| ece (lower is better) | 0.3 | 0.2 |  |\n" in card
+    assert card.count("![") == 1
+    assert "![loss curve](report/loss_curve.png)" in card
+    assert "(report/report.html)" in card
 
 
 def test_a_prefix_keeps_registries_of_one_owner_apart(forge: Forge, hub_url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from lorary.bases import find_base
 from lorary.bases.load import load_model, load_tokenizer
+from lorary.registry.cli import app as registry_app
+from lorary.registry.cli_support import exit_code_of
 from lorary.trainer.evaluate import Evaluation
 from lorary.trainer.metrics import label_sums, text_sums
 from lorary.trainer.progress import Reporter
@@ -24,7 +27,6 @@ from tests.trainer.browser import open_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from lorary.trainer.recipe import Recipe
 
@@ -63,7 +65,9 @@ def test_a_browser_opens_the_report_and_sees_every_picture(run: Path) -> None:
     assert any("Content Security Policy" in line for line in opened.console)
 
 
-def test_the_page_is_one_file_and_its_folder_may_be_pushed(run: Path, tiny_base: Path) -> None:
+def test_the_page_is_one_file_that_a_registry_keeps_and_shows(
+    run: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lorary.registry import BaseCard, Registry
 
     page = (run / "report.html").read_text()
@@ -82,6 +86,10 @@ def test_the_page_is_one_file_and_its_folder_may_be_pushed(run: Path, tiny_base:
     kept = {entry.path for entry in registry.manifest(registry.resolve("tiny")).files}
     assert version.version == 1
     assert {"report/report.html", "report/attention-1.png"} <= kept
+    command = ["show", "tiny", "--registry", str(run.parent.parent / "registry"), "--json"]
+    assert exit_code_of(lambda: registry_app(command, standalone_mode=False)) == 0
+    shown = json.loads(capsys.readouterr().out)["report"]
+    assert Path(shown).read_text() == page
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "nf4"])

@@ -53,8 +53,8 @@ def versions(infos: Sequence[VersionInfo]) -> Table:
     return result
 
 
-def manifest(info: VersionInfo, described: Manifest) -> Table:
-    """One row per fact."""
+def manifest(info: VersionInfo, described: Manifest, report: str = "") -> Table:
+    """One row per fact; ``report`` is where its page lies."""
     method, task, base = described.method, described.task, described.base
     rows = {
         "version": f"{info.name}@{info.version}",
@@ -73,6 +73,7 @@ def manifest(info: VersionInfo, described: Manifest) -> Table:
         "labels": ", ".join(task.labels),
         "template": json.dumps(task.template, ensure_ascii=False) if task.template else "",
         "metrics": _all_metrics(described.metrics),
+        "report": report,
         "data": json.dumps(described.data, ensure_ascii=False) if described.data else "",
         "probes": str(len(described.golden_probes)) if described.golden_probes else "",
         "files": "\n".join(f"{f.path}  {size(f.size)}  {f.sha256[:12]}…" for f in described.files),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorary.errors import CorruptArtifact, InvalidRequest
+from lorary.errors import CorruptArtifact, InvalidRequest, StorageError
 from lorary.registry import cli_complete, cli_tables
 from lorary.registry.address import DEFAULT_REGISTRY, is_hub
 from lorary.registry.cli_base import base_folder_and_card
@@ -22,13 +22,14 @@ from lorary.registry.cli_options import (
     open_registry,
 )
 from lorary.registry.cli_support import console, print_json, progress_bar, warn
-from lorary.registry.folder import MANIFEST_FILE, read_bytes, scan_folder
+from lorary.registry.folder import MANIFEST_FILE, REPORT_PAGE, read_bytes, scan_folder
 from lorary.registry.manifest import MAX_RATIO, Manifest
 from lorary.registry.refs import check_name
 
 if TYPE_CHECKING:
     from lorary.registry.base import BaseCard
-    from lorary.registry.results import VersionInfo
+    from lorary.registry.results import Resolved, VersionInfo
+    from lorary.registry.store import Registry
 
 
 def push(
@@ -133,10 +134,13 @@ def show(
     resolved = opened.resolve(ref)
     info, manifest = opened.info(resolved), opened.manifest(resolved)
     _warn_if_deprecated(info)
+    has_report = any(entry.path == REPORT_PAGE for entry in manifest.files)
+    # From a hub it would have to be fetched, with everything else.
+    report = _report_page(opened, resolved) if has_report and not is_hub(registry) else ""
     if as_json:
-        print_json({"version": info, "manifest": manifest})
+        print_json({"version": info, "manifest": manifest, "report": report or None})
     else:
-        console().print(cli_tables.manifest(info, manifest))
+        console().print(cli_tables.manifest(info, manifest, report))
 
 
 def verify(
@@ -171,6 +175,14 @@ def find_card(manifest: Manifest | None, base: str | None) -> BaseCard:
             field="base",
         )
     return base_folder_and_card(name)[1]
+
+
+def _report_page(opened: Registry, resolved: Resolved) -> str:
+    """Return where a version's report lies; empty where nothing can be unpacked."""
+    try:
+        return str(opened.locate(resolved) / REPORT_PAGE)
+    except StorageError:
+        return ""  # a registry on a read-only disk, which has only its blobs
 
 
 def _warn_if_deprecated(info: VersionInfo) -> None:

@@ -35,6 +35,7 @@ TENSORS_FILE: Final = "adapter_model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 README_FILE: Final = "README.md"
 REPORT_FOLDER: Final = "report"
+REPORT_PAGE: Final = f"{REPORT_FOLDER}/report.html"
 ORIGINAL_FOLDER: Final = "original"
 
 MAX_FILES: Final = 256

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import yaml
 
-from lorary.registry.folder import CONFIG_FILE, README_FILE
-from lorary.registry.manifest import Manifest
+from lorary.registry.folder import CONFIG_FILE, README_FILE, REPORT_FOLDER, REPORT_PAGE
+from lorary.registry.manifest import LOWER_IS_BETTER, Manifest, Metrics
 
 TAG: Final = "lorary"
 """By which a Hub finds the adapters of registries among an owner's models."""
@@ -22,6 +22,8 @@ TAG: Final = "lorary"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _PIPELINES: Final = {"generation": "text-generation", "classification": "text-classification"}
 _FENCE: Final = "---\n"
+_PICTURE: Final = re.compile(rf"{REPORT_FOLDER}/[A-Za-z0-9_.-]+\.(?:png|svg)")
+_MAX_PICTURES: Final = 12
 
 
 def write_card(staged: Path, manifest: Manifest, repo_id: str) -> bytes:
@@ -105,18 +107,46 @@ def _body(manifest: Manifest, repo_id: str) -> str:
         "",
     ]
     if manifest.metrics is not None:
+        lines += [*_table(manifest.metrics), ""]
+    return "\n".join([*lines, *_report(manifest)]).rstrip() + "\n"
+
+
+def _table(metrics: Metrics) -> list[str]:
+    """Return the figures, with the interval of what the adapter gains where there is one."""
+    has_gains = any(one.difference is not None for one in metrics.uncertainty.values())
+    head = ["metric", "base", "adapter"]
+    head += [f"difference, {metrics.confidence:.0%} interval"] if has_gains else []
+    lines = [
+        f"On {metrics.num_examples} held-out examples:",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join(['---'] * len(head))} |",
+    ]
+    for kind, value in sorted(metrics.adapter.items()):
+        name = f"{kind} (lower is better)" if kind in LOWER_IS_BETTER else kind
+        cells = [name, str(metrics.base.get(kind, "")), str(value)]
+        sure = metrics.uncertainty.get(kind)
+        if has_gains:
+            found = sure.difference if sure else None
+            cells.append(f"{found.low:+.4g} to {found.high:+.4g}" if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _report(manifest: Manifest) -> list[str]:
+    """Return the pictures of the version's report, and a link to its page."""
+    paths = [entry.path for entry in manifest.files]
+    pictures = [path for path in paths if _PICTURE.fullmatch(path)][:_MAX_PICTURES]
+    lines = ["## Report", ""] if pictures or REPORT_PAGE in paths else []
+    for path in pictures:
+        caption = path.partition("/")[2].rpartition(".")[0].replace("_", " ")
+        lines += [f"![{caption}]({path})", ""]
+    if REPORT_PAGE in paths:
         lines += [
-            f"On {manifest.metrics.num_examples} held-out examples:",
+            f"All of it is in [`{REPORT_PAGE}`]({REPORT_PAGE}), one file: download and open it.",
             "",
-            "| metric | base | adapter |",
-            "| --- | --- | --- |",
         ]
-        base = manifest.metrics.base
-        lines += [
-            f"| {kind} | {base.get(kind, '')} | {value} |"
-            for kind, value in sorted(manifest.metrics.adapter.items())
-        ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:

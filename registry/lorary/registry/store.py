@@ -205,6 +205,15 @@ class Registry:
         self._check_trust(folder, resolved, pointer)
         return folder
 
+    def locate(self, resolved: Resolved) -> Path:
+        """Return the folder that ``fetch`` returns, its files not checked: to show people where it is.
+
+        Raises:
+            AdapterNotFound: the version is gone.
+            CorruptArtifact: its manifest is missing or damaged.
+        """
+        return self._store.locate(resolved.name, self._resolver.pointer(resolved))
+
     def pull(
         self, ref: str | AdapterRef | Resolved, dest: Path, progress: Progress | None = None
     ) -> Path:
