@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -144,3 +144,65 @@ def test_what_cannot_be_measured_is_one_line_and_an_exit_code(
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_task_of_the_harness_is_scored_as_by_hand(
+    tiny_base: Path,
+    tiny_adapters: dict[str, Path],
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task with its own rows, no download; accuracy is that of the likelier continuation."""
+    import datasets
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "reviews.yaml").write_text(
+        f"""
+task: tiny_reviews
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {reviews}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{review}}}}\\n"
+doc_to_choice: [good, bad]
+doc_to_target: sentiment
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    args = ["--lm-eval", "tiny_reviews", "--lm-eval-path", str(tmp_path), "--limit", "20"]
+    where = ["--base", str(tiny_base), "--dtype", "float32"]
+    assert call(tiny_adapters["delta"], *args, *where, "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    metrics = result["metrics"]
+    assert (result["exam"], metrics["primary"], metrics["num_examples"]) == (
+        *("tiny_reviews", "acc"),
+        20,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()[:20]]
+    for side in ("base", "adapter"):
+        if side == "adapter":
+            model = PeftModel.from_pretrained(model, tiny_adapters["delta"]).eval()
+        right = 0
+        for row in rows:
+            scores = []
+            for choice in ("good", "bad"):
+                prompt = tokenizer(row["review"] + "\n")["input_ids"]
+                ids = tokenizer(row["review"] + "\n" + choice)["input_ids"]
+                with torch.inference_mode():
+                    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                places = range(len(prompt), len(ids))
+                scores.append(sum(float(logprobs[i - 1, ids[i]]) for i in places))
+            right += ("good", "bad")[scores.index(max(scores))] == row["sentiment"]
+        assert metrics[side]["acc"] == pytest.approx(right / 20)
+    interval = metrics["uncertainty"]["acc"]["difference"]
+    assert interval["low"] <= metrics["adapter"]["acc"] - metrics["base"]["acc"] <= interval["high"]
+    assert call(tiny_adapters["delta"], *args, "--data", tmp_path / "x.jsonl", *where) == 2
+    assert "exclude each other" in capsys.readouterr().err

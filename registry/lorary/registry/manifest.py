@@ -42,7 +42,9 @@ FORMAT_VERSION = 1
 MAX_RATIO = 10.0
 """Largest ‖scale·BA‖/‖W‖ of a module, Frobenius norms, unless a push says otherwise. What training gives
 is below 1, nearly always below 0.3; a scale applied twice, or an alpha of another rank, is beyond 10."""
-LOWER_IS_BETTER = frozenset({"perplexity", "ece"})
+LOWER_IS_BETTER = frozenset(
+    {"perplexity", "ece", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score"}
+)
 """Metrics that fall as a model gets better."""
 _MAX_NUMBER = 1e300
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorary.registry.requirements import Requirement
     from lorary.trainer.measure import Exam, Measured, Subject
 
+_HARNESS_BATCH = 8
+
 app = typer.Typer(
     name="eval",
     help="Measure adapters beside their base.",
@@ -67,6 +69,18 @@ def evaluate(
     ] = 1000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASK",
+            help="Instead of rows, a task of lm-evaluation-harness; may be repeated.",
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None,
+        typer.Option("--lm-eval-path", help="Folder with further tasks of its kind, as YAML."),
+    ] = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +115,34 @@ def evaluate(
 
     subjects = [open_subject(ref, registry) for ref in dict.fromkeys(refs)]
     found = find_common_base(subjects, base)
+    if lm_eval and data:
+        raise InvalidRequest("--lm-eval and --data exclude each other.", field="lm-eval")
+    where = _device(device)
+    settings: dict[str, Any] = {
+        "base": found,
+        "quantization": quantization,
+        "dtype": _dtype(dtype, where),
+        "device": where,
+        "reporter": Reporter(quiet=as_json),
+    }
+    if lm_eval:
+        from lorary.trainer.bootstrap import Bootstrap
+        from lorary.trainer.harness import measure_tasks
+
+        bootstrap = Bootstrap(num_resamples=resamples, confidence=confidence, seed=seed)
+        results = [
+            *measure_tasks(
+                subjects,
+                lm_eval,
+                tasks_folder=lm_eval_path,
+                limit=limit,
+                batch_size=batch_size or _HARNESS_BATCH,
+                bootstrap=bootstrap,
+                **settings,
+            )
+        ]
+        _report(results, requirements, seed, as_json=as_json)
+        return
     changes: dict[str, Any] = {"num_resamples": resamples, "confidence": confidence}
     changes |= {"metric": metric} if metric else {}
     changes |= {"batch_size": batch_size} if batch_size else {}
@@ -108,19 +150,14 @@ def evaluate(
     for exam in exams:
         if exam.note:
             warn(exam.note)
-    where = _device(device)
-    results = [
-        *measure(
-            subjects,
-            exams,
-            base=found,
-            quantization=quantization,
-            dtype=_dtype(dtype, where),
-            device=where,
-            seed=seed,
-            reporter=Reporter(quiet=as_json),
-        )
-    ]
+    results = [*measure(subjects, exams, seed=seed, **settings)]
+    _report(results, requirements, seed, as_json=as_json)
+
+
+def _report(
+    results: Sequence[Measured], requirements: Sequence[Requirement], seed: int, *, as_json: bool
+) -> None:
+    """Print the figures, and raise ``Refused`` if a requirement is not met."""
     if as_json:
         print_json({"results": results, "seed": seed})
     else:

@@ -235,19 +235,14 @@ def measure(
     for exam in exams:
         if not exam.examples:
             raise InvalidRequest(f"'{exam.name}' has no rows to measure with.", field="data")
-    kept = quantization or _quantization(subjects[0].manifest)
-    tokenizer = load_tokenizer(base)
-    builder = PromptBuilder(tokenizer)
-    model: Any = load_model(
-        base, quantization=kept, dtype=dtype, device=device, attn_implementation="sdpa"
-    )
+    loaded = load_for(subjects, base, quantization=quantization, dtype=dtype, device=device)
+    tokenizer, builder = loaded.tokenizer, PromptBuilder(loaded.tokenizer)
     exams = [
         replace(one, recipe=with_served_template(one.recipe, builder, one.examples))
         for one in exams
     ]
     before: dict[str, Evaluation] = {}
-    for subject in subjects:
-        wrapped = _attach(model, subject)
+    for subject, wrapped in attached(loaded.model, subjects):
         for exam in exams:
             started = time.monotonic()
 
@@ -266,10 +261,50 @@ def measure(
                 digest=subject.digest,
                 exam=exam.name,
                 base=base.name,
-                quantization=kept,
+                quantization=loaded.quantization,
                 metrics=metrics,
                 seconds=round(time.monotonic() - started, 1),
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A base in memory."""
+
+    model: Any
+    tokenizer: Any
+    quantization: str
+
+
+def load_for(
+    subjects: Sequence[Subject],
+    base: Base,
+    *,
+    quantization: Quantization | None,
+    dtype: Any,
+    device: str,
+) -> Loaded:
+    """Load the base of these adapters; ``quantization`` ``None`` is what the first was trained on.
+
+    Raises:
+        ConfigError, MissingDependency, CorruptArtifact: as ``load_model``.
+    """
+    kept: Any = quantization or subjects[0].manifest.base.quantization
+    model = load_model(
+        base, quantization=kept, dtype=dtype, device=device, attn_implementation="sdpa"
+    )
+    return Loaded(model=model, tokenizer=load_tokenizer(base), quantization=kept)
+
+
+def attached(model: Any, subjects: Sequence[Subject]) -> Iterator[tuple[Subject, Any]]:
+    """Yield every adapter with the base under it, one after the other on the same weights.
+
+    Raises:
+        CorruptArtifact: PEFT cannot read an adapter.
+    """
+    for subject in subjects:
+        wrapped = _attach(model, subject)
+        yield subject, wrapped
         model = wrapped.unload()
 
 
@@ -282,10 +317,6 @@ def _attach(model: Any, subject: Subject) -> Any:
             return peft.PeftModel.from_pretrained(model, subject.folder).eval()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptArtifact(f"PEFT cannot load {subject.ref}: {error}") from error
-
-
-def _quantization(manifest: Manifest) -> Any:
-    return manifest.base.quantization
 
 
 def _own_recipe(subject: Subject) -> Recipe:

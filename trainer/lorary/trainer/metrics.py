@@ -86,7 +86,7 @@ def text_sums(
         return _rouge(predictions, references)
     if metric == "bleu":
         return _bleu(predictions, references)
-    return {"exact_match": _mean(_is_same(predictions, references))}
+    return {"exact_match": mean_sums(_is_same(predictions, references))}
 
 
 def label_sums(
@@ -104,15 +104,15 @@ def label_sums(
     """
     _check(predictions, references)
     return {
-        "accuracy": _mean(_is_same(predictions, references)),
+        "accuracy": mean_sums(_is_same(predictions, references)),
         "f1": f1_sums(predictions, references),
-        "exact": _mean(_is_same(generated, references)),
+        "exact": mean_sums(_is_same(generated, references)),
     }
 
 
 def exact(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Return the share of predictions that are the reference, outer white space aside."""
-    return _mean(_is_same(predictions, references)).value
+    return mean_sums(_is_same(predictions, references)).value
 
 
 def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -222,7 +222,8 @@ def _is_same(predictions: Sequence[str], references: Sequence[str]) -> list[bool
     return [p.strip() == r.strip() for p, r in pairs]
 
 
-def _mean(values: Sequence[float]) -> Sums:
+def mean_sums(values: Sequence[float]) -> Sums:
+    """Return the mean of one score per example."""
     parts = np.stack([np.asarray(values, float), np.ones(len(values))], axis=1)
     return Sums(parts=parts, figure=lambda sums: sums[:, 0] / sums[:, 1])
 
@@ -233,7 +234,7 @@ def _rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, S
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=True)
     scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
-    return {name: _mean([100 * s[name].fmeasure for s in scores]) for name in names}
+    return {name: mean_sums([100 * s[name].fmeasure for s in scores]) for name in names}
 
 
 def _bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Sums]:
