@@ -393,7 +393,7 @@ def test_preempted_answers_are_the_same(
         assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
     oracle = peft_greedy(tiny_base, tiny_adapters["alpha"], prompts[0], 12)
     assert actual[0][0][:12] == oracle
-    assert tight.engine._blocks.num_free == tight.engine._cache.num_blocks
+    assert tight.engine._places.blocks.num_free == tight.engine._cache.num_blocks
 
 
 def test_a_small_prompt_does_not_overtake_a_large_one_for_ever(

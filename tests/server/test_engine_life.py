@@ -17,6 +17,7 @@ from lorary.errors import (
     Overloaded,
     Unavailable,
 )
+from lorary.server.engine import answering
 from lorary.server.engine import engine as engine_module
 from lorary.server.engine.detokenizer import TextStream
 from lorary.server.engine.runner import Runner
@@ -39,7 +40,7 @@ def assert_idle(world: EngineWorld) -> None:
         assert time.monotonic() < end
         time.sleep(0.01)
     assert world.engine._cache.num_free_slots == world.engine._cache.num_slots
-    assert world.engine._blocks.num_free == world.engine._cache.num_blocks
+    assert world.engine._places.blocks.num_free == world.engine._cache.num_blocks
     assert all(r.num_holders == 0 for r in world.residency.snapshot())
 
 
@@ -143,7 +144,7 @@ def test_adapter_that_cannot_be_loaded_fails_its_own_request_only(
     [
         (engine_module, "build_batch"),
         (Runner, "forward"),
-        (engine_module, "sample"),
+        (answering, "sample"),
         (TextStream, "push"),
     ],
 )

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorary.server.adapters.segments import PoolEntry
-    from lorary.server.engine.engine import DeviceLease
-    from lorary.server.engine.request import Lease
+    from lorary.server.engine.request import DeviceLease, Lease
     from lorary.server.ports import ResidencyLike
 
 

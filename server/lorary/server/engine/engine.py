@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from random import Random
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -27,45 +27,25 @@ from lorary.errors import (
     LoraryError,
     Unavailable,
 )
+from lorary.server.engine.answering import Answers
 from lorary.server.engine.batch import Batch, build_batch
-from lorary.server.engine.blocks import BLOCK, Blocks
+from lorary.server.engine.blocks import BLOCK
 from lorary.server.engine.detokenizer import Detokenizer
-from lorary.server.engine.request import Finish, Lease, Output, PositionLogprobs, Request, StepStats
-from lorary.server.engine.sampler import (
-    position_logprobs,
-    prompt_logprobs,
-    sample,
-    score_labels,
-)
+from lorary.server.engine.places import Places
+from lorary.server.engine.request import Finish, Output, Request, StepStats
 from lorary.server.engine.sequence import Sequence
 from lorary.server.engine.speculation import Drafter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerBase
 
-    from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.kv_cache import KVCache
-    from lorary.server.engine.request import FinishReason
     from lorary.server.engine.runner import Runner
     from lorary.server.engine.scheduler import Scheduled, Scheduler
 
 logger = logging.getLogger(__name__)
-
-
-class DeviceLease(Lease, Protocol):
-    """What the engine needs of a lease beyond what the service sees."""
-
-    @property
-    def entry(self) -> PoolEntry | None:
-        """The adapter's place in the pool once ready; None for the bare base."""
-        ...
-
-    @property
-    def load_ns(self) -> int:
-        """Nanoseconds from ``acquire`` until it was ready; 0 when it was resident."""
-        ...
 
 
 class EngineObserver(Protocol):
@@ -102,13 +82,10 @@ class Engine:
         self._runner = runner
         self._cache = cache
         self._scheduler = scheduler
-        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer.backend_tokenizer)
-        self._eos_ids = eos_ids
         self._long_from = long_from
-        self._blocks = Blocks(cache.num_blocks, share=prefix_cache)
-        self._is_full = False
-        self._num_preempted = 0
+        self._places = Places(cache, scheduler, share=prefix_cache)
+        self._answers = Answers(tokenizer, eos_ids, cache.shape.context, self._end)
         self._last: Batch | None = None
         self._draft_rows = draft_rows
         self._deliver = deliver
@@ -282,8 +259,8 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> None:
         started = time.perf_counter()
-        self._make_room()
-        scheduled: Scheduled = self._scheduler.next_batch(self._admit)
+        self._places.make_room()
+        scheduled: Scheduled = self._scheduler.next_batch(self._places.admit)
         if scheduled.is_empty:
             return
         batch = build_batch(
@@ -300,17 +277,13 @@ class Engine:
             if not _is_out_of_memory(error):
                 raise
             self._last = None
-            self._shrink(error)
+            self._places.shrink(error)
             return
         self._last = batch
         for sequence, count in batch.advanced:
             sequence.num_computed += count
-            self._blocks.publish(sequence)
-        self._read_prompts(batch, logits)
-        outputs = self._sample(batch, logits)
-        kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
-        outputs += [output for output, _ in kept] + self._score(batch, logits)
-        num_kept = sum(count for _, count in kept)
+            self._places.blocks.publish(sequence)
+        outputs, num_kept = self._answers.of_step(batch, logits)
         seconds = time.perf_counter() - started
         self._scheduler.note_step(seconds)
         self._record(batch, seconds, num_kept)
@@ -333,244 +306,15 @@ class Engine:
             if sequence.matcher is not None and most > 0:
                 draft = sequence.matcher.draft(draft, most)
             # A guess is not worth somebody's place in the next step.
-            is_room = self._blocks.num_free > len(scheduled.decode)
-            if draft and is_room and self._grow(sequence, len(sequence.token_ids) + len(draft)):
+            is_room = self._places.blocks.num_free > len(scheduled.decode)
+            if (
+                draft
+                and is_room
+                and self._places.grow(sequence, len(sequence.token_ids) + len(draft))
+            ):
                 drafts[sequence] = draft
                 spare -= len(draft)
         return drafts
-
-    def _make_room(self) -> None:
-        """Give every sequence that decodes a block for its next token, at others' expense if need be."""
-        self._is_full = False
-        for sequence in list(self._scheduler.running):
-            if sequence.num_computed < len(sequence.blocks) * BLOCK:
-                continue
-            # One of them may have been preempted for the sake of another.
-            if sequence.slot >= 0 and not sequence.is_prefilling:
-                while not self._grow(sequence, sequence.num_computed + 1):
-                    victim = self._scheduler.victim()
-                    self._preempt(victim)
-                    if victim is sequence:
-                        break
-
-    def _grow(self, sequence: Sequence, num_positions: int) -> bool:
-        """Give a running sequence blocks for so many positions in all; False when too few are free."""
-        first = len(sequence.blocks)
-        if num_positions <= first * BLOCK:
-            return True
-        if not self._blocks.grow(sequence, num_positions):
-            return False
-        self._cache.set_blocks(sequence.slot, sequence.blocks, first)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's place and blocks; it goes on later from the tokens it has."""
-        self._scheduler.preempt(sequence)
-        self._release_place(sequence)
-        sequence.num_computed = 0
-        self._num_preempted += 1
-        # Who was just sent away must not come back in the same step.
-        self._is_full = True
-
-    def _shrink(self, error: BaseException) -> None:
-        """Go on with half as many after a step for which there was no memory; it changed nothing.
-
-        Raises:
-            BaseException: ``error``, when one sequence alone was too much.
-        """
-        scheduler = self._scheduler
-        if len(scheduler.running) == 1 and scheduler.prefill_budget <= BLOCK:
-            raise error
-        scheduler.max_batch = max(1, len(scheduler.running) // 2)
-        scheduler.prefill_budget = max(BLOCK, scheduler.prefill_budget // 2)
-        while len(scheduler.running) > scheduler.max_batch:
-            self._preempt(scheduler.victim())
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        logger.warning(
-            "a step ran out of memory (%s); from now on at most %d answers at once and %d prompt tokens "
-            "in a step. Lower --memory-fraction, --max-batch or --prefill-budget",
-            str(error).partition("\n")[0],
-            scheduler.max_batch,
-            scheduler.prefill_budget,
-        )
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a sequence its place; False when it should wait, for memory or for a prompt like its own."""
-        if self._is_full:
-            return False
-        running = self._scheduler.running
-        shared = self._blocks.look_up(sequence, running)
-        if shared is None:
-            return False
-        # All of it at once, so that a prompt is never half read; then a block for everybody's answer.
-        num_positions = len(sequence.token_ids) + max(1, sequence.num_branch_tokens)
-        if not self._blocks.take(sequence, shared, num_positions, spare=len(running)):
-            # Nobody behind it may overtake it for being smaller: it would never have its turn.
-            self._is_full = True
-            return False
-        sequence.slot = self._cache.take_slot(sequence.blocks)
-        if shared.tail:
-            self._cache.copy(shared.source, sequence.blocks[len(shared.path)], shared.tail)
-        sequence.num_computed = shared.length
-        if not sequence.started_ns:
-            sequence.num_cached = shared.length
-            sequence.started_ns = time.monotonic_ns()
-            sequence.entry = cast("DeviceLease", sequence.request.lease).entry
-        return True
-
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
-        return self._choose(batch.samplers, logits[: len(batch.samplers)])
-
-    def _choose(self, sequences: tuple[Sequence, ...], rows: torch.Tensor) -> list[Output]:
-        """Give every sequence its next token, from its row of logits."""
-        if not sequences:
-            return []
-        # Reported log probabilities are those before penalties, which change rows in place.
-        wanted = {
-            i: rows[i].clone()
-            for i, s in enumerate(sequences)
-            if not s.is_plain and s.request.sampling.logprobs is not None
-        }
-        for i, sequence in enumerate(sequences):
-            if sequence.matcher is not None:
-                sequence.matcher.apply(rows[i])
-        tokens = sample(rows, sequences, self._eos_ids)
-        outputs = []
-        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            output = self._append(sequence, token)
-            if i in wanted and output.error is None:
-                top = sequence.request.sampling.logprobs or 0
-                output.logprobs.append(position_logprobs(wanted[i], token, top))
-            outputs.append(output)
-        return outputs
-
-    def _drafted_logits(
-        self, batch: Batch, logits: torch.Tensor
-    ) -> Iterator[tuple[Sequence, list[int], torch.Tensor]]:
-        """Yield every drafted sequence with its draft and its rows of logits."""
-        row = len(batch.samplers)
-        for sequence, draft in batch.drafted:
-            yield sequence, draft, logits[row : row + 1 + len(draft)]
-            row += 1 + len(draft)
-
-    def _keep_drafted(
-        self, sequence: Sequence, draft: list[int], rows: torch.Tensor
-    ) -> tuple[Output, int]:
-        """Choose token by token, as without a draft, for as long as it had guessed right.
-
-        Returns:
-            What the step made of the sequence, and how many drafted tokens were right.
-        """
-        request = sequence.request
-        whole = Output(request_id=request.request_id, index=request.index)
-        num_right = 0
-        for i in range(len(rows)):
-            (output,) = self._choose((sequence,), rows[i : i + 1])
-            # The row's own token is in the cache, and right.
-            sequence.num_computed += 1
-            whole.text += output.text
-            whole.token_ids += output.token_ids
-            whole.logprobs += output.logprobs
-            whole.finish, whole.error = output.finish, output.error
-            is_right = i < len(draft) and output.token_ids == [draft[i]]
-            num_right += is_right
-            if whole.finish is not None or whole.error is not None or not is_right:
-                break
-        assert sequence.drafter is not None
-        sequence.drafter.learn(len(draft), num_right, len(sequence.token_ids))
-        return whole, num_right
-
-    def _append(self, sequence: Sequence, token: int) -> Output:
-        """Add a token to its answer, and end the answer if that ends it."""
-        request = sequence.request
-        sampling = request.sampling
-        assert sequence.text is not None
-        tokens = sequence.token_ids
-        num_generated = len(tokens) - len(request.prompt_ids) + 1
-        if num_generated == 1:
-            sequence.first_token_ns = time.monotonic_ns()
-        tokens.append(token)
-        if not sequence.is_plain and sampling.has_penalties:
-            sequence.counts[token] = sequence.counts.get(token, 0) + 1
-        output = Output(request_id=request.request_id, index=request.index, token_ids=[token])
-        is_end = token in sampling.stop_token_ids or (
-            token in self._eos_ids and not sampling.ignore_eos
-        )
-        reason: FinishReason | None = None
-        matched = ""
-        matcher = sequence.matcher
-        if matcher is not None and not is_end and (problem := matcher.consume(token)):
-            return self._end(sequence, error=InvalidRequest(problem, field="sampling.constraint"))
-        if is_end:
-            reason, matched = "stop", self._tokenizer.convert_ids_to_tokens(token)
-        else:
-            output.text = sequence.text.push(token)
-            if sequence.text.matched_stop:
-                if num_generated >= sampling.min_tokens:
-                    reason, matched = "stop", sequence.text.matched_stop
-            elif matcher is not None and matcher.is_finished:
-                reason = "stop"
-            elif num_generated >= sampling.max_tokens or len(tokens) >= self._cache.shape.context:
-                reason = "length"
-        if reason is not None:
-            output.text += sequence.text.finish()
-            finish = self._finish(sequence, reason, matched)
-            ended = self._end(sequence, finish=finish)
-            output.finish = ended.finish
-        return output
-
-    def _read_prompts(self, batch: Batch, logits: torch.Tensor) -> None:
-        """Keep log probabilities of prompts' tokens, where they are wanted."""
-        row = batch.first_prompt_row
-        for sequence, count in batch.prompts:
-            kept = sequence.prompt_logprobs
-            tokens = sequence.token_ids[len(kept) + 1 : len(kept) + 1 + count]
-            top = sequence.request.sampling.prompt_logprobs or 0
-            kept += prompt_logprobs(logits[row : row + count], tokens, top)
-            row += count
-
-    def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
-        row = batch.first_score_row
-        outputs = []
-        for sequence in batch.scorers:
-            count = 1 + sequence.num_branch_tokens
-            scores = score_labels(logits[row : row + count], sequence.request.labels)
-            row += count
-            sequence.first_token_ns = time.monotonic_ns()
-            finish = self._finish(sequence, "scored", "", scores)
-            outputs.append(self._end(sequence, finish=finish))
-        return outputs
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        matched: str,
-        scores: tuple[float, ...] = (),
-    ) -> Finish:
-        now = time.monotonic_ns()
-        lease = cast("DeviceLease", sequence.request.lease)
-        return Finish(
-            reason=reason,
-            text=sequence.text.text if sequence.text is not None else "",
-            matched_stop=matched,
-            prompt_tokens=sequence.num_prompt,
-            completion_tokens=sequence.num_generated,
-            cached_tokens=sequence.num_cached,
-            queue_ns=max(0, sequence.started_ns - sequence.arrived_ns),
-            adapter_load_ns=lease.load_ns,
-            prefill_ns=sequence.first_token_ns - sequence.started_ns,
-            decode_ns=now - sequence.first_token_ns,
-            label_logprobs=scores,
-            prompt_logprobs=self._prompt_logprobs(sequence),
-        )
-
-    def _prompt_logprobs(self, sequence: Sequence) -> tuple[PositionLogprobs, ...]:
-        if sequence.request.sampling.prompt_logprobs is None:
-            return ()
-        first = PositionLogprobs(chosen=(sequence.token_ids[0], 0.0))
-        return (first, *sequence.prompt_logprobs)
 
     def _end(
         self,
@@ -582,17 +326,12 @@ class Engine:
         """Give back everything a sequence holds; the only way out of the scheduler."""
         self._scheduler.remove(sequence)
         if sequence.slot >= 0:
-            self._release_place(sequence)
+            self._places.release(sequence)
         sequence.request.lease.release()
         request = sequence.request
         return Output(
             request_id=request.request_id, index=request.index, finish=finish, error=error
         )
-
-    def _release_place(self, sequence: Sequence) -> None:
-        self._blocks.release(sequence)
-        self._cache.release_slot(sequence.slot)
-        sequence.slot = -1
 
     def _record(self, batch: Batch, seconds: float, num_kept: int) -> None:
         if self._observer is None:
@@ -609,12 +348,12 @@ class Engine:
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
                 num_waiting_for_adapter=scheduler.num_waiting_for_adapter,
-                num_preempted=self._num_preempted,
-                kv_tokens_used=(self._cache.num_blocks - self._blocks.num_free) * BLOCK,
+                num_preempted=self._places.num_preempted,
+                kv_tokens_used=(self._cache.num_blocks - self._places.blocks.num_free) * BLOCK,
                 kv_tokens_total=self._cache.num_blocks * BLOCK,
             )
         )
-        self._num_preempted = 0
+        self._places.num_preempted = 0
 
     def _fail_everyone(self, error: LoraryError) -> None:
         with self._changed:

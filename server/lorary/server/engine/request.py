@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorary.errors import LoraryError
+    from lorary.server.adapters.segments import PoolEntry
 
 FinishReason = Literal["stop", "length", "scored"]
 
@@ -115,6 +116,20 @@ class Lease(Protocol):
 
     def release(self) -> None:
         """Give the hold back; idempotent, callable from any thread."""
+        ...
+
+
+class DeviceLease(Lease, Protocol):
+    """What the engine needs of a lease beyond what the service sees."""
+
+    @property
+    def entry(self) -> PoolEntry | None:
+        """The adapter's place in the pool once ready; None for the bare base."""
+        ...
+
+    @property
+    def load_ns(self) -> int:
+        """Nanoseconds from ``acquire`` until it was ready; 0 when it was resident."""
         ...
 
 

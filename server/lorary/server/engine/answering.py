@@ -1,0 +1,231 @@
+"""From a step's logits to what callers are told: the next token of every answer, or its end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol, cast
+
+from lorary.errors import InvalidRequest, LoraryError
+from lorary.server.engine.request import DeviceLease, Finish, Output, PositionLogprobs
+from lorary.server.engine.sampler import (
+    position_logprobs,
+    prompt_logprobs,
+    sample,
+    score_labels,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from lorary.server.engine.batch import Batch
+    from lorary.server.engine.request import FinishReason
+    from lorary.server.engine.sequence import Sequence
+
+
+class End(Protocol):
+    """Ends a sequence: gives back everything it holds, and says what its caller is told."""
+
+    def __call__(
+        self,
+        sequence: Sequence,
+        *,
+        finish: Finish | None = None,
+        error: LoraryError | None = None,
+    ) -> Output:
+        """Return the last output, with one of the two."""
+        ...
+
+
+class Answers:
+    """Chooses tokens and ends answers; used on the engine thread.
+
+    Args:
+        tokenizer: whose names tokens are reported by.
+        eos_ids: tokens that end an answer.
+        context: most tokens of a sequence.
+        end: called once for every sequence that is done.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: frozenset[int],
+        context: int,
+        end: End,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._context = context
+        self._end = end
+
+    def of_step(self, batch: Batch, logits: torch.Tensor) -> tuple[list[Output], int]:
+        """Go on with every sequence of a step.
+
+        Args:
+            batch: what the step was.
+            logits: its result, float32 [rows, vocab]; changed in place, so in inference mode only.
+
+        Returns:
+            An output for each sequence that has got further, and how many drafted tokens were right.
+        """
+        self._read_prompts(batch, logits)
+        outputs = self._sample(batch, logits)
+        kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
+        outputs += [output for output, _ in kept] + self._score(batch, logits)
+        return outputs, sum(count for _, count in kept)
+
+    def _read_prompts(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Keep log probabilities of prompts' tokens, where they are wanted."""
+        row = batch.first_prompt_row
+        for sequence, count in batch.prompts:
+            kept = sequence.prompt_logprobs
+            tokens = sequence.token_ids[len(kept) + 1 : len(kept) + 1 + count]
+            top = sequence.request.sampling.prompt_logprobs or 0
+            kept += prompt_logprobs(logits[row : row + count], tokens, top)
+            row += count
+
+    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
+        return self._choose(batch.samplers, logits[: len(batch.samplers)])
+
+    def _choose(self, sequences: tuple[Sequence, ...], rows: torch.Tensor) -> list[Output]:
+        """Give every sequence its next token, from its row of logits."""
+        if not sequences:
+            return []
+        # Reported log probabilities are those before penalties, which change rows in place.
+        wanted = {
+            i: rows[i].clone()
+            for i, s in enumerate(sequences)
+            if not s.is_plain and s.request.sampling.logprobs is not None
+        }
+        for i, sequence in enumerate(sequences):
+            if sequence.matcher is not None:
+                sequence.matcher.apply(rows[i])
+        tokens = sample(rows, sequences, self._eos_ids)
+        outputs = []
+        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            output = self._append(sequence, token)
+            if i in wanted and output.error is None:
+                top = sequence.request.sampling.logprobs or 0
+                output.logprobs.append(position_logprobs(wanted[i], token, top))
+            outputs.append(output)
+        return outputs
+
+    def _drafted_logits(
+        self, batch: Batch, logits: torch.Tensor
+    ) -> Iterator[tuple[Sequence, list[int], torch.Tensor]]:
+        """Yield every drafted sequence with its draft and its rows of logits."""
+        row = len(batch.samplers)
+        for sequence, draft in batch.drafted:
+            yield sequence, draft, logits[row : row + 1 + len(draft)]
+            row += 1 + len(draft)
+
+    def _keep_drafted(
+        self, sequence: Sequence, draft: list[int], rows: torch.Tensor
+    ) -> tuple[Output, int]:
+        """Choose token by token, as without a draft, for as long as it had guessed right.
+
+        Returns:
+            What the step made of the sequence, and how many drafted tokens were right.
+        """
+        request = sequence.request
+        whole = Output(request_id=request.request_id, index=request.index)
+        num_right = 0
+        for i in range(len(rows)):
+            (output,) = self._choose((sequence,), rows[i : i + 1])
+            # The row's own token is in the cache, and right.
+            sequence.num_computed += 1
+            whole.text += output.text
+            whole.token_ids += output.token_ids
+            whole.logprobs += output.logprobs
+            whole.finish, whole.error = output.finish, output.error
+            is_right = i < len(draft) and output.token_ids == [draft[i]]
+            num_right += is_right
+            if whole.finish is not None or whole.error is not None or not is_right:
+                break
+        assert sequence.drafter is not None
+        sequence.drafter.learn(len(draft), num_right, len(sequence.token_ids))
+        return whole, num_right
+
+    def _append(self, sequence: Sequence, token: int) -> Output:
+        """Add a token to its answer, and end the answer if that ends it."""
+        request = sequence.request
+        sampling = request.sampling
+        assert sequence.text is not None
+        tokens = sequence.token_ids
+        num_generated = len(tokens) - len(request.prompt_ids) + 1
+        if num_generated == 1:
+            sequence.first_token_ns = time.monotonic_ns()
+        tokens.append(token)
+        if not sequence.is_plain and sampling.has_penalties:
+            sequence.counts[token] = sequence.counts.get(token, 0) + 1
+        output = Output(request_id=request.request_id, index=request.index, token_ids=[token])
+        is_end = token in sampling.stop_token_ids or (
+            token in self._eos_ids and not sampling.ignore_eos
+        )
+        reason: FinishReason | None = None
+        matched = ""
+        matcher = sequence.matcher
+        if matcher is not None and not is_end and (problem := matcher.consume(token)):
+            return self._end(sequence, error=InvalidRequest(problem, field="sampling.constraint"))
+        if is_end:
+            reason, matched = "stop", self._tokenizer.convert_ids_to_tokens(token)
+        else:
+            output.text = sequence.text.push(token)
+            if sequence.text.matched_stop:
+                if num_generated >= sampling.min_tokens:
+                    reason, matched = "stop", sequence.text.matched_stop
+            elif matcher is not None and matcher.is_finished:
+                reason = "stop"
+            elif num_generated >= sampling.max_tokens or len(tokens) >= self._context:
+                reason = "length"
+        if reason is not None:
+            output.text += sequence.text.finish()
+            finish = self._finish(sequence, reason, matched)
+            ended = self._end(sequence, finish=finish)
+            output.finish = ended.finish
+        return output
+
+    def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
+        row = batch.first_score_row
+        outputs = []
+        for sequence in batch.scorers:
+            count = 1 + sequence.num_branch_tokens
+            scores = score_labels(logits[row : row + count], sequence.request.labels)
+            row += count
+            sequence.first_token_ns = time.monotonic_ns()
+            finish = self._finish(sequence, "scored", "", scores)
+            outputs.append(self._end(sequence, finish=finish))
+        return outputs
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        matched: str,
+        scores: tuple[float, ...] = (),
+    ) -> Finish:
+        now = time.monotonic_ns()
+        lease = cast("DeviceLease", sequence.request.lease)
+        return Finish(
+            reason=reason,
+            text=sequence.text.text if sequence.text is not None else "",
+            matched_stop=matched,
+            prompt_tokens=sequence.num_prompt,
+            completion_tokens=sequence.num_generated,
+            cached_tokens=sequence.num_cached,
+            queue_ns=max(0, sequence.started_ns - sequence.arrived_ns),
+            adapter_load_ns=lease.load_ns,
+            prefill_ns=sequence.first_token_ns - sequence.started_ns,
+            decode_ns=now - sequence.first_token_ns,
+            label_logprobs=scores,
+            prompt_logprobs=self._prompt_logprobs(sequence),
+        )
+
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[PositionLogprobs, ...]:
+        if sequence.request.sampling.prompt_logprobs is None:
+            return ()
+        first = PositionLogprobs(chosen=(sequence.token_ids[0], 0.0))
+        return (first, *sequence.prompt_logprobs)

@@ -1,0 +1,130 @@
+"""Who has a place in the cache: a slot, and blocks for keys and values.
+
+A sequence gets all the blocks of its prompt at once, and one more whenever its answer fills the last. Where
+none is left, the latest to arrive loses its place and reads its tokens again later.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from lorary.server.engine.blocks import BLOCK, Blocks
+
+if TYPE_CHECKING:
+    from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.engine.request import DeviceLease
+    from lorary.server.engine.scheduler import Scheduler
+    from lorary.server.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class Places:
+    """The places of running sequences; used on the engine thread.
+
+    Args:
+        cache: where keys and values lie.
+        scheduler: who runs, and who should lose its place first.
+        share: whether prompts share the blocks of what they begin with.
+
+    Attributes:
+        blocks: which blocks are free, and what is in the others.
+        num_preempted: places taken away since it was last set to 0.
+    """
+
+    def __init__(self, cache: KVCache, scheduler: Scheduler, *, share: bool) -> None:
+        self._cache = cache
+        self._scheduler = scheduler
+        self.blocks = Blocks(cache.num_blocks, share=share)
+        self.num_preempted = 0
+        self._is_full = False
+
+    def make_room(self) -> None:
+        """Give every sequence that decodes a block for its next token, at others' expense if need be."""
+        self._is_full = False
+        for sequence in list(self._scheduler.running):
+            if sequence.num_computed < len(sequence.blocks) * BLOCK:
+                continue
+            # One of them may have been preempted for the sake of another.
+            if sequence.slot >= 0 and not sequence.is_prefilling:
+                while not self.grow(sequence, sequence.num_computed + 1):
+                    victim = self._scheduler.victim()
+                    self.preempt(victim)
+                    if victim is sequence:
+                        break
+
+    def grow(self, sequence: Sequence, num_positions: int) -> bool:
+        """Give a running sequence blocks for so many positions in all; False when too few are free."""
+        first = len(sequence.blocks)
+        if num_positions <= first * BLOCK:
+            return True
+        if not self.blocks.grow(sequence, num_positions):
+            return False
+        self._cache.set_blocks(sequence.slot, sequence.blocks, first)
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's place and blocks; it goes on later from the tokens it has."""
+        self._scheduler.preempt(sequence)
+        self.release(sequence)
+        sequence.num_computed = 0
+        self.num_preempted += 1
+        # Who was just sent away must not come back in the same step.
+        self._is_full = True
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a sequence its place; False when it should wait, for memory or for a prompt like its own."""
+        if self._is_full:
+            return False
+        running = self._scheduler.running
+        shared = self.blocks.look_up(sequence, running)
+        if shared is None:
+            return False
+        # All of it at once, so that a prompt is never half read; then a block for everybody's answer.
+        num_positions = len(sequence.token_ids) + max(1, sequence.num_branch_tokens)
+        if not self.blocks.take(sequence, shared, num_positions, spare=len(running)):
+            # Nobody behind it may overtake it for being smaller: it would never have its turn.
+            self._is_full = True
+            return False
+        sequence.slot = self._cache.take_slot(sequence.blocks)
+        if shared.tail:
+            self._cache.copy(shared.source, sequence.blocks[len(shared.path)], shared.tail)
+        sequence.num_computed = shared.length
+        if not sequence.started_ns:
+            sequence.num_cached = shared.length
+            sequence.started_ns = time.monotonic_ns()
+            sequence.entry = cast("DeviceLease", sequence.request.lease).entry
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back a sequence's slot and blocks; it has both."""
+        self.blocks.release(sequence)
+        self._cache.release_slot(sequence.slot)
+        sequence.slot = -1
+
+    def shrink(self, error: BaseException) -> None:
+        """Go on with half as many after a step for which there was no memory; it changed nothing.
+
+        Raises:
+            BaseException: ``error``, when one sequence alone was too much.
+        """
+        scheduler = self._scheduler
+        if len(scheduler.running) == 1 and scheduler.prefill_budget <= BLOCK:
+            raise error
+        scheduler.max_batch = max(1, len(scheduler.running) // 2)
+        scheduler.prefill_budget = max(BLOCK, scheduler.prefill_budget // 2)
+        while len(scheduler.running) > scheduler.max_batch:
+            self.preempt(scheduler.victim())
+        if self._cache.k.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "a step ran out of memory (%s); from now on at most %d answers at once and %d prompt tokens "
+            "in a step. Lower --memory-fraction, --max-batch or --prefill-budget",
+            str(error).partition("\n")[0],
+            scheduler.max_batch,
+            scheduler.prefill_budget,
+        )
