@@ -35,7 +35,6 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     ("schedule", "expected"),
     [
         # Of 8 steps two warm up; what a step takes is the rate before it is moved on.
-        ("linear", [0.0, 0.5, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ("cosine", [0.0, 0.5, 1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
         ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
     ],

@@ -21,6 +21,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorary.trainer import grouped_attention
 from lorary.trainer.batches import plan_batches
 from lorary.trainer.head import head_reads
 from lorary.trainer.meter import memory_bytes, peak_memory_bytes
@@ -190,9 +192,7 @@ def _weight_bytes(model: Any, quantization: str) -> int:
     ]
     for weight in {id(m.weight): m.weight for m in linears}.values():
         total += round(weight.numel() * _QUANTIZED_BYTES[quantization]) - weight.nbytes
-    # While a layer computes, its weights are there unpacked, too.
-    unpacked: int = max(m.weight.nbytes for m in linears)
-    return total + unpacked
+    return total
 
 
 def _optimizer_bytes(trained: Sequence[Tensor], recipe: Recipe) -> int:
@@ -228,20 +228,25 @@ def _step_bytes(model: Any, batch: Sequence[Row]) -> int:
     """Take one step on the meta device, and return the most it would have allocated."""
     num_rows, length = len(batch), max(len(row.input_ids) for row in batch)
     num_learned = sum(sum(row.is_learned()[1:]) for row in batch)
-    # A mask for each row only where rows are packed.
-    num_masks = num_rows if any(row.starts for row in batch) else 1
+    is_packed = any(row.starts for row in batch)
+    bounds = [_bounds(row, length) for row in batch] if is_packed else None
     allocations = Allocations()
-    with torch.device("meta"), allocations:
+    with torch.device("meta"), grouped_attention.known_bounds(bounds), allocations:
         ids = torch.zeros(num_rows, length, dtype=torch.int64)
         picked = torch.zeros(num_learned, dtype=torch.int64)
-        # A model makes it from values, which are not here.
-        mask = torch.zeros(num_masks, 1, length, length, dtype=model.dtype)
+        # A model makes it from values, which are not here; one for each row only where they are packed.
+        mask = torch.zeros(num_rows if is_packed else 1, 1, length, length, dtype=model.dtype)
         with head_reads(model, lambda hidden: hidden[picked, picked].unsqueeze(0)):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         loss = F.cross_entropy(logits.squeeze(0).float(), picked, reduction="sum")
         del logits
         loss.backward()  # type: ignore[no-untyped-call]
     return allocations.peak
+
+
+def _bounds(row: Row, length: int) -> list[tuple[int, int]]:
+    """Return where the samples of a row begin and end, its padding being one more."""
+    return list(pairwise(sorted({0, *row.starts, len(row.input_ids), length})))
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]

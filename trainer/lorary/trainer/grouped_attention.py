@@ -10,6 +10,8 @@ positions begin anew with each sample, only the blocks on the diagonal are compu
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +22,28 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from lorary.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 NAME = "lorary_grouped"
 # What some models hand over and this does not compute; a model that has one trains with eager.
 _FOREIGN = ("softcap", "s_aux", "position_bias")
 _FOREIGN_CONFIG = ("attn_logit_softcapping", "attention_dropout")
+
+
+_Bounds = list[list[tuple[int, int]]]
+_KNOWN: ContextVar[_Bounds | None] = ContextVar("known sample bounds", default=None)
+
+
+@contextmanager
+def known_bounds(bounds: _Bounds | None) -> Iterator[None]:
+    """Within the context every row's samples are these: for tensors that have shapes and no values."""
+    token = _KNOWN.set(bounds)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
 
 def register() -> None:
@@ -106,10 +124,10 @@ def _attend(
     return out.view(batch, heads, length, width).transpose(1, 2).contiguous()
 
 
-def _sample_bounds(
-    position_ids: Tensor | None, batch: int, length: int
-) -> list[list[tuple[int, int]]] | None:
+def _sample_bounds(position_ids: Tensor | None, batch: int, length: int) -> _Bounds | None:
     """Return for each row where its samples begin and end; None where no row holds several."""
+    if (known := _KNOWN.get()) is not None:
+        return known
     if position_ids is None or position_ids.shape != (batch, length):
         return None
     is_start = position_ids == 0
