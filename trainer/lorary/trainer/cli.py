@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog="Example: lorary train recipes/sentiment.yaml --set training.max_steps=40")
+@app.command(
+    epilog="Examples: lorary train recipes/sentiment.yaml --set training.max_steps=40; lorary train mine.yaml --preview"
+)
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
     output: Annotated[

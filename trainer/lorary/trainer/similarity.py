@@ -1,10 +1,11 @@
-"""Which texts look alike: word sets, their Jaccard index, and a search that compares few pairs."""
+"""Which texts look alike: word sets, their Jaccard index, and a search of a few among many."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,26 +25,26 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 class Lookalikes:
     """Finds which of a few texts share more than a word-Jaccard of ``threshold`` with a given one.
 
-    Whatever total order words have: two sets with a Jaccard above t share one of the first ``(1 - t)`` words
-    of each (the prefix filter of Chaudhuri et al., *A Primitive Operator for Similarity Joins*, ICDE
-    2006, section 4), so only texts that meet in such a word are compared. The order here puts what is
-    rare in the few first; words that none of them has come before all others.
+    Each word knows the texts it is in, so what a given text shares with all of them is one count over the lists of its
+    words. (A prefix filter compares fewer pairs where words are rare, but long texts share common words, and then
+    it compares nearly all, set by set.)
     """
 
     def __init__(self, words: Sequence[frozenset[str]], threshold: float) -> None:
-        self._words = words
         self._threshold = threshold
-        self._counts = Counter(word for one in words for word in one)
-        self._where: dict[str, list[int]] = {}
+        self._sizes = np.array([len(one) for one in words], dtype=np.int64)
+        where: dict[str, list[int]] = {}
         for i, one in enumerate(words):
-            for word in self._rarest(one):
-                self._where.setdefault(word, []).append(i)
+            for word in one:
+                where.setdefault(word, []).append(i)
+        self._where = {word: np.array(found, dtype=np.int32) for word, found in where.items()}
 
     def of(self, words: frozenset[str]) -> list[int]:
         """Return the indices of those that look like ``words``; itself too, if it is one of them."""
-        met = {i for word in self._rarest(words) for i in self._where.get(word, ())}
-        return [i for i in sorted(met) if jaccard(words, self._words[i]) > self._threshold]
-
-    def _rarest(self, words: frozenset[str]) -> list[str]:
-        ordered = sorted(words, key=lambda word: (self._counts[word], word))
-        return ordered[: len(words) - int(self._threshold * len(words)) + 1]
+        met = [self._where[word] for word in words if word in self._where]
+        if not met:
+            return []
+        shared = np.bincount(np.concatenate(met), minlength=len(self._sizes))
+        alike = shared / (self._sizes + len(words) - shared) > self._threshold
+        found: list[int] = np.flatnonzero(alike).tolist()
+        return found
