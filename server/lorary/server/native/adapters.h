@@ -62,9 +62,17 @@ inline bool has_columns(const Mix& mix, int64_t i) { return mix.columns && mix.c
 
 // What column scales c make of a row y; of `aside`, if it is there, what y was to be added to.
 inline void scale_columns(float* y, const float* c, const float* bias, const float* aside, int64_t n) {
-    for (int64_t o = 0; o < n; ++o) {
+    int64_t o = 0;
+    for (; o + kLanes <= n; o += kLanes) {
+        const Lanes scale = widen(c + o);
+        Lanes value = scale * widen(y + o);
+        if (bias) value += widen(bias + o) - scale * widen(bias + o);  // nothing where c is 1
+        if (aside) value += widen(aside + o);
+        narrow(y + o, value);
+    }
+    for (; o < n; ++o) {
         float value = c[o] * y[o];
-        if (bias) value += bias[o] - c[o] * bias[o];  // nothing where c is 1
+        if (bias) value += bias[o] - c[o] * bias[o];
         y[o] = aside ? aside[o] + value : value;
     }
 }
