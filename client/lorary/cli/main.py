@@ -36,6 +36,9 @@ PARTS: dict[str, Part] = {
         "lorary.trainer.search.cli", "search", "Search a recipe's space, train with the best."
     ),
     "reproduce": Part("lorary.trainer.reproduce.cli", "train", "Train a version again, compare."),
+    "quantize-plan": Part(
+        "lorary.trainer.quantplan.cli", "train", "Plan which layers of a base stay whole."
+    ),
     "registry": Part("lorary.registry.cli", "", "Push, pull, list and promote versions."),
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
