@@ -34,12 +34,16 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base, *, needs_end: bool = True) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with a padding token.
 
+    Args:
+        base: what ``find_base`` returned.
+        needs_end: whether there must be an end-of-text token; encoders have none.
+
     Raises:
-        CorruptArtifact: the folder holds no tokenizer that transformers can read, or it has no
-            end-of-text token, without which no answer could end.
+        CorruptArtifact: the folder holds no tokenizer that transformers can read, it has no
+            end-of-text token, without which no answer could end, or no token to pad with.
     """
     quiet_bitsandbytes()
     from transformers import AutoTokenizer
@@ -50,10 +54,15 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         )
     except (ValueError, OSError, KeyError) as error:
         raise CorruptArtifact(f"base '{base.name}' has no readable tokenizer: {error}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_end:
         raise CorruptArtifact(
             f"the tokenizer of base '{base.name}' has no eos token, so no answer could end. "
             "Set eos_token in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise CorruptArtifact(
+            f"the tokenizer of base '{base.name}' has neither a pad nor an eos token, so no batch can "
+            "be padded. Set pad_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
         # Only ever used where the attention mask is zero, so any existing token serves.

@@ -31,6 +31,7 @@ from lorary.registry.strict_json import parse_json, show
 
 T = TypeVar("T")
 
+CAUSAL_LM: Final = "CAUSAL_LM"
 MAX_SCALE: Final = 1024.0
 """Largest alpha / r (or alpha / sqrt(r)); real adapters stay below 100."""
 MIN_SCALE: Final = 1e-6
@@ -89,6 +90,8 @@ class AdapterConfig:
     fan_in_fan_out: bool
     base_model_name_or_path: str | None
     revision: str | None
+    task_type: str
+    modules_to_save: tuple[str, ...]
 
     @property
     def is_canonical(self) -> bool:
@@ -157,7 +160,12 @@ class AdapterConfig:
 
 
 def parse_config(
-    raw: bytes, *, max_rank: int, allow_dora: bool = False, residual_base: bool = False
+    raw: bytes,
+    *,
+    max_rank: int,
+    allow_dora: bool = False,
+    residual_base: bool = False,
+    task_type: str = CAUSAL_LM,
 ) -> AdapterConfig:
     """Parse and check the bytes of an ``adapter_config.json``; see ``examine_config``.
 
@@ -166,7 +174,12 @@ def parse_config(
         IncompatibleAdapter: a kind of adapter, an option or a size that is not served.
     """
     found = examine_config(
-        raw, refuse, max_rank=max_rank, allow_dora=allow_dora, residual_base=residual_base
+        raw,
+        refuse,
+        max_rank=max_rank,
+        allow_dora=allow_dora,
+        residual_base=residual_base,
+        task_type=task_type,
     )
     return cast("AdapterConfig", found)  # `refuse` raises where there would be none
 
@@ -178,6 +191,7 @@ def examine_config(
     max_rank: int,
     allow_dora: bool = False,
     residual_base: bool = False,
+    task_type: str = CAUSAL_LM,
 ) -> AdapterConfig | None:
     """Parse an ``adapter_config.json`` and report everything that is wrong with it.
 
@@ -188,6 +202,7 @@ def examine_config(
         allow_dora: accept ``use_dora``, for a use that knows what to do with magnitude vectors.
         residual_base: the base is the one that PiSSA and its kin left behind, so that the adapter is
             right as it is.
+        task_type: the one that the adapter must have; heads are accepted beside any but ``CAUSAL_LM``.
 
     Returns:
         The configuration; ``None`` if something was reported without which it cannot be understood.
@@ -196,7 +211,9 @@ def examine_config(
     if parsed is None:
         return None
     config = parsed
-    _check_switched_off(config, report, allow_dora=allow_dora, residual_base=residual_base)
+    _check_switched_off(
+        config, report, allow_dora=allow_dora, residual_base=residual_base, task_type=task_type
+    )
     is_whole = True
 
     def field(read: Callable[[], T]) -> T:
@@ -222,6 +239,8 @@ def examine_config(
         fan_in_fan_out=field(lambda: flag(config, "fan_in_fan_out")),
         base_model_name_or_path=field(lambda: text(config, "base_model_name_or_path")),
         revision=field(lambda: text(config, "revision")),
+        task_type=task_type,
+        modules_to_save=field(lambda: _heads(config)),
     )
     return found if is_whole else None
 
@@ -241,9 +260,14 @@ def _rank_pattern(config: Mapping[str, Any], max_rank: int) -> dict[str, int]:
 
 
 def _check_switched_off(
-    config: Mapping[str, Any], report: Report, *, allow_dora: bool, residual_base: bool
+    config: Mapping[str, Any],
+    report: Report,
+    *,
+    allow_dora: bool,
+    residual_base: bool,
+    task_type: str,
 ) -> None:
-    peft_type, task_type = config.get("peft_type"), config.get("task_type")
+    peft_type, own_type = config.get("peft_type"), config.get("task_type")
     if peft_type != "LORA":
         report(
             IncompatibleAdapter(
@@ -251,12 +275,13 @@ def _check_switched_off(
                 "Convert the adapter to LoRA."
             )
         )
-    if task_type not in ("CAUSAL_LM", None):
-        report(
-            IncompatibleAdapter(
-                f"adapter_config.json has task_type {shown(task_type)}; only 'CAUSAL_LM' is served"
-            )
+    if own_type != task_type and (own_type is not None or task_type != CAUSAL_LM):
+        only = (
+            "only 'CAUSAL_LM' is served"
+            if task_type == CAUSAL_LM
+            else f"the task needs {task_type}"
         )
+        report(IncompatibleAdapter(f"adapter_config.json has task_type {shown(own_type)}; {only}"))
     if config.get("bias", "none") != "none":
         report(
             IncompatibleAdapter(
@@ -269,8 +294,9 @@ def _check_switched_off(
     problem = _init_problem(config.get("init_lora_weights", True), residual_base=residual_base)
     if problem:
         report(IncompatibleAdapter(problem))
+    read = _READ if task_type == CAUSAL_LM else _READ | {"modules_to_save"}
     for key, value in config.items():
-        if key not in _READ and key not in _IGNORED and value not in (None, False, [], {}):
+        if key not in read and key not in _IGNORED and value not in (None, False, [], {}):
             known = _WHY.get(key, "it may change what the adapter computes")
             if key.startswith("megatron"):
                 known = "it hands the base's layers to Megatron; save the adapter without it"
@@ -280,6 +306,16 @@ def _check_switched_off(
                     f"served: {known}"
                 )
             )
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return ``modules_to_save``; whether they are heads, their tensors tell."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and is_plain(n) for n in names):
+        raise CorruptArtifact(
+            f"adapter_config.json has modules_to_save {shown(names)}; a list of module names is needed"
+        )
+    return tuple(sorted(set(names)))
 
 
 def _init_problem(init: Any, *, residual_base: bool) -> str:

@@ -72,7 +72,7 @@ class BaseCard:
         fingerprint: ``sha256:<hex>``; equal fingerprints mean the same model, tokenizer and template.
         architecture: class name from ``config.json``, such as ``LlamaForCausalLM``.
         hidden_size: width of the residual stream.
-        num_layers: number of transformer blocks.
+        num_layers: number of transformer blocks; of an encoder-decoder, the encoder's.
         vocab_size: rows of the token table.
         modules: linear module name, as in the live model, to ``(out_features, in_features)``; output
             heads and embeddings are not among them.
@@ -135,7 +135,9 @@ def _compute(path: Path) -> dict[str, Any]:
         "fingerprint": _fingerprint(path, config, hashes),
         "architecture": architecture,
         "hidden_size": _size(text_config, path, "hidden_size", "n_embd", "d_model"),
-        "num_layers": _size(text_config, path, "num_hidden_layers", "n_layer", "num_layers"),
+        "num_layers": _size(
+            text_config, path, "num_hidden_layers", "n_layer", "num_layers", "encoder_layers"
+        ),
         "vocab_size": vocab_size,
         "modules": modules,
         "head_modules": heads,

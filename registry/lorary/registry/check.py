@@ -19,6 +19,7 @@ from lorary.registry.methods.convert import convert, method_of
 from lorary.registry.safetensors_file import read_header
 from lorary.registry.servability import SERVERS, Server, Traits, Verdict, judge
 from lorary.registry.strict_json import parse_json
+from lorary.registry.task_heads import kept_task
 from lorary.registry.tensor_layout import PREFIX
 from lorary.registry.validate import AdapterSpec, Limits, check_base, examine_files, read_manifest
 
@@ -71,8 +72,16 @@ def check_folder(
         StorageError: the folder is missing or cannot be read.
     """
     found: list[LoraryError] = []
-    limits = Limits(accepted=accepted or Accepted(), allow_dora=True, residual_base=residual_base)
     files = examine_folder(Path(folder), found.append)
+    manifest = None
+    if files is not None and files.has_manifest:
+        manifest = attempt(lambda _: None, lambda: read_manifest(files))
+    limits = Limits(
+        accepted=accepted or Accepted(),
+        allow_dora=True,
+        residual_base=residual_base,
+        task=kept_task(manifest),
+    )
     conversion, canonical = None, None
     with ExitStack() as stack:
         if files is not None:

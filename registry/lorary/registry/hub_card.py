@@ -14,13 +14,20 @@ from typing import Any, Final
 import yaml
 
 from lorary.registry.folder import CONFIG_FILE, README_FILE, REPORT_FOLDER, REPORT_PAGE
-from lorary.registry.manifest import LOWER_IS_BETTER, Manifest, Metrics
+from lorary.registry.manifest import LOWER_IS_BETTER, Manifest, Metrics, TaskKind
 
 TAG: Final = "lorary"
 """By which a Hub finds the adapters of registries among an owner's models."""
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_PIPELINES: Final = {"generation": "text-generation", "classification": "text-classification"}
+_PIPELINES: Final[dict[TaskKind, str]] = {
+    "generation": "text-generation",
+    "classification": "text-classification",
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
+    "seq2seq": "text2text-generation",
+    "embeddings": "feature-extraction",
+}
 _FENCE: Final = "---\n"
 _PICTURE: Final = re.compile(rf"{REPORT_FOLDER}/[A-Za-z0-9_.-]+\.(?:png|svg)")
 _MAX_PICTURES: Final = 12

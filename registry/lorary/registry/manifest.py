@@ -33,7 +33,7 @@ import types
 import typing
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from lorary.errors import CorruptArtifact
 from lorary.registry.strict_json import parse_json, show
@@ -50,7 +50,16 @@ _MAX_NUMBER = 1e300
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-TaskKind = Literal["generation", "classification"]
+TaskKind = Literal[
+    "generation",
+    "classification",
+    "sequence_classification",
+    "token_classification",
+    "seq2seq",
+    "embeddings",
+]
+SERVED_KINDS: Final[tuple[TaskKind, ...]] = ("generation", "classification")
+"""What servers serve: answers of a causal language model. The others are kept, and loaded by PEFT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ from lorary.registry.manifest import (
     Task,
 )
 from lorary.registry.methods.convert import convert, method_of
+from lorary.registry.task_heads import kept_task
 from lorary.registry.validate import (
     AdapterSpec,
     Limits,
@@ -79,8 +80,13 @@ def stage_version(
         StorageError: a file cannot be read or written.
     """
     files = scan_folder(folder)
-    limits = Limits(accepted=accepted, allow_dora=True, residual_base=residual_base)
     manifest = read_manifest(files) if files.has_manifest else None
+    limits = Limits(
+        accepted=accepted,
+        allow_dora=True,
+        residual_base=residual_base,
+        task=kept_task(manifest),
+    )
     if manifest is not None:
         check_base(manifest, base)
     kept = files.kept

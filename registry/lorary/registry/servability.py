@@ -103,7 +103,10 @@ def _refuses(reason: str) -> Remark:
 
 def _lorary(traits: Traits, card: BaseCard) -> Iterator[Remark]:
     kind = traits.config.get("peft_type")
-    if traits.config.get("use_dora") is True:
+    task_type = traits.config.get("task_type")
+    if task_type not in ("CAUSAL_LM", None):
+        yield _refuses(f"task_type {task_type} is kept and not served")
+    elif traits.config.get("use_dora") is True:
         yield _loads("DoRA is served by itself: not in a composition, and not with a scale")
     elif kind != "LORA":
         yield _loads(f"{kind} becomes plain LoRA at the push")

@@ -25,11 +25,19 @@ from lorary.registry.adapter_config import AdapterConfig, examine_config, parse_
 from lorary.registry.base import BaseCard
 from lorary.registry.findings import Report, attempt, refuse
 from lorary.registry.folder import AdapterFolder, read_bytes, scan_folder
-from lorary.registry.manifest import Accepted, Manifest
-from lorary.registry.safetensors_file import read_header
+from lorary.registry.manifest import Accepted, Manifest, Task
+from lorary.registry.safetensors_file import TensorInfo, read_header
 from lorary.registry.strict_json import show
+from lorary.registry.task_heads import (
+    TASK_TYPES,
+    check_heads,
+    is_served,
+    live_card,
+    names_of_heads,
+    why_not_served,
+)
 from lorary.registry.tensor_layout import LORA_KEY, check_targets, is_shaped, sort_by_module
-from lorary.registry.values import check_values
+from lorary.registry.values import check_finite, check_values
 
 MAX_RANK: Final = 512
 _WIDTH: Final = {"F16": 2, "BF16": 2, "F32": 4}
@@ -53,6 +61,7 @@ class AdapterSpec:
         dtype: the widest dtype of any tensor: ``F32``, ``BF16`` or ``F16``.
         config: the checked configuration.
         magnitudes: whether every module has DoRA's magnitude vector.
+        heads: modules that the adapter brings whole; none where servers serve it.
     """
 
     rank: int
@@ -61,6 +70,7 @@ class AdapterSpec:
     dtype: str
     config: AdapterConfig
     magnitudes: bool = False
+    heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +83,14 @@ class Limits:
             the registry let pass when it was pushed. Whoever takes strangers' folders gives it.
         allow_dora: accept DoRA, which registries keep and servers serve, and which no plain LoRA is.
         residual_base: the base is the one that PiSSA and its kin left behind.
+        task: what the adapter is for, where registries keep its kind and servers do not serve it.
     """
 
     max_rank: int = MAX_RANK
     accepted: Accepted | None = field(default_factory=Accepted)
     allow_dora: bool = False
     residual_base: bool = False
+    task: Task | None = None
 
 
 def validate_adapter(
@@ -137,19 +149,31 @@ def examine_files(
         if manifest is not None:
             attempt(report, lambda: check_base(manifest, card))
             accepted = accepted or manifest.accepted
+            if limits.task is None and not is_served(manifest.task):
+                report(IncompatibleAdapter(why_not_served(manifest.task)))
     accepted = accepted or Accepted()
+    task = limits.task or Task()
     config = examine_config(
         read_bytes(files.config),
         report,
         max_rank=limits.max_rank,
         allow_dora=limits.allow_dora,
         residual_base=limits.residual_base,
+        task_type=TASK_TYPES[task.kind],
     )
     header = attempt(report, lambda: read_header(files.tensors))
     if header is None:
         return None
+    heads: Mapping[str, TensorInfo] = {}
+    if not is_served(task):
+        card = live_card(card, task, header.tensors)
+        declared = () if config is None else config.modules_to_save
+        heads = check_heads(header.tensors, declared, task, card, report)
     modules = sort_by_module(
-        header.tensors, card, report, dora=config is not None and config.use_dora
+        {name: info for name, info in header.tensors.items() if name not in heads},
+        card,
+        report,
+        dora=config is not None and config.use_dora,
     )
     if config is None:
         return None
@@ -170,6 +194,7 @@ def examine_files(
         allow_zero=accepted.allow_zero,
         max_ratio=accepted.max_ratio,
     )
+    check_finite(files.tensors, heads.values(), report)
     widest = max((info.dtype for info in header.tensors.values()), key=lambda d: (_WIDTH[d], d))
     return AdapterSpec(
         rank=max(ranks.values()),
@@ -178,6 +203,7 @@ def examine_files(
         dtype=widest,
         config=config,
         magnitudes=config.use_dora,
+        heads=names_of_heads(heads, config.modules_to_save),
     )
 
 
@@ -190,13 +216,22 @@ def check_form(files: AdapterFolder) -> None:
         CorruptArtifact: the files are not what they claim, contradict themselves, or are not canonical.
         IncompatibleAdapter: something is switched on that is never served.
     """
-    config = parse_config(read_bytes(files.config), max_rank=MAX_RANK, allow_dora=True)
+    task = read_manifest(files).task if files.has_manifest else Task()
+    config = parse_config(
+        read_bytes(files.config),
+        max_rank=MAX_RANK,
+        allow_dora=True,
+        task_type=TASK_TYPES[task.kind],
+    )
     if not config.is_canonical:
         raise CorruptArtifact(
             "adapter_config.json is not in canonical form, in which every version is stored: "
             "lora_alpha equals r, and modules have plain names. Somebody else wrote this version."
         )
-    tensors = read_header(files.tensors).tensors
+    tensors = dict(read_header(files.tensors).tensors)
+    if not is_served(task):
+        for name in check_heads(tensors, config.modules_to_save, task, None, refuse):
+            del tensors[name]
     own: dict[str, tuple[int, int]] = {}
     for name, info in tensors.items():
         match = LORA_KEY.fullmatch(name)

@@ -10,7 +10,7 @@ two small products AAᵀ and BᵀB are needed:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,12 +61,7 @@ def check_values(
             if is_finite(array):
                 arrays.append(array)
             else:
-                report(
-                    CorruptArtifact(
-                        f"tensor {info.name} holds NaN or infinite values; training diverged, or the "
-                        "file is damaged. Train again with a smaller learning rate."
-                    )
-                )
+                report(_not_finite(info))
         if len(arrays) != 2 + (found.magnitude is not None):
             has_effect = True  # of what kind, nobody can say
             continue
@@ -84,6 +79,20 @@ def check_values(
                 "Push a trained adapter, or allow it with --allow-zero."
             )
         )
+
+
+def check_finite(path: Path, infos: Iterable[TensorInfo], report: Report) -> None:
+    """Read whole modules' tensors and report those with NaN or infinite values."""
+    for info in infos:
+        if not is_finite(read_tensor(path, info)):
+            report(_not_finite(info))
+
+
+def _not_finite(info: TensorInfo) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"tensor {info.name} holds NaN or infinite values; training diverged, or the file is damaged. "
+        "Train again with a smaller learning rate."
+    )
 
 
 def product_norm(b: Array, a: Array) -> float:

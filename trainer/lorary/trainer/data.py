@@ -126,7 +126,7 @@ def load_splits(recipe: Recipe) -> Splits:
     passes = read if examples is None else lambda: iter(examples)
     if next(passes(), None) is None:
         raise InvalidRecipe(f"data source '{data.path or data.source}' has no usable example.")
-    found = hold_out(passes, data, recipe.task.labels)
+    found = hold_out(passes, data, recipe.task.labels if recipe.task.target_is_label else ())
     if not len(found.train):
         raise InvalidRecipe("nothing is left to train on; lower data.num_test.")
     train = found.train[: data.max_train] if data.max_train else found.train

@@ -160,8 +160,9 @@ def _shadow(run: Prepared) -> Any:
     """Return the model that will train, on the device that has no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lorary.trainer.grouped_attention import attention_of
     from lorary.trainer.methods import attach
-    from lorary.trainer.train import attention_of, dtype_of
+    from lorary.trainer.train import dtype_of
 
     config = AutoConfig.from_pretrained(run.base.path, local_files_only=True)
     recipe = run.recipe

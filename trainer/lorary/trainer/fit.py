@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from transformers import (
 
 from lorary.errors import Cancelled, CorruptArtifact, StorageError, TrainingFailed
 from lorary.trainer import processes
-from lorary.trainer.batches import PlannedRows, collate, plan_batches
+from lorary.trainer.batches import PlannedRows, plan_batches
 from lorary.trainer.checkpoints import step_of
 from lorary.trainer.loop import LoraTrainer
 from lorary.trainer.meter import StepMeter
@@ -37,7 +36,8 @@ if TYPE_CHECKING:
 
     from transformers import TrainerState
 
-    from lorary.trainer.data import Row
+    from lorary.trainer.kinds import Kind
+    from lorary.trainer.kinds.kind import TokenRow
     from lorary.trainer.progress import Reporter
     from lorary.trainer.recipe import Recipe
 
@@ -63,11 +63,11 @@ class Fit:
 
 def fit(
     model: Any,
-    tokenizer: Any,
+    kind: Kind,
     recipe: Recipe,
     *,
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row],
+    train_rows: Sequence[TokenRow],
+    validation_rows: Sequence[TokenRow],
     checkpoints: Path,
     identity: str,
     resume_from: Path | None,
@@ -78,7 +78,7 @@ def fit(
 
     Args:
         model: with a fresh adapter.
-        tokenizer: of its base.
+        kind: what is learned from a row, and the tokenizer.
         recipe: with no ``auto`` left.
         train_rows: to learn from.
         validation_rows: to choose the best step by; may be empty.
@@ -120,8 +120,9 @@ def fit(
         # One item is one planned batch: the Trainer's own batching is set to one.
         train_dataset=PlannedRows(train_rows, plan),
         eval_dataset=_validation_batches(validation_rows, training.batch_size) or None,
-        data_collator=partial(_collate_planned, pad_token_id=int(tokenizer.pad_token_id)),
-        processing_class=tokenizer,
+        data_collator=lambda items: kind.collate(*items),  # the one planned batch that comes
+        processing_class=kind.tokenizer,
+        scores=kind.scores,
     )
     trainer.remove_callback(PrinterCallback)
     if validation_rows:
@@ -247,13 +248,7 @@ def _arguments(
     )
 
 
-def _collate_planned(items: Sequence[Sequence[Row]], pad_token_id: int) -> dict[str, Any]:
-    """Collate the one planned batch that the loader hands over."""
-    (rows,) = items
-    return collate(rows, pad_token_id)
-
-
-def _validation_batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+def _validation_batches(rows: Sequence[TokenRow], batch_size: int) -> list[list[TokenRow]]:
     """Group validation rows by length."""
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer.estimate import available_bytes, estimate_memory, rehearse
 
 if TYPE_CHECKING:
@@ -16,11 +17,14 @@ def forecast(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
     """Return what a run will take; real steps are rehearsed only where memory allows.
 
     Returns:
-        ``memory_bytes`` (parts and ``total``), ``available_bytes``, and ``rehearsal`` if there was one.
+        ``memory_bytes`` (parts and ``total``), ``available_bytes``, and ``rehearsal`` if there was one;
+        nothing for a task kind whose model is no causal language model.
 
     Raises:
         What ``train`` raises up to the end of the fit.
     """
+    if prepared.recipe.task.kind not in SERVED_KINDS:
+        return {}
     memory = estimate_memory(prepared)
     available = available_bytes(prepared.recipe.training.device)
     facts: dict[str, Any] = {
@@ -35,6 +39,8 @@ def forecast(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
 
 def forecast_rows(found: dict[str, Any]) -> dict[str, str]:
     """Return a forecast as people read it, by what it is about."""
+    if not found:
+        return {"memory and time": "not foreseen for this task kind"}
     parts = {name: f"{size / 1e9:.2f}" for name, size in found["memory_bytes"].items()}
     total = parts.pop("total")
     rows = {

@@ -58,6 +58,16 @@ def suits(config: Any) -> bool:
     return is_plain and config.model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
+def attention_of(config: Any, device: str) -> str:
+    """Return the attention that a causal language model of this configuration trains with on a device."""
+    if device.startswith("cuda"):
+        return "sdpa"
+    if device == "cpu" and suits(config):
+        register()
+        return NAME
+    return "eager"
+
+
 def grouped_attention(
     module: Any,
     query: Tensor,

@@ -18,10 +18,15 @@ from lorary.trainer.head import head_reads
 from lorary.trainer.resumable import ResumableTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
     from torch.utils.data import Dataset, Sampler
 
     from lorary.trainer.meter import StepMeter
+
+    Scores = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
+    """Logits [N, C] and targets [N] of a batch; see ``lorary.trainer.kinds``."""
 
 
 class LoraTrainer(ResumableTrainer):
@@ -29,13 +34,14 @@ class LoraTrainer(ResumableTrainer):
 
     Args:
         meter: whose figures go into the log of every step.
-        args: of the Trainer.
+        scores: logits and targets of a batch.
         kwargs: of ``ResumableTrainer`` and the Trainer.
     """
 
-    def __init__(self, *args: Any, meter: StepMeter, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, meter: StepMeter, scores: Scores, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self._meter = meter
+        self._scores = scores
         # The loss is a sum over tokens divided by their number in the whole step.
         self.model_accepts_loss_kwargs = True
 
@@ -51,10 +57,8 @@ class LoraTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean cross entropy of the learned tokens of one step."""
-        logits, targets = selected_logits(
-            model, inputs["input_ids"], inputs["labels"], inputs.get("position_ids")
-        )
+        """Return the mean cross entropy of the learned tokens (labels, partners) of one step."""
+        logits, targets = self._scores(model, inputs)
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         if num_items_in_batch is None:
             loss = total / targets.numel()

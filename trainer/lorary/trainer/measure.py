@@ -22,7 +22,7 @@ from lorary.errors import (
 )
 from lorary.registry import Manifest, Registry
 from lorary.registry.folder import CONFIG_FILE, read_bytes, scan_folder
-from lorary.registry.manifest import Metrics
+from lorary.registry.manifest import SERVED_KINDS, Metrics
 from lorary.trainer.data import load_splits
 from lorary.trainer.metrics import metrics_of
 from lorary.trainer.quiet import quiet_libraries
@@ -232,6 +232,16 @@ def measure(
     """
     from lorary.trainer.evaluate import Evaluator
 
+    for name, kind in (
+        *((one.ref, one.manifest.task.kind) for one in subjects),
+        *((one.name, one.recipe.task.kind) for one in exams),
+    ):
+        if kind not in SERVED_KINDS:
+            raise InvalidRequest(
+                f"'{name}' is a {kind}, and this measures answers of a causal language model; the "
+                "figures of its training are in its manifest.",
+                field="ref",
+            )
     for exam in exams:
         if not exam.examples:
             raise InvalidRequest(f"'{exam.name}' has no rows to measure with.", field="data")

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import Method
 from lorary.trainer.fast_lora import speed_up
+from lorary.trainer.heads import modules_to_save, widen_heads
 from lorary.trainer.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
     from lorary.trainer.recipe import MethodRecipe
@@ -17,10 +20,24 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointing: bool) -> Any:
+def attach(
+    model: PreTrainedModel,
+    recipe: MethodRecipe,
+    *,
+    gradient_checkpointing: bool,
+    task_type: str = "CAUSAL_LM",
+    heads: Sequence[str] = (),
+) -> Any:
     """Wrap ``model`` with a fresh adapter; the base is frozen, A and B are float32.
 
     B starts at zero, so the adapter starts as no change. Draws from torch's global generator.
+
+    Args:
+        model: a loaded base.
+        recipe: what to attach.
+        gradient_checkpointing: recompute activations in the backward pass.
+        task_type: name of the ``peft.TaskType``.
+        heads: full names of modules that are trained whole, in float32, and saved with the adapter.
 
     Raises:
         InvalidRecipe: ``target_modules`` match no linear layer of this base.
@@ -29,9 +46,10 @@ def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointi
 
     targets: str | list[str] = list(recipe.target_modules)
     if ALL_LINEAR in recipe.target_modules:
-        targets = linear_names(model)
+        targets = linear_names(model, heads)
     config = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
+        task_type=peft.TaskType[task_type],
+        modules_to_save=modules_to_save(task_type, heads),
         r=recipe.rank,
         lora_alpha=recipe.scaled_alpha,
         lora_dropout=recipe.dropout,
@@ -44,7 +62,7 @@ def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointi
     except ValueError as error:
         raise InvalidRecipe(
             f"method.target_modules {list(recipe.target_modules)} cannot be trained on this base: "
-            f"{error}. It has {', '.join(linear_names(model))}; use those, or {ALL_LINEAR}."
+            f"{error}. It has {', '.join(linear_names(model, heads))}; use those, or {ALL_LINEAR}."
         ) from error
     if gradient_checkpointing:
         # transformers 5.23 renamed it.
@@ -53,19 +71,26 @@ def attach(model: PreTrainedModel, recipe: MethodRecipe, *, gradient_checkpointi
         enable({"use_reentrant": False})
         wrapped.enable_input_require_grads()
     wrapped.config.use_cache = False
+    widen_heads(wrapped)
     speed_up(wrapped)
     return wrapped
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Return the last names of all linear layers but the output head, quantized ones included."""
+def linear_names(model: PreTrainedModel, heads: Sequence[str] = ()) -> list[str]:
+    """Return the last names of all linear layers but the output head, quantized ones included.
+
+    Those of ``heads`` are left out, too; PEFT keeps away from them though a last name may be the same.
+    """
     import torch
 
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
+    inside = tuple(f"{head}." for head in heads)
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, torch.nn.Linear)
+        and module is not output
+        and not f"{name}.".startswith(inside)
     }
     return sorted(names)
 

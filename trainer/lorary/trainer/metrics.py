@@ -3,7 +3,7 @@
 Each is a ``Sums``: what every example adds to a few sums, and the figure that the sums make
 (``lorary.trainer.bootstrap``), so that the very same thing is reported and resampled.
 
-accuracy, exact, f1, exact_match and ece are shares of 1; rouge*, bleu and chrf are on the scale of 100. Higher
+accuracy, exact, f1, exact_match, mrr, recall* and ece are shares of 1; rouge*, bleu and chrf are on the scale of 100. Higher
 is better, but for perplexity and ece.
 """
 
@@ -32,9 +32,15 @@ PRIMARY: dict[str, str] = {
     "exact_match": "exact_match",
     "perplexity": "perplexity",
 }
+_PRIMARY_OF_KIND = {"token_classification": "f1", "embeddings": "mrr"}
 NUM_BINS = 10
 """Of confidence, equally wide, for ``ece`` and the reliability diagram."""
 _MAX_NATS = 690.0  # exp of more is no number that a manifest can hold
+
+
+def primary_of(recipe: Recipe) -> str:
+    """Return the figure that stands for all of a recipe's."""
+    return _PRIMARY_OF_KIND.get(recipe.task.kind) or PRIMARY[recipe.metric]
 
 
 def metrics_of(recipe: Recipe, before: Evaluation | None, after: Evaluation, seed: int) -> Metrics:
@@ -45,7 +51,7 @@ def metrics_of(recipe: Recipe, before: Evaluation | None, after: Evaluation, see
         seed=seed,
     )
     return Metrics(
-        primary=PRIMARY[recipe.metric],
+        primary=primary_of(recipe),
         num_examples=len(after.predictions),
         base=before.metrics if before else {},
         adapter=after.metrics,

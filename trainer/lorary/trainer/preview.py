@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorary.errors import InvalidRecipe
+from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer.encoding import Encoder
 from lorary.trainer.packing import plan_packs
 
@@ -146,8 +148,13 @@ def preview(run: Prepared, num_examples: int = NUM_EXAMPLES) -> Preview:
     """Encode the training examples of a prepared run and say what they are.
 
     Raises:
-        InvalidRecipe: as encoding does.
+        InvalidRecipe: as encoding does; a task kind whose labels are no tokens of the row.
     """
+    if run.recipe.task.kind not in SERVED_KINDS:
+        raise InvalidRecipe(
+            f"--preview shows which tokens a causal language model learns, and the task is a "
+            f"{run.recipe.task.kind}; --dry-run says how long its rows are."
+        )
     longest = run.recipe.training.max_length
     encoder = Encoder(run.builder, run.recipe.task.to_manifest())
     lengths, num_learned = array("q"), 0

@@ -21,19 +21,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorary.errors import InvalidRecipe
-from lorary.registry.manifest import Task
+from lorary.registry.manifest import Task, TaskKind
 from lorary.trainer.search.space import SearchRecipe
 
 Shape = Literal["auto", "template", "text", "completion", "chat", "alpaca", "sharegpt"]
 Metric = Literal["auto", "accuracy", "rouge", "bleu", "exact_match", "perplexity"]
+_LABELLED = ("classification", "sequence_classification", "token_classification")
+_TEXTUAL = ("generation", "seq2seq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRecipe:
     """What the adapter does; becomes the manifest's task."""
 
-    kind: Literal["generation", "classification"] = "generation"
-    """Free text, or one label of a fixed set."""
+    kind: TaskKind = "generation"
+    """What is learned; see docs/training.md. The first two are a causal language model's own answers,
+    and the only ones that servers serve."""
     template: str = ""
     """Jinja over the input columns (``text`` first); renders the whole prompt, special tokens too. Of data in
     another shape than ``template`` it is only what servers put a caller's plain text into, and made when empty."""
@@ -50,16 +53,21 @@ class TaskRecipe:
             raise InvalidRecipe("task.template is empty; write the whole prompt, with {{ text }}.")
         if len(self.stop) > 16 or "" in self.stop:
             raise InvalidRecipe("task.stop holds an empty string or more than 16; fix the list.")
-        if self.kind == "generation" and self.labels:
+        if self.kind not in _LABELLED and self.labels:
             raise InvalidRecipe(
-                "task.labels is set for a generation; set task.kind to classification."
+                f"task.labels is set for a {self.kind}; set task.kind to classification."
             )
-        if self.kind == "classification" and len(self.labels) < 2:
+        if self.kind in _LABELLED and len(self.labels) < 2:
             raise InvalidRecipe(
-                f"task.labels has {len(self.labels)} labels; a classification needs at least two."
+                f"task.labels has {len(self.labels)} labels; a {self.kind} needs at least two."
             )
         if len(set(self.labels)) != len(self.labels):
             raise InvalidRecipe(f"task.labels repeats a label: {list(self.labels)}.")
+
+    @property
+    def target_is_label(self) -> bool:
+        """Whether the target of each example is one of ``labels``."""
+        return self.kind in ("classification", "sequence_classification")
 
     def to_manifest(self) -> Task:
         """Return the manifest's form."""
@@ -250,7 +258,7 @@ class EvaluationRecipe:
     """How base and adapter are measured on the held-out examples."""
 
     metric: Metric = "auto"
-    """auto is accuracy for a classification, perplexity for plain texts, else rouge."""
+    """auto is perplexity for plain texts, rouge for other answers, else what docs/training.md says of the kind."""
     batch_size: int = 32
     """Prompts answered at a time."""
     num_golden_probes: int = 3
@@ -302,31 +310,31 @@ class Recipe:
             )
         if not self.base.strip():
             raise InvalidRecipe("base is empty; name one, such as smollm2-135m.")
-        is_classification = self.task.kind == "classification"
+        kind, metric = self.task.kind, self.evaluation.metric
         has_columns = self.data.source in ("file", "hub") and self.data.shape == "auto"
-        needs_template = is_classification or self.data.shape == "template"
+        needs_template = kind != "generation" or self.data.shape == "template"
         if not self.task.template and (
             needs_template or (self.data.shape == "auto" and not has_columns)
         ):
             raise InvalidRecipe("task.template is empty; write the whole prompt, with {{ text }}.")
-        if is_classification and self.data.shape not in ("auto", "template"):
+        if kind != "generation" and self.data.shape not in ("auto", "template"):
             raise InvalidRecipe(
-                f"data.shape is '{self.data.shape}' for a classification; its prompts are the "
+                f"data.shape is '{self.data.shape}' for a {kind}; its prompts are the "
                 "template's, so use template."
             )
-        if self.evaluation.metric == "accuracy" and not is_classification:
-            raise InvalidRecipe(
-                "evaluation.metric is accuracy for a generation; use rouge or bleu."
-            )
+        if metric == "accuracy" and not self.task.target_is_label:
+            use = "rouge or bleu" if kind in _TEXTUAL else "auto"
+            raise InvalidRecipe(f"evaluation.metric is accuracy for a {kind}; use {use}.")
         if self.data.shape == "text" and self.evaluation.metric not in ("auto", "perplexity"):
             raise InvalidRecipe(
                 f"evaluation.metric is {self.evaluation.metric} for plain texts, which have no answers; "
                 "use perplexity."
             )
-        if self.evaluation.metric not in ("auto", "accuracy") and is_classification:
-            raise InvalidRecipe(
-                f"evaluation.metric is {self.evaluation.metric} for a classification; use accuracy."
-            )
+        if metric not in ("auto", "accuracy") and kind not in _TEXTUAL:
+            use = "accuracy" if self.task.target_is_label else "auto"
+            raise InvalidRecipe(f"evaluation.metric is {metric} for a {kind}; use {use}.")
+        if metric == "perplexity" and kind == "seq2seq":
+            raise InvalidRecipe("evaluation.metric is perplexity for a seq2seq; use rouge or bleu.")
 
     @property
     def metric(self) -> Metric:
@@ -335,7 +343,7 @@ class Recipe:
             return self.evaluation.metric
         if self.data.shape == "text":
             return "perplexity"
-        return "accuracy" if self.task.kind == "classification" else "rouge"
+        return "rouge" if self.task.kind in _TEXTUAL else "accuracy"
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from lorary.trainer.kinds.kind import TokenRow
+
 _LEARNED = 1 << 31
 
 
@@ -88,7 +90,7 @@ class StoredRows(Sequence[Row]):
         )
 
 
-def row_lengths(rows: Sequence[Row]) -> list[int]:
+def row_lengths(rows: Sequence[TokenRow]) -> list[int]:
     """Return the tokens of each row, without reading rows that know them."""
     known = getattr(rows, "lengths", None)
     return [len(row.input_ids) for row in rows] if known is None else list(map(int, known))

@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorary.bases import Base, PromptBuilder, find_base
-from lorary.bases.load import default_dtype, load_model, load_tokenizer
+from lorary.bases.load import default_dtype, load_tokenizer
 from lorary.errors import InvalidRecipe
+from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer import processes
 from lorary.trainer.checkpoints import identity_of, newest_checkpoint, run_identity, step_of
-from lorary.trainer.data import Row, Splits, data_facts, encode_rows, load_splits
+from lorary.trainer.data import Splits, data_facts, load_splits
 from lorary.trainer.encoding import Encoder
+from lorary.trainer.kinds import Kind, kind_of
 from lorary.trainer.meter import peak_memory_bytes
 from lorary.trainer.optimizers import check_optimizer
 from lorary.trainer.output import (
@@ -31,7 +33,7 @@ from lorary.trainer.output import (
     save_adapter,
     write_output,
 )
-from lorary.trainer.packing import PackedRows, check_isolation
+from lorary.trainer.packing import check_isolation
 from lorary.trainer.progress import Reporter
 from lorary.trainer.provenance import golden_logits, hardware, loss_curve
 from lorary.trainer.report import write_report
@@ -54,15 +56,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A run that is known to be possible; ``recipe`` has no ``auto`` left."""
+    """A run that is known to be possible; ``recipe`` has no ``auto`` left, and rows are its kind's."""
 
     recipe: Recipe
     base: Base
     tokenizer: Any
     builder: PromptBuilder
+    kind: Kind
     splits: Splits
-    train_rows: Sequence[Row]
-    validation_rows: Sequence[Row]
+    train_rows: Sequence[Any]
+    validation_rows: Sequence[Any]
     num_too_long: int
 
     @property
@@ -87,27 +90,22 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
     recipe = resolve_shape(resolve_auto(recipe))
     check_optimizer(recipe.training)
     check_trackers(recipe.training.trackers)
+    kind_class = kind_of(recipe)
     base = find_base(recipe.base, progress=say)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, needs_end=kind_class.needs_end)
     builder = PromptBuilder(tokenizer)
     splits = load_splits(recipe)
     recipe = with_served_template(recipe, builder, splits.test)
-    task, longest = recipe.task.to_manifest(), recipe.training.max_length
-    train_rows, too_long = encode_rows(splits.train, task, builder, longest)
-    if recipe.training.packing:
-        train_rows = PackedRows(train_rows, max_length=longest, seed=recipe.training.seed)
-    validation_rows, too_long_too = encode_rows(splits.validation, task, builder, longest)
-    for label in recipe.task.labels:
-        builder.label_ids(label)
-    encoder = Encoder(builder, task)
-    for example in splits.test:
-        encoder.prompt(example)
-        encoder.rows(example, longest)
+    kind = kind_class(recipe, base, tokenizer, builder)
+    train_rows, too_long = kind.encode(splits.train)
+    validation_rows, too_long_too = kind.encode(splits.validation, is_held_out=True)
+    kind.check(splits.test)
     return Prepared(
         recipe=recipe,
         base=base,
         tokenizer=tokenizer,
         builder=builder,
+        kind=kind,
         splits=splits,
         train_rows=train_rows,
         validation_rows=validation_rows,
@@ -129,7 +127,10 @@ def resolve_auto(recipe: Recipe) -> Recipe:
         raise InvalidRecipe(f"training.device is '{device}', which torch does not know.") from error
     dtype: Literal["auto", "bfloat16", "float32"] = training.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if default_dtype(device) == torch.bfloat16 else "float32"
+        # An encoder is small, and torch's attention is slow backward in bfloat16 on a CPU.
+        is_slow = device == "cpu" and recipe.task.kind not in SERVED_KINDS
+        is_half = default_dtype(device) == torch.bfloat16 and not is_slow
+        dtype = "bfloat16" if is_half else "float32"
     return replace(recipe, training=replace(training, device=device, dtype=dtype))
 
 
@@ -237,27 +238,24 @@ def fit_adapter(
     """
     from transformers import set_seed
 
-    from lorary.trainer import grouped_attention
     from lorary.trainer.fit import fit
     from lorary.trainer.methods import attach
 
     training = run.recipe.training
     set_seed(training.seed)
-    model = load_model(
-        run.base,
-        quantization=run.recipe.method.base_quantization,
-        dtype=dtype_of(run.recipe),
-        device=processes.local_device(training.device),
-        attn_implementation="sdpa" if training.device.startswith("cuda") else "eager",
+    model, heads = run.kind.load(dtype_of(run.recipe))
+    model = attach(
+        model,
+        run.recipe.method,
+        gradient_checkpointing=training.gradient_checkpointing,
+        task_type=run.kind.peft_task,
+        heads=heads,
     )
-    if attention_of(model.config, training.device) == grouped_attention.NAME:
-        model.set_attn_implementation(grouped_attention.NAME)
-    model = attach(model, run.recipe.method, gradient_checkpointing=training.gradient_checkpointing)
     if training.packing:
         check_isolation(model)
     fitted = fit(
         model,
-        run.tokenizer,
+        run.kind,
         run.recipe,
         train_rows=run.train_rows,
         validation_rows=run.validation_rows,
@@ -274,16 +272,13 @@ def _evaluate(
     run: Prepared, model: Any, reporter: Reporter
 ) -> tuple[Evaluation, Evaluation | None]:
     """Measure the adapter, then the base under it, on the test examples."""
-    from lorary.trainer.evaluate import Evaluator
-
-    evaluator = Evaluator(model, run.tokenizer, run.builder, run.recipe)
     test = run.splits.test
     with reporter.phase("evaluating adapter", len(test)) as advance:
-        after = evaluator.evaluate(test, lambda count: advance(count, ""))
+        after = run.kind.evaluate(model, test, lambda count: advance(count, ""))
     if run.recipe.evaluation.skip_base:
         return after, None
     with model.disable_adapter(), reporter.phase("evaluating base", len(test)) as advance:
-        before = evaluator.evaluate(test, lambda count: advance(count, ""))
+        before = run.kind.evaluate(model, test, lambda count: advance(count, ""))
     return after, before
 
 
@@ -304,7 +299,8 @@ def _fill(
 
     recipe, task = run.recipe, run.recipe.task.to_manifest()
     save_adapter(model, folder, run.base)
-    probed = run.splits.test[: recipe.evaluation.num_golden_probes]
+    num_probes = recipe.evaluation.num_golden_probes if run.kind.has_probes else 0
+    probed = run.splits.test[:num_probes]
     quantization, device = recipe.method.base_quantization, recipe.training.device
     probes = golden_probes(
         folder,
@@ -345,18 +341,6 @@ def _fill(
         inside=look_inside(run, model, before, after) if recipe.evaluation.report else None,
     )
     return manifest
-
-
-def attention_of(config: Any, device: str) -> str:
-    """Return the attention that a model of this configuration trains with on a device."""
-    from lorary.trainer import grouped_attention
-
-    if device.startswith("cuda"):
-        return "sdpa"
-    if device == "cpu" and grouped_attention.suits(config):
-        grouped_attention.register()
-        return grouped_attention.NAME
-    return "eager"
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:

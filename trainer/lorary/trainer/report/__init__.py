@@ -95,7 +95,7 @@ def _details(
     """Return confusion matrices and reliability bins of a classification, by model."""
     labels, references = recipe.task.labels, [example.target for example in test]
     found: dict[str, dict[str, Any]] = {"confusion": {}, "reliability": {}}
-    if not labels:
+    if not recipe.task.target_is_label:
         return found
     for who, side in sides.items():
         found["confusion"][who] = confusion(side.predictions, references, labels)

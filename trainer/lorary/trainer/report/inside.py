@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorary.trainer.encoding import Encoder
-from lorary.trainer.metrics import PRIMARY
+from lorary.trainer.metrics import primary_of
 from lorary.trainer.report.attention import MAX_TOKENS, attention_changes
 from lorary.trainer.report.examples import compare_examples
 from lorary.trainer.report.weights import module_changes
@@ -36,11 +36,13 @@ def look_inside(run: Prepared, model: Any, before: Evaluation | None, after: Eva
         after: the adapter's.
     """
     recipe, test = run.recipe, run.splits.test
-    outcomes = compare_examples(test, before, after, PRIMARY[recipe.metric])
+    outcomes = compare_examples(test, before, after, primary_of(recipe))
     encoder = Encoder(run.builder, recipe.task.to_manifest())
+    # Of other kinds than a causal language model's, weights alone are shown.
+    num_maps = recipe.evaluation.num_attention_maps if run.kind.has_probes else 0
     prompts: list[list[int]] = []
     for pair in (pair for pairs in outcomes.groups.values() for pair in pairs):
-        if len(prompts) == recipe.evaluation.num_attention_maps:
+        if len(prompts) == num_maps:
             break
         prompt = encoder.prompt(test[pair.index])
         if len(prompt) <= MAX_TOKENS:
