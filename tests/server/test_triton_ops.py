@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.columns import column_scales
 from lorary.server.adapters.layers import LoraModel, step_segments
 from lorary.server.adapters.ops import triton_ops
 from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry, Segments
@@ -208,12 +210,20 @@ def test_tiles_hold_each_row_once_and_no_padding() -> None:
 def test_model_with_these_kernels_equals_one_with_torch_operators(
     make_world: Callable[..., EngineWorld], tiny_base: Path
 ) -> None:
-    """The layers' own wiring: q/k/v and gate/up in one call each, rows with and without adapters."""
+    """The layers' own wiring: q/k/v and gate/up in one call each, rows of LoRA, of DoRA, of the base."""
     from transformers import AutoModelForCausalLM
 
     source = make_world(start=False)
     resolve = source.registry.resolve
     adapters = [source.residency._load(resolve(name)) for name in ("alpha", "echo")]
+    generator = torch.Generator().manual_seed(0)
+    dora = replace(
+        adapters[0],
+        magnitudes={
+            module: torch.rand(b.shape[0], generator=generator) + 1
+            for module, (_, b) in adapters[0].tensors.items()
+        },
+    )
     token_ids = torch.tensor([[5, 9, 30, 11, 44, 2, 7]], device=DEVICE)
     logits: dict[str, torch.Tensor] = {}
     for ops in ("triton", "torch"):
@@ -223,16 +233,24 @@ def test_model_with_these_kernels_equals_one_with_torch_operators(
             isinstance(g.bound, triton_ops.TritonPool) == (ops == "triton") for g in lora.groups
         )
         placed = []
-        for adapter in adapters:
-            pages = lora.pool.try_allocate(adapter.rank)
+        for adapter in (*adapters, dora):
+            columns = column_scales(lora.groups, adapter) if adapter.magnitudes else None
+            num_rows = lora.pool.num_rows(adapter.rank, has_columns=columns is not None)
+            pages = lora.pool.try_allocate(num_rows)
             assert pages is not None
-            placed.append(lora.pool.write(pages, adapter.rank, adapter.tensors))
-        rows = [placed[0], None, placed[1], placed[1], None, placed[0], placed[0]]
+            placed.append(lora.pool.write(pages, adapter.rank, adapter.tensors, columns))
+        rows = [placed[0], None, placed[1], placed[2], None, placed[2], placed[0]]
         segments = Segments.build(rows, device=token_ids.device, long_from=lora.long_from)
         with torch.inference_mode(), step_segments(segments):
             logits[ops] = model(token_ids).logits[0].cpu()
-        with torch.inference_mode(), step_segments(None):
-            assert (model(token_ids).logits[0].cpu() - logits[ops]).abs().max() > 0.1
+        plain = Segments.build(
+            [placed[0] if entry is placed[2] else entry for entry in rows],
+            device=token_ids.device,
+            long_from=lora.long_from,
+        )
+        for other in (None, plain):
+            with torch.inference_mode(), step_segments(other):
+                assert (model(token_ids).logits[0].cpu() - logits[ops]).abs().max() > 0.1
     assert torch.allclose(logits["triton"], logits["torch"], atol=1e-4)
 
 
