@@ -92,7 +92,7 @@ def train(
     if show_preview:
         from lorary.trainer.preview import preview
 
-        found = preview(prepare(checked, reporter))
+        found = preview(checked, reporter)
         if as_json:
             print_json(found.as_json())
         else:

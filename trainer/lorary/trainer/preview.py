@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorary.bases import PromptBuilder, find_base
+from lorary.bases.load import load_tokenizer
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import SERVED_KINDS
+from lorary.trainer.data import load_splits
 from lorary.trainer.encoding import Encoder
 from lorary.trainer.packing import plan_packs
+from lorary.trainer.progress import Reporter
+from lorary.trainer.served_template import with_served_template
+from lorary.trainer.sources import resolve_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from lorary.trainer.encoding import Row
-    from lorary.trainer.train import Prepared
+    from lorary.trainer.recipe import Recipe
 
 NUM_EXAMPLES = 3
 _PERCENTILES = (50, 90, 95, 99)
@@ -144,49 +150,57 @@ class Preview:
         return bars
 
 
-def preview(run: Prepared, num_examples: int = NUM_EXAMPLES) -> Preview:
-    """Encode the training examples of a prepared run and say what they are.
+def preview(
+    recipe: Recipe, reporter: Reporter | None = None, num_examples: int = NUM_EXAMPLES
+) -> Preview:
+    """Read, split and encode a recipe's data, and say what its training examples are.
+
+    Rows that are all too long are shown, not refused: to see that is what this is for.
 
     Raises:
-        InvalidRecipe: as encoding does; a task kind whose labels are no tokens of the row.
+        InvalidRecipe: the data does not fit the recipe, or its task is not a causal language model's.
+        BaseNotFound, MissingDependency: the base or the data is not here.
     """
-    if run.recipe.task.kind not in SERVED_KINDS:
+    if recipe.task.kind not in SERVED_KINDS:
         raise InvalidRecipe(
             f"--preview shows which tokens a causal language model learns, and the task is a "
-            f"{run.recipe.task.kind}; --dry-run says how long its rows are."
+            f"{recipe.task.kind}; --dry-run says how long its rows are."
         )
-    longest = run.recipe.training.max_length
-    encoder = Encoder(run.builder, run.recipe.task.to_manifest())
+    recipe = resolve_shape(recipe)
+    base = find_base(recipe.base, progress=(reporter or Reporter(quiet=True)).note)
+    tokenizer = load_tokenizer(base)
+    builder = PromptBuilder(tokenizer)
+    splits = load_splits(recipe)
+    recipe = with_served_template(recipe, builder, splits.test)
+    longest = recipe.training.max_length
+    encoder = Encoder(builder, recipe.task.to_manifest())
     lengths, num_learned = array("q"), 0
-    for example in run.splits.train:
-        for row in encoder.rows(example, longest):
-            lengths.append(len(row.input_ids))
-            num_learned += sum(row.is_learned())
+    examples: list[tuple[str, Row, tuple[str, ...]]] = []
+    for example in splits.train:
+        rows = encoder.rows(example, longest)
+        lengths.extend(len(row.input_ids) for row in rows)
+        num_learned += sum(sum(row.is_learned()) for row in rows)
+        if len(examples) < num_examples:
+            texts = tuple(tokenizer.decode([token]) for token in rows[0].input_ids)
+            examples.append((example.place, rows[0], texts))
     found = np.asarray(lengths, dtype=np.int64)
     fitting = found[found <= longest].tolist()
-    packs = plan_packs(fitting, max_length=longest, seed=0) if run.recipe.training.packing else []
-    examples = []
-    for example in islice(run.splits.train, num_examples):
-        row = encoder.rows(example, longest)[0]
-        texts = tuple(run.tokenizer.decode([token]) for token in row.input_ids)
-        examples.append((example.place, row, texts))
-    splits = run.splits
-    facts = {
-        "base": run.base.name,
-        "shape": run.recipe.data.shape,
-        "served template": run.recipe.task.template,
-        "train": len(splits.train),
-        "validation": len(splits.validation),
-        "test": len(splits.test),
-        "duplicates dropped": splits.num_duplicates,
-    }
+    packs = plan_packs(fitting, max_length=longest, seed=0) if recipe.training.packing else []
     return Preview(
         lengths=found,
         num_learned=num_learned,
         max_length=longest,
         num_packed=len(packs),
         examples=tuple(examples),
-        facts=facts,
+        facts={
+            "base": base.name,
+            "shape": recipe.data.shape,
+            "served template": recipe.task.template,
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+            "duplicates dropped": splits.num_duplicates,
+        },
     )
 
 
