@@ -13,12 +13,13 @@ import json  # noqa: E402 - the clock starts before anything is imported
 import os  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lorary.trainer.encoding import Row
     from lorary.trainer.recipe import Recipe
@@ -29,13 +30,23 @@ _WARM_UP = 2
 
 
 def lorary_steps(run: Prepared) -> list[dict[str, float]]:
-    """Train as ``lorary train`` does; return ``tokens``, ``seconds`` and ``loss`` of each step."""
+    """Train as ``lorary train`` does; return ``tokens``, ``seconds``, ``loss`` and ``ended`` of each step."""
     from lorary.trainer.progress import Reporter
     from lorary.trainer.train import fit_adapter
 
+    ended: list[float] = []
+
+    class Clock(Reporter):
+        @contextmanager
+        def phase(
+            self, name: str, total: int, done: int = 0
+        ) -> Iterator[Callable[[int, str], None]]:
+            yield lambda _count, _detail: ended.append(time.time())
+
     with tempfile.TemporaryDirectory(prefix="lorary-training-") as folder:
-        _, fitted = fit_adapter(run, Path(folder) / "out", None, Reporter(quiet=True))
-    return [entry for entry in fitted.history if "loss" in entry]
+        _, fitted = fit_adapter(run, Path(folder) / "out", None, Clock(quiet=True))
+    steps = [entry for entry in fitted.history if "loss" in entry]
+    return [{**step, "ended": at} for step, at in zip(steps, ended, strict=True)]
 
 
 def plain_steps(run: Prepared) -> list[dict[str, float]]:
@@ -136,16 +147,13 @@ def measured(recipe: Recipe, contender: str) -> dict[str, Any]:
 
     run = replace(prepare(recipe), validation_rows=[])
     steps = {"lorary": lorary_steps, "plain": plain_steps}[contender](run)
-    ended = time.time()
     counted = steps[_WARM_UP:]
     seconds = sum(step["seconds"] for step in counted)
-    after_first = sum(step["seconds"] for step in steps[1:])
-    first_ended = steps[0].get("ended", ended - after_first)
     return {
         "tokens": int(sum(step["tokens"] for step in counted)),
         "seconds": round(seconds, 3),
         "tokens_per_s": round(sum(step["tokens"] for step in counted) / seconds, 1),
-        "first_step_s": round(first_ended - STARTED, 2),
+        "first_step_s": round(steps[0]["ended"] - STARTED, 2),
         "peak_memory_bytes": peak_memory_bytes(run.recipe.training.device),
         "dtype": run.recipe.training.dtype,
         "losses": [round(step["loss"], 4) for step in steps],
