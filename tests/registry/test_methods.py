@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def configs() -> dict[str, Any]:
-    from peft import LoHaConfig, LoraConfig, MissConfig, VeraConfig
+    from peft import AdaLoraConfig, LoHaConfig, LoraConfig, MissConfig, VeraConfig
 
     some = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     return {
@@ -42,6 +42,10 @@ def configs() -> dict[str, Any]:
         ),
         "loha-of-a-rank-above-the-width": LoHaConfig(r=9, alpha=9, **some),
         "loha-in-some-layers": LoHaConfig(r=2, alpha=2, layers_to_transform=[1], **some),
+        "adalora": AdaLoraConfig(init_r=6, target_r=3, total_step=9, lora_alpha=11, **some),
+        "adalora-of-what-peft-ignores": AdaLoraConfig(
+            init_r=4, target_r=3, total_step=9, alpha_pattern={"v_proj": 3}, use_rslora=True, **some
+        ),
         "dora": LoraConfig(r=4, lora_alpha=6, use_dora=True, **some),
         "dora-with-patterns": LoraConfig(
             r=4, lora_alpha=6, use_dora=True, rank_pattern={"q_proj": 2}, use_rslora=True, **some
@@ -193,6 +197,46 @@ def test_pissa_is_right_on_the_base_that_it_left(
     registry.push(tmp_path / "raw", "a", base=left, residual_base=True)
     found = logits(PeftModel.from_pretrained(bare, registry.pull("a", tmp_path / "a")))
     assert (found - wanted).abs().max() < TOLERANCE
+
+
+def test_ranks_that_adalora_took_away_are_left_out(
+    base_model: Callable[[], Any], card: BaseCard, registry: Registry, tmp_path: Path
+) -> None:
+    """Saved as PEFT does it, in the ranks that are left, and with zeros in all ranks: the same LoRA."""
+    from peft import AdaLoraConfig, PeftModel, get_peft_model
+
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(base_model(), config)
+    kept = {
+        f"model.layers.{layer}.self_attn.q_proj.lora_E.default": flags
+        for layer, flags in enumerate([[True, False, False, True], [False, True, False, False]])
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2)
+            if "lora_E" in name:
+                parameter *= torch.tensor(kept[name.removeprefix("base_model.model.")])[:, None]
+    wanted = logits(model)
+    for folder, pattern in {"zeros": None, "left": kept}.items():
+        model.peft_config["default"].rank_pattern = pattern
+        model.save_pretrained(tmp_path / folder)
+        registry.push(tmp_path / folder, folder, base=card)
+    assert registry.resolve("zeros").digest == registry.resolve("left").digest
+    pulled = registry.pull("left", tmp_path / "pulled")
+    assert sorted(lora.rank for lora in validate_adapter(pulled, card).modules.values()) == [1, 2]
+    found = logits(PeftModel.from_pretrained(base_model(), pulled))
+    assert (found - wanted).abs().max() < TOLERANCE
+    path = tmp_path / "left" / "adapter_config.json"
+    nothing = json.loads(path.read_text())
+    for name, flags in nothing["rank_pattern"].items():
+        nothing["rank_pattern"][name] = [False] * len(flags)
+    path.write_text(json.dumps(nothing))
+    with pytest.raises(IncompatibleAdapter, match="taken all ranks"):
+        registry.push(tmp_path / "left", "none", base=card)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from lorary.registry.adapter_config import AdapterConfig, parse_config
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, AdapterFolder, read_bytes
 from lorary.registry.manifest import Conversion
+from lorary.registry.methods.adalora import AdaLora
 from lorary.registry.methods.loha import Loha
 from lorary.registry.methods.method import Method, Module, Wide, one_sided, plain_keys
 from lorary.registry.methods.miss import Miss
@@ -41,7 +42,9 @@ from lorary.registry.tensor_layout import PREFIX, lora_key
 from lorary.registry.validate import MAX_RANK
 from lorary.registry.values import product_norm
 
-METHODS: Final[Mapping[str, Method]] = {"VERA": Vera(), "MISS": Miss(), "LOHA": Loha()}
+METHODS: Final[Mapping[str, Method]] = {
+    method.peft_type: method for method in (AdaLora(), Loha(), Miss(), Vera())
+}
 _MAX_OWN_RANK: Final = 4096
 # Of these the change has full rank, or is none: no LoRA computes the same.
 NO_LORA: Final = {
