@@ -62,7 +62,7 @@ def plain_steps(run: Prepared) -> list[dict[str, float]]:
         TrainingArguments,
     )
 
-    from lorary.trainer.methods import linear_names
+    from lorary.trainer.methods.attach import linear_names
 
     training, method = run.recipe.training, run.recipe.method
     torch.manual_seed(training.seed)

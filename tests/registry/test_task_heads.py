@@ -68,7 +68,7 @@ def made(tiny_base: Path, tmp_path: Path) -> Callable[[str], tuple[Path, Path, A
         from lorary.bases.find import find_base
         from lorary.bases.tasks import load_task_model
         from lorary.trainer.heads import modules_to_save
-        from lorary.trainer.methods import linear_names
+        from lorary.trainer.methods.attach import linear_names
 
         kind = case.partition("-")[0]
         family, auto, task_type = CASES[case]

@@ -13,7 +13,7 @@ from lorary.bases.load import load_model
 from lorary.trainer import estimate, grouped_attention
 from lorary.trainer.batches import collate
 from lorary.trainer.loop import selected_logits
-from lorary.trainer.methods import attach
+from lorary.trainer.methods.attach import attach
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.train import prepare
 
@@ -35,7 +35,8 @@ def allocated(run: Prepared) -> tuple[Any, int]:
     grouped_attention.register()
     model.set_attn_implementation(grouped_attention.NAME)
     checkpointing = recipe.training.gradient_checkpointing
-    model = attach(model, recipe.method, gradient_checkpointing=checkpointing).train()
+    method = attach(model, recipe.method, gradient_checkpointing=checkpointing)
+    model = method.model.train()
     batch = collate(estimate._longest_batch(run, recipe.training.max_steps), 0)
     with quiet_libraries(), torch.profiler.profile(profile_memory=True) as profile:
         logits, targets = selected_logits(

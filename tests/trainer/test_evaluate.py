@@ -9,7 +9,7 @@ import torch
 
 from lorary.trainer.encoding import Row
 from lorary.trainer.evaluate import Evaluator, _by_length
-from lorary.trainer.methods import attach
+from lorary.trainer.methods.attach import attach
 from lorary.trainer.train import prepare
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def model(make_recipe: Callable[..., Recipe]) -> Any:
 
     recipe = make_recipe()
     base = load_model(find_base(recipe.base), dtype=torch.float32, attn_implementation="eager")
-    wrapped = attach(base, recipe.method, gradient_checkpointing=False)
+    wrapped = attach(base, recipe.method, gradient_checkpointing=False).model
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

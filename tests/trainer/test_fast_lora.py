@@ -12,7 +12,7 @@ from lorary.bases import find_base
 from lorary.bases.load import load_model
 from lorary.trainer import fast_lora
 from lorary.trainer.loop import selected_logits
-from lorary.trainer.methods import attach, linear_names
+from lorary.trainer.methods.attach import attach, linear_names
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.recipe import MethodRecipe
 
@@ -28,7 +28,7 @@ def wrap(base: Path, *, quantization: Any = "none", dtype: torch.dtype, **method
     model = load_model(find_base(base), quantization=quantization, dtype=dtype)
     name: Any = "lora" if quantization == "none" else "qlora"
     recipe = MethodRecipe(name=name, quantization=quantization, rank=4, **method)
-    wrapped = attach(model, recipe, gradient_checkpointing=False)
+    wrapped = attach(model, recipe, gradient_checkpointing=False).model
     with torch.no_grad():
         for key, parameter in wrapped.named_parameters():
             if "lora_B" in key:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorary.errors import InvalidRecipe
-from lorary.trainer import train as train_module
 from lorary.trainer.kinds.spans import span_sums, spans_of
 from lorary.trainer.kinds.token_classification import word_sums
+from lorary.trainer.methods import method as method_module
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.recipe_file import build_recipe
 from lorary.trainer.train import prepare, train
@@ -70,7 +70,7 @@ def run(
     def go(kind: str, family: str, **changes: Any) -> tuple[Manifest, Any, Path]:
         base = tiny_base if family == "llama" else build_family(family, tmp_path / family)
         trained: list[Any] = []
-        module: Any = train_module
+        module: Any = method_module
         save = module.save_adapter
 
         def keep(model: Any, *args: Any) -> None:

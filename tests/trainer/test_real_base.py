@@ -41,10 +41,10 @@ def test_three_steps_of_sentiment_reduce_the_loss(quiet: Reporter, tmp_path: Pat
     run = prepare(recipe)
     assert run.base.name == "smollm2-135m"
     assert run.base.card.architecture == "LlamaForCausalLM"
-    model, fitted = fit_adapter(run, tmp_path / "out", None, quiet)
+    method, fitted = fit_adapter(run, tmp_path / "out", None, quiet)
     validation = [entry["eval_loss"] for entry in fitted.history if "eval_loss" in entry]
     assert validation[-1] < 0.8 * validation[0]
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(p.dtype == torch.float32 for p in method.model.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow

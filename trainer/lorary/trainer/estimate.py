@@ -161,7 +161,8 @@ def _shadow(run: Prepared) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lorary.trainer.grouped_attention import attention_of
-    from lorary.trainer.methods import attach
+    from lorary.trainer.methods.attach import attach
+    from lorary.trainer.methods.method import Setting
     from lorary.trainer.train import dtype_of
 
     config = AutoConfig.from_pretrained(run.base.path, local_files_only=True)
@@ -172,9 +173,14 @@ def _shadow(run: Prepared) -> Any:
             dtype=dtype_of(recipe),
             attn_implementation=attention_of(config, recipe.training.device),
         )
-        return attach(
-            model, recipe.method, gradient_checkpointing=recipe.training.gradient_checkpointing
-        ).train()
+        method = attach(
+            model,
+            recipe.method,
+            gradient_checkpointing=recipe.training.gradient_checkpointing,
+            setting=Setting(max_steps=recipe.training.max_steps),
+            is_started=False,
+        )
+        return method.model.train()
 
 
 def _weight_bytes(model: Any, quantization: str) -> int:

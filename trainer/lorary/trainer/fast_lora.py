@@ -5,6 +5,9 @@ bfloat16 CPU that doubles a layer's time (4.1 to 2.9 s a step; docs/log.md). Her
 parameters, but a bfloat16 copy of them (a few kilobytes) multiplies, the scale is folded into B's
 copy, and the sum is accumulated in place. What is saved, loaded and published is PEFT's, unchanged.
 
+Where A is frozen (LoRA-FA) x is not kept for the backward pass: only x Aᵀ is, which is as narrow as the
+rank.
+
 Semantics: ``y = x Wᵀ + bias + s (x Aᵀ) Bᵀ``, with x [..., in], W [out, in], A [r, in], B [out, r].
 """
 
@@ -31,7 +34,7 @@ class LoraUpdate(Function):
         h = x @ a_low.t()
         y.addmm_(h, b_low.t())
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, a_low, b_low)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, a_low, b_low)
         ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
         return y
 
@@ -43,7 +46,7 @@ class LoraUpdate(Function):
         grad_h = grad @ b_low
         grad_x = grad_h @ a_low if ctx.needs_input_grad[1] else None
         # (hᵀ g)ᵀ and not gᵀ h: the former reads both operands in rows.
-        grad_a = (grad_h.t() @ x).to(ctx.dtypes[0])
+        grad_a = None if x is None else (grad_h.t() @ x).to(ctx.dtypes[0])
         grad_b = (h.t() @ grad).t().to(ctx.dtypes[1]).mul_(ctx.scale)
         return grad, grad_x, grad_a, grad_b, None
 
@@ -60,7 +63,7 @@ class LoraLinear(Function):
         a_low, b_low = a.to(x.dtype), (b * scale).to(x.dtype)
         y, h = x @ w.t(), x @ a_low.t()
         y.addmm_(h, b_low.t())
-        ctx.save_for_backward(x, w, h, a_low, b_low)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, w, h, a_low, b_low)
         ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
         return y
 
@@ -74,7 +77,7 @@ class LoraLinear(Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ w
             grad_x.addmm_(grad_h, a_low)
-        grad_a = (grad_h.t() @ x).to(ctx.dtypes[0])
+        grad_a = None if x is None else (grad_h.t() @ x).to(ctx.dtypes[0])
         grad_b = (h.t() @ grad).t().to(ctx.dtypes[1]).mul_(ctx.scale)
         return grad_x, None, grad_a, grad_b, None
 

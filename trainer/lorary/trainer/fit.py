@@ -23,6 +23,7 @@ from lorary.trainer.batches import PlannedRows, plan_batches
 from lorary.trainer.checkpoints import step_of
 from lorary.trainer.loop import LoraTrainer
 from lorary.trainer.meter import StepMeter
+from lorary.trainer.methods.optimizers import own_optimizer
 from lorary.trainer.optimizers import OPTIMIZERS
 from lorary.trainer.progress import step_detail
 from lorary.trainer.quiet import quiet_libraries
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from lorary.trainer.kinds import Kind
     from lorary.trainer.kinds.kind import TokenRow
+    from lorary.trainer.methods.method import Attached
     from lorary.trainer.progress import Reporter
     from lorary.trainer.recipe import Recipe
 
@@ -53,16 +55,18 @@ class Fit:
         steps: optimizer steps taken, those before a resume included.
         best_step: the step whose weights were kept.
         num_tokens: unpadded tokens trained on over all steps.
+        num_trainable: how many numbers were learned.
     """
 
     history: tuple[dict[str, Any], ...]
     steps: int
     best_step: int
     num_tokens: int
+    num_trainable: int
 
 
 def fit(
-    model: Any,
+    method: Attached,
     kind: Kind,
     recipe: Recipe,
     *,
@@ -74,10 +78,10 @@ def fit(
     reporter: Reporter,
     watch: Callable[[float], None] | None = None,
 ) -> Fit:
-    """Train ``model`` in place and leave the best step's weights in it.
+    """Train ``method.model`` in place and leave the best step's weights in it.
 
     Args:
-        model: with a fresh adapter.
+        method: freshly attached.
         kind: what is learned from a row, and the tokenizer.
         recipe: with no ``auto`` left.
         train_rows: to learn from.
@@ -113,7 +117,9 @@ def fit(
     ]
     meter = StepMeter(tokens, training.device)
     trainer = LoraTrainer(
-        model=model,
+        model=method.model,
+        method=method,
+        optimizers=(own_optimizer(method.model, recipe), None),
         args=_arguments(recipe, checkpoints, max_steps, has_validation=bool(validation_rows)),
         meter=meter,
         identity=identity,
@@ -138,6 +144,7 @@ def fit(
     first_step = step_of(resume_from) if resume_from else 0
     with reporter.phase("training", max_steps, first_step) as advance, interrupt:
         trainer.add_callback(_Steps(advance, meter))
+        trainer.add_callback(_AfterStep(method))
         trainer.add_callback(interrupt)
         if watch is not None:
             trainer.add_callback(_Watch(watch))
@@ -148,8 +155,9 @@ def fit(
             f"stopped at step {trainer.state.global_step} of {training.max_steps}; the checkpoint "
             f"is in '{checkpoints}'. Go on with --resume."
         )
-    _check_weights(model, trainer.state.global_step)
-    return _result(trainer.state, sum(tokens[: trainer.state.global_step]))
+    _check_weights(method.model, trainer.state.global_step)
+    num_trainable = sum(p.numel() for p in method.model.parameters() if p.requires_grad)
+    return _result(trainer.state, sum(tokens[: trainer.state.global_step]), num_trainable)
 
 
 def _check_weights(model: Any, step: int) -> None:
@@ -162,12 +170,13 @@ def _check_weights(model: Any, step: int) -> None:
             )
 
 
-def _result(state: TrainerState, num_tokens: int) -> Fit:
+def _result(state: TrainerState, num_tokens: int, num_trainable: int) -> Fit:
     return Fit(
         history=tuple(dict(entry) for entry in state.log_history if _is_loss(entry)),
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
         num_tokens=num_tokens,
+        num_trainable=num_trainable,
     )
 
 
@@ -283,6 +292,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         self._watch(float(metrics["eval_loss"]))
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Tells the method of each step of the optimizer, before gradients are dropped."""
+
+    def __init__(self, method: Attached) -> None:
+        self._method = method
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The step is counted after this.
+        self._method.after_step(state.global_step + 1)
 
 
 class _Interrupt(TrainerCallback):  # type: ignore[misc]

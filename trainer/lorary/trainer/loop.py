@@ -7,6 +7,7 @@ learned token; everything else, also what a model does to its logits afterwards,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from lorary.errors import TrainingFailed
 from lorary.trainer.batches import IGNORED
 from lorary.trainer.head import head_reads
+from lorary.trainer.methods.weights import load_weights, save_weights
 from lorary.trainer.resumable import ResumableTrainer
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset, Sampler
 
     from lorary.trainer.meter import StepMeter
+    from lorary.trainer.methods.method import Attached
 
     Scores = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
     """Logits [N, C] and targets [N] of a batch; see ``lorary.trainer.kinds``."""
@@ -33,13 +36,17 @@ class LoraTrainer(ResumableTrainer):
     """Trainer whose data set is a list of batches, already planned and taken in order.
 
     Args:
+        method: what is trained.
         meter: whose figures go into the log of every step.
         scores: logits and targets of a batch.
         kwargs: of ``ResumableTrainer`` and the Trainer.
     """
 
-    def __init__(self, *, meter: StepMeter, scores: Scores, **kwargs: Any) -> None:
+    def __init__(
+        self, *, method: Attached, meter: StepMeter, scores: Scores, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self._method = method
         self._meter = meter
         self._scores = scores
         # The loss is a sum over tokens divided by their number in the whole step.
@@ -66,6 +73,10 @@ class LoraTrainer(ResumableTrainer):
             # The number is of all processes, and their gradients are averaged, not summed.
             loss = total / num_items_in_batch * self.accelerator.num_processes
         self._check_finite("loss", loss)
+        penalty = self._method.penalty() if model.training else None
+        if penalty is not None:
+            # Once a step, however many passes it has.
+            loss = loss + penalty / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -87,6 +98,21 @@ class LoraTrainer(ResumableTrainer):
                 "training.learning_rate (now at "
                 f"{self.args.learning_rate:g}) or method.alpha, or set training.dtype=float32."
             )
+
+    def _write_weights(self, draft: Path) -> None:
+        """Write what is trained, all of it and nothing else."""
+        save_weights(self._method, draft)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Read it back to go on."""
+        del model
+        load_weights(self._method, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Read it back from the best checkpoint."""
+        load_weights(self._method, Path(self.state.best_model_checkpoint))
 
 
 def selected_logits(

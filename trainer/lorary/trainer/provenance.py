@@ -72,12 +72,15 @@ def golden_logits(
     import torch
 
     has_bitsandbytes = find_spec("bitsandbytes") is not None
+    has_magnitudes = getattr(peft.PeftConfig.from_pretrained(str(folder)), "use_dora", False)
     found: dict[str, list[list[float]]] = {}
     for quantization in QUANTIZATIONS:
         if quantization == recorded or not probes:
             continue
         if quantization != "none" and not has_bitsandbytes:
             continue
+        if quantization == "int8" and has_magnitudes:
+            continue  # peft 0.21 cannot read an int8 weight back, whose rows DoRA measures
         model: Any = load_model(base, quantization=quantization, dtype=torch.float32, device=device)
         with quiet_libraries():
             model = peft.PeftModel.from_pretrained(model, folder).eval()

@@ -22,6 +22,7 @@ from typing import Literal
 
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import Task, TaskKind
+from lorary.trainer.methods import rules
 from lorary.trainer.search.space import SearchRecipe
 
 Shape = Literal["auto", "template", "text", "completion", "chat", "alpaca", "sharegpt"]
@@ -152,43 +153,72 @@ class DataRecipe:
 class MethodRecipe:
     """Which low-rank method, of which size."""
 
-    name: Literal["lora", "qlora"] = "lora"
-    """``lora`` on the whole base, ``qlora`` on a quantized one."""
+    name: rules.MethodName = "lora"
+    """What is trained; docs/methods.md compares them."""
     quantization: Literal["auto", "none", "int8", "nf4"] = "auto"
-    """Of the base while training; auto is nf4 for qlora and none for lora."""
+    """Of the base while training; auto is nf4 for qlora and loftq, and none for the others."""
     rank: int = 8
-    """Rank of every pair A, B; 1 to 512."""
+    """Rank of every pair A, B; 1 to 512. The rank at the start for adalora; vera wants 256."""
     alpha: float = 0.0
-    """Scale times rank; 0 means twice the rank."""
+    """Scale times rank; 0 means twice the rank; the rank for pissa, olora and loftq; 16 for rslora."""
     dropout: float = 0.0
     """On the input of A; [0, 1). Above 0 trains on a slower path."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module name endings, or ``all-linear``: every linear layer but the output head."""
+    optimizer: rules.OptimizerName = "auto"
+    """auto is lora-fa and lora-plus for the methods of these names, and ``training.optimizer`` for the others, as adamw is."""
+    lr_ratio: float = 0.0
+    """For the optimizer lora-plus: learning rate of B over that of A; 0 means 16."""
+    delta_start: int = 0
+    """For delta-lora: K, the steps before the base begins to move."""
+    delta_ratio: float = 0.0
+    """For delta-lora: λ, how far the base moves for a step of B A; 0 means 0.5."""
+    target_rank: int = 0
+    """For adalora: mean rank of a layer in the end; 0 means half of ``rank``."""
+    rank_spread: float = 2.0
+    """For eva: largest rank of a layer over ``rank``; 1 gives every layer the same. 1 to 16."""
+    svd_iterations: int = 16
+    """For pissa: power iterations of the fast SVD; 0 computes the whole one."""
 
     def __post_init__(self) -> None:
         _within("method.rank", self.rank, 1, 512)
         _within("method.alpha", self.alpha, 0.0, 1e4)
         _within("method.dropout", self.dropout, 0.0, 0.99)
+        _within("method.lr_ratio", self.lr_ratio, 0.0, 1e4)
+        _within("method.delta_start", self.delta_start, 0, 10_000_000)
+        _within("method.delta_ratio", self.delta_ratio, 0.0, 100.0)
+        _within("method.target_rank", self.target_rank, 0, 512)
+        _within("method.rank_spread", self.rank_spread, 1.0, 16.0)
+        _within("method.svd_iterations", self.svd_iterations, 0, 1000)
         if not self.target_modules:
             raise InvalidRecipe("method.target_modules is empty; use [all-linear].")
-        if self.name == "qlora" and self.quantization == "none":
-            raise InvalidRecipe("method.name is qlora with quantization none; use lora.")
-        if self.name == "lora" and self.quantization in ("int8", "nf4"):
-            raise InvalidRecipe(
-                f"method.quantization is '{self.quantization}' with lora; set method.name to qlora."
-            )
+        rules.check(self)
 
     @property
     def base_quantization(self) -> Literal["none", "int8", "nf4"]:
         """The quantization with ``auto`` resolved."""
         if self.quantization != "auto":
             return self.quantization
-        return "nf4" if self.name == "qlora" else "none"
+        quantizations = rules.RULES[self.name].quantizations
+        return quantizations[0]
 
     @property
     def scaled_alpha(self) -> float:
-        """``alpha`` with its default resolved."""
-        return self.alpha or 2.0 * self.rank
+        """``alpha`` with its default resolved; of vera, which has none, the rank: a scale of 1."""
+        if self.alpha:
+            return self.alpha
+        by_default = {"twice": 2.0 * self.rank, "sixteen": 16.0}
+        return by_default.get(rules.RULES[self.name].default_alpha, float(self.rank))
+
+    @property
+    def resolved_optimizer(self) -> rules.OptimizerName:
+        """The optimizer with ``auto`` resolved."""
+        return rules.RULES[self.name].optimizer if self.optimizer == "auto" else self.optimizer
+
+    @property
+    def resolved_target_rank(self) -> int:
+        """``target_rank`` with its default resolved."""
+        return self.target_rank or max(1, self.rank // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

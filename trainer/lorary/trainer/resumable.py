@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from abc import abstractmethod
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,17 +60,18 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
     def _write_state(self, draft: Path) -> None:
         """Write all but the generators into a draft."""
-        from peft import PeftModel
-
         self._find_best()
-        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(draft, **options)
+        self._write_weights(draft)
         write_tree(draft, "optimizer", self.optimizer.state_dict())
         write_tree(draft, "schedule", self.lr_scheduler.state_dict())
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(draft / _STATE))
+
+    @abstractmethod
+    def _write_weights(self, draft: Path) -> None:
+        """Write what is trained into a draft."""
 
     def _find_best(self) -> None:
         """Name the folder of the best step, which may have been moved since it was written."""

@@ -25,12 +25,12 @@ from lorary.trainer.data import Splits, data_facts, load_splits
 from lorary.trainer.encoding import Encoder
 from lorary.trainer.kinds import Kind, kind_of
 from lorary.trainer.meter import peak_memory_bytes
+from lorary.trainer.methods.rules import check_plan
 from lorary.trainer.optimizers import check_optimizer
 from lorary.trainer.output import (
     build_manifest,
     check_output,
     golden_probes,
-    save_adapter,
     write_output,
 )
 from lorary.trainer.packing import check_isolation
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lorary.registry.manifest import Manifest
     from lorary.trainer.evaluate import Evaluation
     from lorary.trainer.fit import Fit
+    from lorary.trainer.methods.method import Attached
     from lorary.trainer.recipe import Recipe
 
 
@@ -88,6 +89,7 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
     """
     say = (reporter or Reporter(quiet=True)).note
     recipe = resolve_shape(resolve_auto(recipe))
+    check_plan(recipe)
     check_optimizer(recipe.training)
     check_trackers(recipe.training.trackers)
     kind_class = kind_of(recipe)
@@ -170,9 +172,9 @@ def train(
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     reporter.note(_headline(run))
-    model, fitted = fit_adapter(run, output, resume_from, reporter)
+    method, fitted = fit_adapter(run, output, resume_from, reporter)
     fitted_at = time.monotonic()
-    after, before = _evaluate(run, model, reporter)
+    after, before = _evaluate(run, method.model, reporter)
     evaluated_at = time.monotonic()
     manifest: list[Manifest] = []
 
@@ -187,9 +189,10 @@ def train(
             "num_processes": processes.num_processes(),
             "peak_memory_bytes": peak_memory_bytes(run.recipe.training.device),
             **resumed,
+            "num_trainable": fitted.num_trainable,
             **(origin or {}),
         }
-        manifest.append(_fill(run, folder, model, fitted, before, after, facts))
+        manifest.append(_fill(run, folder, method, fitted, before, after, facts))
 
     write_output(output, fill)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -228,33 +231,39 @@ def fit_adapter(
     resume_from: Path | None,
     reporter: Reporter,
     watch: Callable[[float], None] | None = None,
-) -> tuple[Any, Fit]:
+) -> tuple[Attached, Fit]:
     """Load the base, attach a fresh adapter and fit it; checkpoints go beside ``output``.
 
     ``watch`` is told every validation loss; what it raises ends the fit and goes through.
 
     Returns:
-        The model with the best step's weights, and what the fit did.
+        The method, its model with the best step's weights, and what the fit did.
     """
     from transformers import set_seed
 
     from lorary.trainer.fit import fit
-    from lorary.trainer.methods import attach
+    from lorary.trainer.methods.attach import attach
+    from lorary.trainer.methods.method import Setting
 
     training = run.recipe.training
     set_seed(training.seed)
     model, heads = run.kind.load(dtype_of(run.recipe))
-    model = attach(
+    method = attach(
         model,
         run.recipe.method,
         gradient_checkpointing=training.gradient_checkpointing,
-        task_type=run.kind.peft_task,
-        heads=heads,
+        setting=Setting(
+            base=run.base,
+            rows=run.train_rows,
+            max_steps=training.max_steps,
+            task_type=run.kind.peft_task,
+            heads=tuple(heads),
+        ),
     )
     if training.packing:
-        check_isolation(model)
+        check_isolation(method.model)
     fitted = fit(
-        model,
+        method,
         run.kind,
         run.recipe,
         train_rows=run.train_rows,
@@ -265,7 +274,7 @@ def fit_adapter(
         reporter=reporter,
         watch=watch,
     )
-    return model, fitted
+    return method, fitted
 
 
 def _evaluate(
@@ -285,7 +294,7 @@ def _evaluate(
 def _fill(
     run: Prepared,
     folder: Path,
-    model: Any,
+    method: Attached,
     fitted: Fit,
     before: Evaluation | None,
     after: Evaluation,
@@ -294,11 +303,10 @@ def _fill(
     """Write everything of the output folder."""
     import torch
 
-    from lorary.trainer.methods import describe
     from lorary.trainer.report.inside import look_inside
 
     recipe, task = run.recipe, run.recipe.task.to_manifest()
-    save_adapter(model, folder, run.base)
+    facts["conversion_error"] = method.save(folder, run.base)
     num_probes = recipe.evaluation.num_golden_probes if run.kind.has_probes else 0
     probed = run.splits.test[:num_probes]
     quantization, device = recipe.method.base_quantization, recipe.training.device
@@ -321,7 +329,7 @@ def _fill(
     manifest = build_manifest(
         recipe,
         run.base,
-        method=describe(model, recipe.method),
+        method=method.describe(),
         probes=probes,
         before=before,
         after=after,
@@ -338,7 +346,7 @@ def _fill(
         best_step=fitted.best_step,
         before=before,
         after=after,
-        inside=look_inside(run, model, before, after) if recipe.evaluation.report else None,
+        inside=look_inside(run, method.model, before, after) if recipe.evaluation.report else None,
     )
     return manifest
 

@@ -117,6 +117,11 @@ def _sizes(module: Any) -> tuple[float, float, tuple[float, ...]] | None:
     weight = dequantize_module_weight(module.get_base_layer()).detach().float()
     size = float(weight.norm())
     name = module.active_adapters[0]
+    # Methods that move the base as well (``methods.shift``) have more of a change than their A and B.
+    whole = getattr(module, "whole_change", None)
+    if whole is not None:
+        b, a = whole()
+        return size, *_of_product(b.float(), a.float(), 1.0)
     magnitude = getattr(module, "lora_magnitude_vector", {})
     pair = getattr(module, "lora_A", {})
     is_plain = name in pair and name not in magnitude
