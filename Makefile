@@ -67,6 +67,10 @@ verify-engine: assets ## The engine's speed and correctness beside its peers, on
 verify-lifecycle: assets ## Adapters that come and go: churn, faults and their figures, one line each (17-30 min)
 	$(BIN)/python scripts/verify_lifecycle.py $(VERIFY_ARGS)
 
+.PHONY: verify-trainer
+verify-trainer: assets ## What the trainer promises: methods, kinds, data, faults, speed, one line per figure (20-40 min)
+	$(BIN)/python scripts/verify_trainer.py $(VERIFY_ARGS)
+
 .PHONY: verify-registry
 verify-registry: assets ## The registry's contract, faults, kills and speeds, one line per figure (15-30 min)
 	$(BIN)/python scripts/verify_registry.py $(VERIFY_ARGS)

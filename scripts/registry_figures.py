@@ -11,11 +11,9 @@ from scripts.transcript_run import COMMANDS, recorded
 from scripts.verify_figures import Figure, at_least, at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
 BACKENDS = {"folder": "in a folder", "hub": "on a hub, by LFS", "hub-xet": "on a hub, by Xet"}
-_COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error|errors)\b")
 
 
 def contract_figures(log: str) -> list[Figure]:
@@ -32,22 +30,6 @@ def contract_figures(log: str) -> list[Figure]:
         )
         for key, count in passed.items()
     ]
-
-
-def counted_figures(part: str, log: str, missing: Sequence[str]) -> list[Figure]:
-    """Read pytest's counts: all passed, none skipped, no file missing."""
-    lines = [line for line in log.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    counts = {what: int(n) for n, what in _COUNTS.findall(lines[-1])} if lines else {}
-    others = sum(count for what, count in counts.items() if what != "passed")
-    figures = [
-        at_least(f"{part}: tests passed", counts.get("passed", 0), 1),
-        at_most(f"{part}: tests failed or skipped", others, 0),
-    ]
-    if missing:
-        figures.append(
-            Figure(f"{part}: files of tests", f"{missing[0]} is missing", "all", is_ok=False)
-        )
-    return figures
 
 
 def history_figures(log: str, operations: int, kills: int) -> list[Figure]:

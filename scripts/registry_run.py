@@ -10,11 +10,11 @@ import typer
 from benchmarks.harness.machine import ROOT
 from scripts.registry_figures import (
     contract_figures,
-    counted_figures,
     history_figures,
     shown_figures,
     speed_figures,
 )
+from scripts.verify_figures import counted_figures
 from scripts.verify_run import FOLDER, check, console, exit_code, run, run_parts
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ SPEED_UP = 2.0
 CELL = report.Cell(8, 8)
 MATRIX = {report.Cell(k, c) for k in (0, 1, 8, 32) for c in (1, 8, 32)}
 EXAMPLE_LINES = 20
+_COUNTS = re.compile(r"(\d+) (passed|failed|skipped|error|errors)\b")
 # A test may only be skipped where the machine lacks what it needs.
 SKIP_REASONS = re.compile(r"\bGPU\b|CUDA|NVIDIA|nvidia|this CPU has no")
 
@@ -199,3 +200,19 @@ def _below(name: str, value: float, bar: float) -> Figure:
 
 def _is_there(name: str, found: bool) -> Figure:
     return Figure(name, "there" if found else "missing", "there", is_ok=found)
+
+
+def counted_figures(part: str, log: str, missing: Sequence[str]) -> list[Figure]:
+    """Read pytest's counts: all passed, none skipped, no file missing."""
+    lines = [line for line in log.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+    counts = {what: int(n) for n, what in _COUNTS.findall(lines[-1])} if lines else {}
+    others = sum(count for what, count in counts.items() if what != "passed")
+    figures = [
+        at_least(f"{part}: tests passed", counts.get("passed", 0), 1),
+        at_most(f"{part}: tests failed or skipped", others, 0),
+    ]
+    if missing:
+        figures.append(
+            Figure(f"{part}: files of tests", f"{missing[0]} is missing", "all", is_ok=False)
+        )
+    return figures

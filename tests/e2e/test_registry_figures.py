@@ -7,10 +7,10 @@ from pathlib import Path
 
 from scripts.registry_figures import (
     contract_figures,
-    counted_figures,
     history_figures,
     speed_figures,
 )
+from scripts.verify_figures import counted_figures
 
 CONTRACT = """
 tests/registry/test_contract.py::test_push[folder] PASSED [ 25%]
