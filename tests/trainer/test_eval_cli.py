@@ -206,3 +206,25 @@ metric_list: [{{metric: acc}}]
     assert interval["low"] <= metrics["adapter"]["acc"] - metrics["base"]["acc"] <= interval["high"]
     assert call(tiny_adapters["delta"], *args, "--data", tmp_path / "x.jsonl", *where) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_kind_with_a_head_is_measured_under_the_head_it_had(
+    trained: tuple[Path, Manifest],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The base's head is random, but drawn again as it was: its figures come back, too."""
+    task = {"kind": "sequence_classification", "template": "{{ text }}", "labels": ["good", "bad"]}
+    folder = tmp_path / "head"
+    manifest = train(make_recipe(task=task), folder, reporter=Reporter(quiet=True))
+    assert call(folder, "--dtype", "float32", "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert manifest.metrics is not None
+    for side in ("base", "adapter"):
+        found = result["metrics"][side]
+        assert found == pytest.approx(getattr(manifest.metrics, side), abs=2e-3)
+    assert call(folder, "--quantization", "nf4") == 2
+    assert "used whole" in capsys.readouterr().err
+    assert call(folder, trained[0]) == 2
+    assert "do not share a model" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from lorary.registry import Manifest, Registry
 from lorary.registry.folder import CONFIG_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import SERVED_KINDS, Metrics
 from lorary.trainer.data import load_splits
+from lorary.trainer.kinds import kind_of
 from lorary.trainer.metrics import metrics_of
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.recipe import DataRecipe, Recipe, TaskRecipe
@@ -230,37 +231,33 @@ def measure(
         CorruptArtifact: PEFT cannot read an adapter.
         ConfigError, MissingDependency: the base cannot be loaded so.
     """
-    from lorary.trainer.evaluate import Evaluator
-
-    for name, kind in (
-        *((one.ref, one.manifest.task.kind) for one in subjects),
-        *((one.name, one.recipe.task.kind) for one in exams),
-    ):
-        if kind not in SERVED_KINDS:
-            raise InvalidRequest(
-                f"'{name}' is a {kind}, and this measures answers of a causal language model; the "
-                "figures of its training are in its manifest.",
-                field="ref",
-            )
     for exam in exams:
         if not exam.examples:
             raise InvalidRequest(f"'{exam.name}' has no rows to measure with.", field="data")
-    loaded = load_for(subjects, base, quantization=quantization, dtype=dtype, device=device)
+    family = _common_family(subjects, exams)
+    # Other kinds have tokenizers without an end token, and a head that is drawn, not loaded.
+    is_served = family in SERVED_KINDS
+    if is_served:
+        loaded = load_for(subjects, base, quantization=quantization, dtype=dtype, device=device)
+    else:
+        loaded = _load_kind(exams[0].recipe, base, quantization, dtype, device)
     tokenizer, builder = loaded.tokenizer, PromptBuilder(loaded.tokenizer)
-    exams = [
-        replace(one, recipe=with_served_template(one.recipe, builder, one.examples))
-        for one in exams
-    ]
+    if is_served:
+        exams = [
+            replace(one, recipe=with_served_template(one.recipe, builder, one.examples))
+            for one in exams
+        ]
     before: dict[str, Evaluation] = {}
     for subject, wrapped in attached(loaded.model, subjects):
         for exam in exams:
             started = time.monotonic()
 
             def answer(who: str, wrapped: Any = wrapped, exam: Exam = exam) -> Evaluation:
-                evaluator = Evaluator(wrapped, tokenizer, builder, exam.recipe)
+                kind = kind_of(exam.recipe)(exam.recipe, base, tokenizer, builder)
+                kind.check(exam.examples)
                 total = len(exam.examples)
                 with reporter.phase(f"{who} on {exam.name}", total) as advance:
-                    return evaluator.evaluate(exam.examples, lambda count: advance(count, ""))
+                    return kind.evaluate(wrapped, exam.examples, lambda count: advance(count, ""))
 
             if exam.name not in before:
                 with wrapped.disable_adapter():
@@ -304,6 +301,47 @@ def load_for(
         base, quantization=kept, dtype=dtype, device=device, attn_implementation="sdpa"
     )
     return Loaded(model=model, tokenizer=load_tokenizer(base), quantization=kept)
+
+
+def _load_kind(
+    recipe: Recipe, base: Base, quantization: Quantization | None, dtype: Any, device: str
+) -> Loaded:
+    """Load a base under the head of a kind that servers do not serve.
+
+    The head is drawn with the seed of the training, so that the base answers as it did then.
+    """
+    from transformers import set_seed
+
+    if quantization not in (None, "none"):
+        raise InvalidRequest(
+            f"quantization is {quantization} for a {recipe.task.kind}, whose base is used whole.",
+            field="quantization",
+        )
+    made = kind_of(recipe)
+    tokenizer = load_tokenizer(base, needs_end=made.needs_end)
+    recipe = replace(recipe, training=replace(recipe.training, device=device))
+    set_seed(recipe.training.seed)
+    model, _ = made(recipe, base, tokenizer, PromptBuilder(tokenizer)).load(dtype)
+    return Loaded(model=model, tokenizer=tokenizer, quantization="none")
+
+
+def _common_family(subjects: Sequence[Subject], exams: Sequence[Exam]) -> str:
+    """Return the task kind of all; those that servers serve share one model, and count as one.
+
+    Raises:
+        InvalidRequest: there are several.
+    """
+    kinds = {
+        **{one.ref: one.manifest.task.kind for one in subjects},
+        **{one.name: one.recipe.task.kind for one in exams},
+    }
+    families = {"generation" if kind in SERVED_KINDS else kind for kind in kinds.values()}
+    if len(families) > 1:
+        shown = ", ".join(f"{name} is a {kind}" for name, kind in kinds.items())
+        raise InvalidRequest(
+            f"these do not share a model: {shown}. Measure each kind apart.", field="ref"
+        )
+    return families.pop()
 
 
 def attached(model: Any, subjects: Sequence[Subject]) -> Iterator[tuple[Subject, Any]]:
