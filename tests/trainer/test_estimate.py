@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from lorary.bases.load import load_model
 from lorary.trainer import estimate, grouped_attention
 from lorary.trainer.batches import collate
+from lorary.trainer.forecast import forecast, forecast_rows
 from lorary.trainer.loop import selected_logits
 from lorary.trainer.methods.attach import attach
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.train import prepare
+from tests.trainer.families import build_family
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lorary.trainer.recipe import Recipe
     from lorary.trainer.train import Prepared
@@ -102,3 +105,21 @@ def test_rehearsal_tells_a_whole_run_from_three_steps(make_recipe: MakeRecipe, q
     assert without.fit_seconds == pytest.approx(tokens / without.tokens_per_s)
     # The libraries themselves are most of it here.
     assert one.expected_memory_bytes == pytest.approx(one.peak_memory_bytes, rel=0.25)
+
+
+def test_other_kinds_are_rehearsed_though_arithmetic_does_not_cover_them(
+    make_recipe: MakeRecipe, quiet: Any, tmp_path: Path
+) -> None:
+    task = {
+        "kind": "sequence_classification",
+        "template": "{{ text }}",
+        "labels": ["good", "bad"],
+    }
+    base = build_family("bert", tmp_path / "bert")
+    run = prepare(make_recipe(base=str(base), task=task))
+    found = forecast(run, quiet)
+    assert found["memory_bytes"] is None
+    assert found["rehearsal"]["tokens_per_s"] > 0
+    rows = forecast_rows(found)
+    assert " at " in rows["fit"]
+    assert "arithmetic" not in rows["rehearsed (GB)"]

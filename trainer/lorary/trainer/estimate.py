@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer import grouped_attention
 from lorary.trainer.batches import plan_batches
 from lorary.trainer.head import head_reads
@@ -79,17 +80,17 @@ class Rehearsal:
         tokens_per_s: unpadded tokens, trained on.
         peak_memory_bytes: of this process (or GPU) up to now.
         expected_memory_bytes: what the arithmetic says for the batches rehearsed; beside the peak, it
-            tells how far to trust it.
+            tells how far to trust it. None for a task kind that it does not cover.
     """
 
     fit_seconds: float
     tokens_per_s: float
     peak_memory_bytes: int
-    expected_memory_bytes: int
+    expected_memory_bytes: int | None
 
 
 def estimate_memory(run: Prepared, *, num_steps: int | None = None) -> Memory:
-    """Add up the memory of a run; loads nothing.
+    """Add up the memory of a run whose model is a causal language model; loads nothing.
 
     Args:
         run: prepared, with no ``auto`` left.
@@ -131,7 +132,8 @@ def rehearse(run: Prepared, reporter: Reporter) -> Rehearsal:
 
     training = run.recipe.training
     num_steps = min(_REHEARSED_STEPS, training.max_steps)
-    expected = estimate_memory(run, num_steps=num_steps)
+    is_covered = run.recipe.task.kind in SERVED_KINDS
+    expected = estimate_memory(run, num_steps=num_steps).total if is_covered else None
     short = replace(training, max_steps=num_steps, eval_every=num_steps, trackers=())
     few = replace(
         run,
@@ -152,7 +154,7 @@ def rehearse(run: Prepared, reporter: Reporter) -> Rehearsal:
         fit_seconds=num_tokens / rate + validation_s * num_batches * num_validations,
         tokens_per_s=rate,
         peak_memory_bytes=peak_memory_bytes(training.device),
-        expected_memory_bytes=expected.total,
+        expected_memory_bytes=expected,
     )
 
 

@@ -17,42 +17,40 @@ def forecast(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
     """Return what a run will take; real steps are rehearsed only where memory allows.
 
     Returns:
-        ``memory_bytes`` (parts and ``total``), ``available_bytes``, and ``rehearsal`` if there was one;
-        nothing for a task kind whose model is no causal language model.
+        ``memory_bytes`` (parts and ``total``; None for a task kind whose model is no causal language
+        model), ``available_bytes``, and ``rehearsal`` if there was one.
 
     Raises:
         What ``train`` raises up to the end of the fit.
     """
-    if prepared.recipe.task.kind not in SERVED_KINDS:
-        return {}
-    memory = estimate_memory(prepared)
     available = available_bytes(prepared.recipe.training.device)
-    facts: dict[str, Any] = {
-        "memory_bytes": dataclasses.asdict(memory) | {"total": memory.total},
-        "available_bytes": available,
-    }
-    if available is not None and memory.total - memory.process > available:
-        return facts
+    facts: dict[str, Any] = {"memory_bytes": None, "available_bytes": available}
+    if prepared.recipe.task.kind in SERVED_KINDS:
+        memory = estimate_memory(prepared)
+        facts["memory_bytes"] = dataclasses.asdict(memory) | {"total": memory.total}
+        if available is not None and memory.total - memory.process > available:
+            return facts
     rehearsal = rehearse(prepared, reporter)
     return facts | {"rehearsal": dataclasses.asdict(rehearsal)}
 
 
 def forecast_rows(found: dict[str, Any]) -> dict[str, str]:
     """Return a forecast as people read it, by what it is about."""
-    if not found:
-        return {"memory and time": "not foreseen for this task kind"}
-    parts = {name: f"{size / 1e9:.2f}" for name, size in found["memory_bytes"].items()}
-    total = parts.pop("total")
-    rows = {
-        "memory (GB)": f"{total} = " + " + ".join(f"{size} {name}" for name, size in parts.items())
-    }
+    rows = {}
+    if found["memory_bytes"] is not None:
+        parts = {name: f"{size / 1e9:.2f}" for name, size in found["memory_bytes"].items()}
+        total = parts.pop("total")
+        sum_of = " + ".join(f"{size} {name}" for name, size in parts.items())
+        rows["memory (GB)"] = f"{total} = {sum_of}"
     if found["available_bytes"] is not None:
         rows["memory free now (GB)"] = f"{found['available_bytes'] / 1e9:.2f}"
     rehearsal = found.get("rehearsal")
     if rehearsal is None:
         rows["time"] = "not rehearsed: the memory would not be enough"
         return rows
-    peak, expected = rehearsal["peak_memory_bytes"], rehearsal["expected_memory_bytes"]
-    rows["rehearsed (GB)"] = f"{peak / 1e9:.2f}, of which arithmetic says {expected / 1e9:.2f}"
+    rows["rehearsed (GB)"] = f"{rehearsal['peak_memory_bytes'] / 1e9:.2f}"
+    expected = rehearsal["expected_memory_bytes"]
+    if expected is not None:
+        rows["rehearsed (GB)"] += f", of which arithmetic says {expected / 1e9:.2f}"
     rows["fit"] = f"{rehearsal['fit_seconds']:.0f} s at {rehearsal['tokens_per_s']:.0f} tokens/s"
     return rows
