@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorary.bases.load import quiet_bitsandbytes
 from lorary.errors import ConfigError, CorruptArtifact
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     import torch
     from torch import nn
@@ -47,7 +48,7 @@ def load_task_model(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device.")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_bars():
             warnings.filterwarnings("ignore", module="bitsandbytes")
             model, found = getattr(transformers, auto_class).from_pretrained(
                 base.path,
@@ -73,6 +74,20 @@ def load_task_model(
             "config.json and its weights are of different models."
         )
     return model.eval(), heads
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def outermost(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
