@@ -1,0 +1,109 @@
+"""One row of the ``methods`` benchmark, taken in this process: ``method_case JSON FOLDER``.
+
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorary.bases import find_base
+from lorary.registry import Registry
+from lorary.trainer import load_recipe
+from lorary.trainer.progress import Reporter
+from lorary.trainer.train import train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_RECIPE = Path(__file__).resolve().parents[2] / "recipes/sentiment.yaml"
+
+
+class Stopwatch(Reporter):
+    """Notes when each training step ended."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.ends: list[float] = []
+
+    @contextmanager
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """Yield an ``advance`` that looks at the clock."""
+        del total, done
+
+        def advance(count: int, detail: str = "") -> None:
+            del count, detail
+            if name == "training":
+                self.ends.append(time.perf_counter())
+
+        yield advance
+
+    def step_s(self) -> float:
+        """Return the median time from the end of a step to that of the next."""
+        gaps = [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+        return statistics.median(gaps)
+
+
+def main() -> None:
+    """Train, push, and print the figures."""
+    case, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if case["threads"]:
+        torch.set_num_threads(case["threads"])
+    method = {"rank": 8, **case["method"], "name": case["name"]}
+    overrides = [f"method.{key}={value}" for key, value in method.items()]
+    overrides += [
+        f"training.max_steps={case['steps']}",
+        f"training.eval_every={case['steps']}",
+        "evaluation.report=false",
+        f"training.batch_size={case['batch_size']}",
+        f"training.learning_rate={case['learning_rate']}",
+        f"data.num_test={case['num_test']}",
+        f"evaluation.skip_base={str(not case['is_first']).lower()}",
+        "evaluation.num_golden_probes=1",
+    ]
+    started = time.monotonic()
+    watch = Stopwatch()
+    recipe = load_recipe(_RECIPE, overrides)
+    manifest = train(recipe, folder / "out", reporter=watch)
+    # Of the trainer, not of what the registry needs on top.
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    registry = Registry.open(folder / "registry", create=True)
+    registry.push(folder / "out", "a", base=find_base(recipe.base).card)
+    kept = registry.manifest(registry.resolve("a"))
+    assert manifest.metrics is not None
+    assert kept.conversion is not None
+    history = (folder / "out/report/history.jsonl").read_text().splitlines()
+    losses = [row["eval_loss"] for row in map(json.loads, history) if "eval_loss" in row]
+    sizes = {entry.path: entry.size for entry in kept.files}
+    usage = os.times()
+    found: dict[str, Any] = {
+        "name": case["name"],
+        "method": method,
+        "learning_rate": case["learning_rate"],
+        "accuracy": manifest.metrics.adapter["accuracy"],
+        "validation_loss": losses[-1],
+        "num_trainable": manifest.training["num_trainable"],
+        "peak_bytes": peak_bytes,
+        "step_s": watch.step_s(),
+        "adapter_bytes": sizes["adapter_model.safetensors"],
+        "rank": kept.method.rank,
+        "conversion_error": max(manifest.training["conversion_error"], kept.conversion.max_error),
+        "own_cores": (usage.user + usage.system) / (time.monotonic() - started),
+    }
+    if manifest.metrics.base:
+        found["base_accuracy"] = manifest.metrics.base["accuracy"]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""What does each method of training learn, cost and weigh, on the same rows of real data?
+
+    python benchmarks/methods.py                        every method, one process each
+    python benchmarks/methods.py --only lora --only dora
+    python benchmarks/methods.py --table                newest records → docs/benchmarks.md
+
+The recipe is recipes/sentiment.yaml, shortened by --steps and --num-test, with each method's own learning
+rate (``RATES``). Seconds of a step are a median without the first; peak memory is the process's, base
+and evaluation included. The adapter is pushed to a registry, and its size and error are of what is kept.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import typer
+
+    from benchmarks.methods_run import main
+
+    typer.run(main)

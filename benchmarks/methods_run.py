@@ -1,0 +1,152 @@
+"""The order of events of ``methods``, and its table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import options, report
+from benchmarks.harness.load import CpuMeter
+from benchmarks.harness.machine import ROOT, head, result_path
+from benchmarks.markdown import row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+NAME = "methods"
+MAX_FOREIGN = 0.2
+"""Most cores that others may use on average for seconds to count."""
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora-plus": {},
+    "lora-fa": {},
+    "rslora": {},
+    "dora": {},
+    "pissa": {},
+    "olora": {},
+    "eva": {},
+    "vera": {"rank": 256},
+    "adalora": {"rank": 12, "target_rank": 8},
+    "delta-lora": {"delta_start": 5},
+    "qlora": {},
+    "loftq": {},
+}
+"""Each with the keys of its own; ``rank`` is 8 where it is not named."""
+RATES = {"vera": 5e-3, "lora-plus": 1e-4, "pissa": 1e-4, "olora": 1e-4, "adalora": 2e-3}
+"""Learning rates; 5e-4, the recipe's, where none is named."""
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(METHODS)}; may be repeated.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 60,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    num_test: Annotated[int, typer.Option(min=1, help="Held-out examples.")] = 400,
+    threads: options.Threads = 0,
+    out: options.Out = None,
+    table: options.Table = False,
+) -> None:
+    """Train every method on the same rows."""
+    if table:
+        options.show(NAME, out, section)
+        return
+    unknown = sorted(set(only or ()) - set(METHODS))
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(METHODS)}")
+    path = out or result_path(NAME)
+    setup = {"steps": steps, "batch_size": batch_size, "num_test": num_test, "threads": threads}
+    first = head(NAME, setup)
+    for index, name in enumerate(only or METHODS):
+        case = {
+            "name": name,
+            "method": METHODS[name],
+            "learning_rate": RATES.get(name, 5e-4),
+            "is_first": index == 0,
+            **setup,
+        }
+        meter = CpuMeter()
+        found = _case(case)
+        load = meter.stop()
+        foreign = max(0.0, load.foreign - found["own_cores"])
+        is_quiet = foreign <= MAX_FOREIGN
+        record = {**first, **found, "foreign_cores": round(foreign, 3), "quiet": is_quiet}
+        report.append(path, record)
+        console.print(f"{name}: {found}")
+    console.print(f"records: {path}")
+    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
+
+
+def _case(case: dict[str, Any]) -> dict[str, Any]:
+    """Train one method in a new process."""
+    with tempfile.TemporaryDirectory(prefix="lorary-methods-") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.harness.method_case", json.dumps(case), scratch],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> str:
+    """Return one row for each method, in the order of the records."""
+    heads = [
+        *("method", "accuracy", "validation loss", "trained numbers", "peak memory, MB"),
+        *("s a step", "adapter, MB", "rank", "conversion error"),
+    ]
+    lines = [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
+    empty = [""] * (len(heads) - 2)
+    lines.extend(
+        row(["none (the base)", f"{record['base_accuracy']:.3f}", *empty])
+        for record in records
+        if "base_accuracy" in record
+    )
+    for record in records:
+        seconds = f"{record['step_s']:.2f}" + ("" if record["quiet"] else " *")
+        cells = [
+            record["name"],
+            f"{record['accuracy']:.3f}",
+            f"{record['validation_loss']:.3f}",
+            f"{record['num_trainable']:,}",
+            f"{record['peak_bytes'] / 1e6:,.0f}",
+            seconds,
+            f"{record['adapter_bytes'] / 1e6:.2f}",
+            str(record["rank"]),
+            f"{record['conversion_error']:.1e}",
+        ]
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def section(path: Path) -> str:
+    """Return what stands between the markers."""
+    records = report.read(path)
+    made = records[0]
+    setup = made["setup"]
+    busy = any(not record["quiet"] for record in records)
+    note = (
+        " Seconds with a star were taken while others used the machine, and say little."
+        if busy
+        else ""
+    )
+    return "\n".join(
+        [
+            f"{made['date']}, {made['machine']['cpu']} ({made['machine']['cores']} cores), torch "
+            f"{made['versions']['torch']}, peft {made['versions']['peft']}, commit `{made['commit'][:12]}`"
+            f"{' with local changes' if made['modified'] else ''}; smollm2-135m, {setup['steps']} steps of "
+            f"{setup['batch_size']} rows, {setup['num_test']} held out, one seed.{note} Records: "
+            f"`benchmarks/results/{path.name}`.",
+            "",
+            table_of(records),
+        ]
+    )
