@@ -136,6 +136,32 @@ def test_changes_of_modules_are_those_of_the_merged_weights(tiny_base: Path, met
             assert len(one.singular_values) == 4
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa", "delta-lora"])
+def test_the_report_shows_what_is_published(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, method: str
+) -> None:
+    """Some methods begin with a part of W, or move it: the product of A and B is not their change."""
+    from safetensors.torch import load_file
+
+    recipe = make_recipe(
+        method={"name": method, "rank": 4},
+        training__max_steps=3,
+        evaluation={"report": True, "num_attention_maps": 0, "num_resamples": 0},
+    )
+    train(recipe, tmp_path / "out", reporter=Reporter(quiet=True))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    modules = json.loads((tmp_path / "out" / "report" / "weights.json").read_text())["modules"]
+    assert len(modules) == 14
+    for one in modules:
+        name = f"base_model.model.{one['name']}"
+        a, b = (tensors[f"{name}.lora_{side}.weight"].double() for side in "AB")
+        rank = config["rank_pattern"].get(one["name"], config["r"])
+        alpha = config["alpha_pattern"].get(one["name"], config["lora_alpha"])
+        delta = alpha / rank * b @ a
+        assert one["delta_norm"] == pytest.approx(float(delta.norm()), rel=1e-3)
+
+
 def test_effective_rank_counts_directions_that_are_used_alike() -> None:
     def change(*values: float) -> ModuleChange:
         return ModuleChange(
