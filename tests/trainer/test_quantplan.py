@@ -12,20 +12,24 @@ import torch
 from lorary.bases import find_base
 from lorary.bases.load import load_model, load_tokenizer
 from lorary.bases.plan import read_plan
-from lorary.errors import InvalidRequest
+from lorary.errors import InvalidRecipe, InvalidRequest
 from lorary.registry.cli_support import exit_code_of
 from lorary.trainer.quantplan.allocate import allocate, mean_bits, parse_budget, plan_of
 from lorary.trainer.quantplan.cli import app
 from lorary.trainer.quantplan.run import make_plan, measure_point
 from lorary.trainer.quantplan.sensitivity import compare_models, measure_sensitivity, rounded
 from lorary.trainer.quantplan.text import Blocks, make_blocks
+from lorary.trainer.quantplan.use import plan_facts
+from lorary.trainer.train import fit_adapter, prepare
 from tests.conftest import WORDS, build_llama
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lorary.bases import Base
     from lorary.trainer.progress import Reporter
+    from lorary.trainer.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +146,38 @@ def test_int8_keeps_layers_that_read_one_input_alike() -> None:
     check_int8(names, [name for name in names if formats[name] == "int8"])
     assert formats["l.q_proj"] == formats["l.k_proj"] == "none"
     assert mean_bits(formats, shapes) <= 12.5
+
+
+def test_training_keeps_whole_what_the_plan_says(
+    make_recipe: Callable[..., Recipe], quiet: Reporter, tmp_path: Path
+) -> None:
+    import bitsandbytes as bnb
+
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("default: nf4\nrules: [{modules: '*.0.mlp.*', format: none}]\n")
+    method = {"name": "qlora", "quantization_plan": str(plan)}
+    recipe = make_recipe(method=method, training__max_steps=2)
+    run = prepare(recipe)
+    fitted, _ = fit_adapter(run, tmp_path / "out", None, quiet)
+    model = getattr(fitted, "model", fitted)
+    found = dict(model.named_modules())
+    kinds = {
+        name.removesuffix(".base_layer"): type(module)
+        for name, module in found.items()
+        if name.endswith(".base_layer")
+    }
+    assert kinds
+    for name, kind in kinds.items():
+        assert (kind is torch.nn.Linear) == (".0.mlp." in name), name
+        assert kind in (torch.nn.Linear, bnb.nn.Linear4bit)
+    assert len(plan_facts(run.kind.formats)["quantization_plan"]["whole"]) == 3
+    plan.write_text("default: nf4\nrules: [{modules: '*.1.mlp.*', format: none}]\n")
+    assert prepare(recipe).identity != run.identity
+    plan.write_text("default: int8\n")
+    with pytest.raises(InvalidRecipe, match="make them the same"):
+        prepare(recipe)
+    with pytest.raises(InvalidRecipe, match="plan is set with lora"):
+        make_recipe(method={"quantization_plan": str(plan)})
 
 
 def test_a_whole_budget_needs_no_rules() -> None:

@@ -168,6 +168,16 @@ def test_a_point_that_cannot_be_trained_is_told_and_ends_nothing(
     assert result.best.point == {"method.target_modules": ["q_proj"]}
 
 
+def test_a_trial_has_the_base_that_its_point_asks_for(
+    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+) -> None:
+    """Two trials that differ in the base's quantization alone do not learn alike."""
+    recipe = with_search(make_recipe, space={"method.name": ["lora", "qlora"]}, sampler="grid")
+    trials = search(recipe, tmp_path / "study", reporter=quiet).trials
+    assert [trial.point["method.name"] for trial in trials] == ["lora", "qlora"]
+    assert trials[0].losses != trials[1].losses
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [

@@ -157,6 +157,8 @@ class MethodRecipe:
     """What is trained; docs/methods.md compares them."""
     quantization: Literal["auto", "none", "int8", "nf4"] = "auto"
     """Of the base while training; auto is nf4 for qlora and loftq, and none for the others."""
+    quantization_plan: str = ""
+    """For qlora: a file of ``lorary quantize-plan``, relative to the recipe; its layers that stay whole do so here."""
     rank: int = 8
     """Rank of every pair A, B; 1 to 512. The rank at the start for adalora; vera wants 256."""
     alpha: float = 0.0
@@ -192,6 +194,10 @@ class MethodRecipe:
         _within("method.svd_iterations", self.svd_iterations, 0, 1000)
         if not self.target_modules:
             raise InvalidRecipe("method.target_modules is empty; use [all-linear].")
+        if self.quantization_plan and self.name != "qlora":
+            raise InvalidRecipe(
+                f"method.quantization_plan is set with {self.name}; set method.name to qlora, or remove it."
+            )
         rules.check(self)
 
     @property

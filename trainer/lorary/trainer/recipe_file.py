@@ -45,6 +45,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = build_recipe(tree)
+    if recipe.method.quantization_plan:
+        plan = str((path.parent / recipe.method.quantization_plan).resolve())
+        method = dataclasses.replace(recipe.method, quantization_plan=plan)
+        recipe = dataclasses.replace(recipe, method=method)
     if recipe.data.path and recipe.data.source != "hub":
         data_path = str((path.parent / recipe.data.path).resolve())
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))

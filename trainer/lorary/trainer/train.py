@@ -36,6 +36,7 @@ from lorary.trainer.output import (
 from lorary.trainer.packing import check_isolation
 from lorary.trainer.progress import Reporter
 from lorary.trainer.provenance import golden_logits, hardware, loss_curve
+from lorary.trainer.quantplan.use import plan_facts
 from lorary.trainer.report import write_report
 from lorary.trainer.served_template import with_served_template
 from lorary.trainer.sources import resolve_shape
@@ -72,9 +73,11 @@ class Prepared:
     @property
     def identity(self) -> str:
         """What a checkpoint must match to be resumed."""
+        # The recipe names a plan's file; what counts is what is in it.
+        plan = plan_facts(self.kind.formats)
         return run_identity(
             self.recipe,
-            self.base.card.fingerprint,
+            f"{self.base.card.fingerprint} {plan}" if plan else self.base.card.fingerprint,
             self.splits.fingerprint,
             processes.num_processes(),
         )
@@ -309,7 +312,7 @@ def _fill(
     facts["conversion_error"] = method.save(folder, run.base)
     num_probes = recipe.evaluation.num_golden_probes if run.kind.has_probes else 0
     probed = run.splits.test[:num_probes]
-    quantization, device = recipe.method.base_quantization, recipe.training.device
+    quantization, device = run.kind.formats, recipe.training.device
     probes = golden_probes(
         folder,
         run.base,
@@ -323,8 +326,13 @@ def _fill(
         "hardware": hardware(),
         "loss_curve": loss_curve(fitted.history),
         "golden_logits": golden_logits(
-            folder, run.base, probes, recorded=quantization, device=device
+            folder,
+            run.base,
+            probes,
+            recorded=quantization if isinstance(quantization, str) else "by a plan",
+            device=device,
         ),
+        **plan_facts(quantization),
     }
     manifest = build_manifest(
         recipe,

@@ -56,7 +56,7 @@ class Causal(Kind):
         device = self.recipe.training.device
         model = load_model(
             self.base,
-            quantization=self.recipe.method.base_quantization,
+            quantization=self.formats,
             dtype=dtype,
             device=local_device(device),
             attn_implementation="sdpa" if device.startswith("cuda") else "eager",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from lorary.trainer.quantplan.use import formats_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
@@ -36,6 +38,7 @@ class Kind(ABC):
         peft_task: name of the ``peft.TaskType`` that the adapter is saved with.
         needs_end: whether the base's tokenizer must have an end-of-text token.
         has_probes: whether golden probes are recorded for servers.
+        formats: how the base is loaded: one quantization, or by a plan one for each linear layer.
     """
 
     peft_task: ClassVar[str]
@@ -48,6 +51,7 @@ class Kind(ABC):
         self.tokenizer = tokenizer
         self.builder = builder
         self.task = recipe.task.to_manifest()
+        self.formats = formats_of(recipe.method, base)
 
     @abstractmethod
     def encode(

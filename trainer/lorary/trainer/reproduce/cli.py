@@ -54,7 +54,7 @@ def reproduce(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Where base, data.path or training.device are now; may be repeated.",
+            help="Where base, data.path, method.quantization_plan or training.device are now.",
         ),
     ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,

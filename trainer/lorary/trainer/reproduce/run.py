@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lorary.errors import IncompatibleAdapter, InvalidRequest
 from lorary.registry.store import Registry
 from lorary.trainer.provenance import hardware, loss_curve
+from lorary.trainer.quantplan.use import plan_facts
 from lorary.trainer.recipe_file import build_recipe
 from lorary.trainer.reproduce.compare import (
     Comparison,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from lorary.trainer.progress import Reporter
     from lorary.trainer.recipe import Recipe
 
-MOVABLE = ("base", "data.path", "training.device")
+MOVABLE = ("base", "data.path", "method.quantization_plan", "training.device")
 """Keys that say where something is, and not what is done; the fingerprints prove that it is the same."""
 
 
@@ -165,6 +166,9 @@ def check_inputs(run: Prepared, manifest: Manifest) -> None:
             f"the data has fingerprint {_short(run.splits.fingerprint)}, and was {_short(recorded)} then"
             + (f": {sizes}" if sizes else ", with as many examples but not the same")
         )
+    plan = plan_facts(run.kind.formats).get("quantization_plan")
+    if plan != manifest.training.get("quantization_plan"):
+        differences.append("the quantization plan keeps other layers whole than then")
     if differences:
         raise IncompatibleAdapter(
             f"it cannot be reproduced: {'; '.join(differences)}. Bring back what it was trained with; "

@@ -109,4 +109,6 @@ def _at(run: Prepared, point: Mapping[str, Any]) -> Prepared:
     recipe = replace(recipe, training=replace(recipe.training, trackers=()))
     if _DATA_KEYS & set(point):
         return prepare_without_test(recipe)
-    return replace(run, recipe=recipe)
+    # What the kind does depends on the recipe as well.
+    kind = type(run.kind)(recipe, run.base, run.tokenizer, run.builder)
+    return replace(run, recipe=recipe, kind=kind)
