@@ -211,5 +211,5 @@ def test_values_that_only_go_together_are_a_space(make_recipe: MakeRecipe) -> No
     """int8 is refused with lora, but the space has qlora beside it."""
     space = {"method.name": ["lora", "qlora"], "method.quantization": ["auto", "int8"]}
     assert make_recipe(search={"space": space}).search.num_trials == 20
-    with pytest.raises(InvalidRecipe, match="lora; set method"):
+    with pytest.raises(InvalidRecipe, match="with lora: set method"):
         make_recipe(search={"space": {"method.quantization": ["int8"]}})
