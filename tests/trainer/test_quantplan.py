@@ -158,9 +158,8 @@ def test_training_keeps_whole_what_the_plan_says(
     method = {"name": "qlora", "quantization_plan": str(plan)}
     recipe = make_recipe(method=method, training__max_steps=2)
     run = prepare(recipe)
-    fitted, _ = fit_adapter(run, tmp_path / "out", None, quiet)
-    model = getattr(fitted, "model", fitted)
-    found = dict(model.named_modules())
+    attached, _ = fit_adapter(run, tmp_path / "out", None, quiet)
+    found = dict(attached.model.named_modules())
     kinds = {
         name.removesuffix(".base_layer"): type(module)
         for name, module in found.items()
