@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from lorary.errors import InvalidRecipe
+from lorary.errors import InvalidRecipe, StorageError
 from lorary.trainer.kinds.spans import span_sums, spans_of
 from lorary.trainer.kinds.token_classification import word_sums
 from lorary.trainer.methods import method as method_module
@@ -236,3 +236,30 @@ def test_a_kind_with_a_head_is_not_trained_on_a_quantized_base(tmp_path: Path) -
         InvalidRecipe, match=r"nf4 for a sequence_classification.*use method.name lora"
     ):
         prepare(build_recipe(tree))
+
+
+def test_a_head_goes_on_from_a_checkpoint_as_it_was(
+    tmp_path: Path, quiet: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies before its output is written, resumed, beside one that did not die."""
+    from safetensors.torch import load_file
+
+    base = build_family("bert", tmp_path / "bert")
+    tree = recipe_tree("sequence_classification", base, tmp_path / "data.jsonl", max_steps=4)
+    recipe = build_recipe(tree)
+    train(recipe, tmp_path / "whole", reporter=quiet)
+
+    def die(*_args: Any) -> None:
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorary.trainer.train.write_output", die)
+        with pytest.raises(StorageError):
+            train(recipe, tmp_path / "again", reporter=quiet)
+    train(recipe, tmp_path / "again", resume=True, reporter=quiet)
+    whole, again = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again")
+    )
+    assert "base_model.model.classifier.weight" in whole
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
