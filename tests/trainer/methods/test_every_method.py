@@ -95,6 +95,7 @@ def test_what_is_kept_computes_what_was_trained(
     pulled = registry.pull("a", tmp_path / "pulled")
     kept = registry.manifest(registry.resolve("a"))
     assert kept.method.name == name
+    assert kept.method.rank <= manifest.method.rank, "no more than the manifest says"
     assert kept.conversion is not None
     assert kept.conversion.max_error < 1e-6
     base = load_model(

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorary.trainer.methods.method import ADAPTER, lora_layers
-from lorary.trainer.methods.shift import Factors, Shifted
+from lorary.trainer.methods.shift import Factors, Shifted, stacked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,6 +56,14 @@ class DeltaLora(Shifted):
         now, then = _current(layer), self._at_start[name]
         factor = self._ratio * layer.scaling[ADAPTER]
         return Factors(torch.cat([factor * now.b, -factor * then.b], 1), torch.cat([now.a, then.a]))
+
+    def change(self, name: str, layer: Any) -> Factors:
+        """``s [(1 + λ) B_T A_T − λ B_K A_K]``: B_T A_T is in both parts, and counted once."""
+        now, scale = _current(layer), layer.scaling[ADAPTER]
+        if name not in self._at_start:
+            return Factors(scale * now.b, now.a)
+        then = Factors(-self._ratio * scale * self._at_start[name].b, self._at_start[name].a)
+        return stacked(Factors((1 + self._ratio) * scale * now.b, now.a), then)
 
     def state(self) -> dict[str, Tensor]:
         """B_K and A_K, once there are any."""
