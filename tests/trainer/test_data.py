@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from lorary.bases import PromptBuilder
 from lorary.errors import InvalidRecipe, MissingDependency
 from lorary.trainer.batches import IGNORED, collate, plan_batches
-from lorary.trainer.data import Row, encode_rows, load_splits
+from lorary.trainer.data import encode_rows, load_splits
+from lorary.trainer.encoding import Row
+from lorary.trainer.examples import Example
 from lorary.trainer.recipe_file import build_recipe
 from lorary.trainer.similarity import jaccard, words_of
-from lorary.trainer.sources import Example, read_examples
+from lorary.trainer.sources import read_examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from lorary.bases import PromptBuilder
 from lorary.errors import InvalidRecipe
 from lorary.registry.manifest import Task
 from lorary.trainer.encoding import Encoder, Row
-from lorary.trainer.sources import Example
+from lorary.trainer.examples import Example
 from tests.conftest import build_tokenizer
 
 if TYPE_CHECKING:

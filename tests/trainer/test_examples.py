@@ -9,8 +9,9 @@ import pytest
 
 from lorary.errors import InvalidRecipe
 from lorary.trainer.data import load_splits
+from lorary.trainer.examples import Example
 from lorary.trainer.recipe_file import build_recipe
-from lorary.trainer.sources import Example, read_examples, resolve_shape
+from lorary.trainer.sources import read_examples, resolve_shape
 
 if TYPE_CHECKING:
     from pathlib import Path

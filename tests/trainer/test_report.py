@@ -15,13 +15,13 @@ from lorary.bases.load import load_model, load_tokenizer
 from lorary.registry.cli import app as registry_app
 from lorary.registry.cli_support import exit_code_of
 from lorary.trainer.evaluate import Evaluation
+from lorary.trainer.examples import Example
 from lorary.trainer.metrics import label_sums, text_sums
 from lorary.trainer.progress import Reporter
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.report.attention import attention_changes, total_variation
 from lorary.trainer.report.examples import compare_examples
 from lorary.trainer.report.weights import ModuleChange, module_changes
-from lorary.trainer.sources import Example
 from lorary.trainer.train import train
 from tests.trainer.browser import open_page
 

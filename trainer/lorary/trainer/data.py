@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorary.errors import InvalidRecipe
-from lorary.trainer.encoding import Encoder
-from lorary.trainer.encoding import Row as Row
+from lorary.trainer.encoding import Encoder, Row
 from lorary.trainer.examples import Example
 from lorary.trainer.holdout import hold_out
 from lorary.trainer.sources import open_source, resolve_shape

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lorary.bases.prompts import PromptBuilder
     from lorary.trainer.bootstrap import Sums
     from lorary.trainer.encoding import Row
+    from lorary.trainer.examples import Example
     from lorary.trainer.recipe import Recipe
-    from lorary.trainer.sources import Example
 
 _MAX_LOGIT_ROWS = 1024  # each as wide as the vocabulary, in float32: 200 MB for 49,152 tokens
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from lorary.bases.load import Quantization
     from lorary.trainer.evaluate import Evaluation
+    from lorary.trainer.examples import Example
     from lorary.trainer.progress import Reporter
-    from lorary.trainer.sources import Example
 
 _RECIPES = (".yaml", ".yml")
 

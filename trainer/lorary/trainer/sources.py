@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.bases.assets import find_asset
 from lorary.errors import InvalidRecipe
-from lorary.trainer.examples import Example as Example
-from lorary.trainer.examples import example_maker, shape_of
+from lorary.trainer.examples import Example, example_maker, shape_of
 from lorary.trainer.files import MAX_FIELD, file_rows
 
 if TYPE_CHECKING:

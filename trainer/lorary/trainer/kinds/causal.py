@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lorary.trainer.encoding import Row
     from lorary.trainer.evaluate import Evaluation
-    from lorary.trainer.sources import Example
+    from lorary.trainer.examples import Example
 
 
 class Causal(Kind):

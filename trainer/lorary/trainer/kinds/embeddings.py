@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorary.trainer.sources import Example
+    from lorary.trainer.examples import Example
 
 TEMPERATURE = 0.05
 NEGATIVE = "negative"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from lorary.bases import Base, PromptBuilder
     from lorary.trainer.evaluate import Evaluation
+    from lorary.trainer.examples import Example
     from lorary.trainer.recipe import Recipe
-    from lorary.trainer.sources import Example
 
 
 class TokenRow(Protocol):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lorary.trainer.sources import Example
+    from lorary.trainer.examples import Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

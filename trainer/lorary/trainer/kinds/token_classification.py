@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorary.trainer.sources import Example
+    from lorary.trainer.examples import Example
 
 
 class TokenClassification(TextKind):

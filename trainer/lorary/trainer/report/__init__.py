@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from lorary.registry.manifest import Manifest
     from lorary.trainer.data import Splits
     from lorary.trainer.evaluate import Evaluation
+    from lorary.trainer.examples import Example
     from lorary.trainer.recipe import Recipe
     from lorary.trainer.report.inside import Inside
-    from lorary.trainer.sources import Example
 
 REPORT_FILE = "report.html"
 

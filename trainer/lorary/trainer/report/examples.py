@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorary.trainer.evaluate import Evaluation
-    from lorary.trainer.sources import Example
+    from lorary.trainer.examples import Example
 
 # BLEU of one short sentence is nearly always 0 or 100; chrF tells better from worse.
 _BY_EXAMPLE = {"bleu": "chrf"}
