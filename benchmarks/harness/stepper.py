@@ -14,6 +14,7 @@ from benchmarks.harness.stopwatch import Stopwatch
 from lorary.bases.load import load_model, load_tokenizer
 from lorary.errors import Cancelled
 from lorary.server.adapters.residency import BaseLease
+from lorary.server.engine import answering
 from lorary.server.engine import engine as engine_module
 from lorary.server.engine.assemble import EngineLimits, assemble
 from lorary.server.engine.detokenizer import TextStream
@@ -141,7 +142,7 @@ class Stepper:
         watch.wrap(engine._scheduler, "next_batch", PARTS[0])
         watch.wrap(engine_module, "build_batch", PARTS[1])
         watch.wrap(runner, "forward", PARTS[3])
-        watch.wrap(engine_module, "sample", PARTS[5])
+        watch.wrap(answering, "sample", PARTS[5])
         watch.wrap(TextStream, "push", PARTS[6])
         watch.wrap(engine, "_deliver", PARTS[7])
         watch.wrap(runner.fused, "_function", LAYERS)

@@ -48,7 +48,7 @@ def test_an_adapter_comes_is_pinned_and_goes_and_everybody_is_told(
     with grpc.insecure_channel(server.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub
         request = health_pb2.HealthCheckRequest(service=f"lorary.adapter/{REF}")
-        health = stub(channel).Watch(request)
+        health = stub(channel).Watch(request, timeout=120)
         assert next(health).status == NOT_SERVING
         with pytest.raises(AdapterNotFound, match="nothing to pin"):
             client.pin_adapter(REF)

@@ -243,6 +243,9 @@ class FakeResidency:
             self._put(resolved, state=state)
         return lease
 
+    def prefetch(self, resolved: FakeResolved) -> None:
+        self.acquire(resolved).release()
+
     def arrive(self, name: str) -> None:
         for lease in self.leases:
             lease.is_ready = lease.is_ready or lease.name == name

@@ -366,6 +366,27 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_begun(world: World) -> Non
     wait_for(lambda: settled.is_ready)
 
 
+def test_what_is_prefetched_comes_although_nobody_waits(world: World) -> None:
+    world.registry.gate.clear()
+    busy = [world.residency.acquire(ref(1)), world.residency.acquire(ref(2))]
+    wait_for(lambda: len(world.registry.calls) == 2)
+    world.residency.prefetch(ref(3))
+    world.registry.gate.set()
+    wait_for(lambda: all(r.state == "resident" for r in world.residency.snapshot()))
+    assert ref(3).digest in [r.digest for r in world.residency.snapshot()]
+    third = world.residency.acquire(ref(3))
+    # All memory is held: a prefetch is given up, and everybody who watches hears of it.
+    told: list[tuple[str, str]] = []
+    world.residency.listen(lambda kind, resolved, _why: told.append((kind, resolved.name)))
+    world.residency.prefetch(ref(4))
+    wait_for(lambda: told[-1:] == [("load_failed", "a4")])
+    assert told[0] == ("loading", "a4")
+    assert ref(4).digest not in [r.digest for r in world.residency.snapshot()]
+    for lease in (*busy, third):
+        lease.release()
+    world.residency.load(ref(4))
+
+
 def test_a_load_gives_up_waiting_for_memory_when_nobody_wants_it(world: World) -> None:
     leases = [world.residency.acquire(ref(n)) for n in (1, 2, 3)]
     wait_for(lambda: all(lease.is_ready for lease in leases))

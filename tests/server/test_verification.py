@@ -192,7 +192,7 @@ def test_with_enforce_nobody_is_served_by_what_has_not_passed(
     # Nothing of the probes leaves the verifier, and nothing of them stays.
     assert {key[0] for key in world.collector.outputs} == {*ids.values(), *bad}
     assert world.engine.num_running == world.engine.num_waiting == 0
-    cached = vars(world.engine)["_blocks"]._roots
+    cached = vars(world.engine)["_places"].blocks._roots
     assert not any(digest.startswith("probe/") for digest, _ in cached)
 
 

@@ -76,10 +76,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
     ) -> pb.PrefetchAdapterResponse:
         """Begin to load a version; with ``wait``, answer when it is there."""
         target = await self._target(request.adapter)
+        if not request.wait:
+            self._residency.prefetch(target.resolved)
+            return pb.PrefetchAdapterResponse(adapter=await self._told(target))
         lease = self._residency.acquire(target.resolved)
         try:
-            if request.wait:
-                await arrived(lease)
+            await arrived(lease)
             adapter = await self._told(target)
         finally:
             lease.release()

@@ -239,6 +239,15 @@ class ResidencyLike(Protocol):
         """
         ...
 
+    def prefetch(self, resolved: Any) -> None:
+        """Begin to load an adapter that nobody needs yet; returns at once.
+
+        Raises:
+            LoraryError: what a load of this digest failed with a moment ago.
+            Unavailable: the server is going down.
+        """
+        ...
+
     def check_fits(self, ranks: Mapping[str, int]) -> None:
         """Check that versions, ranks by digest, can be on the device together.
 

@@ -151,6 +151,20 @@ class Residency:
             resident.num_holders += 1
             return AdapterLease(resident, self.release)
 
+    def prefetch(self, resolved: Resolved) -> None:
+        """Begin to load a version that nobody needs yet; returns at once.
+
+        It is given up when all memory is held by others: a load that somebody waits for must not queue
+        behind it.
+
+        Raises:
+            LoraryError: what a load of this digest failed with a moment ago.
+            Unavailable: the server is going down.
+        """
+        with self._lock:
+            resident = self._find_or_start(resolved)
+            resident.may_evict = resident.is_prefetched = True
+
     def check_fits(self, ranks: Mapping[str, int]) -> None:
         """Check that versions can be on the device together; ``ranks`` by digest.
 
@@ -392,6 +406,7 @@ class Residency:
         resident.state, resident.error = "failed", error
         del self._residents[digest]
         self._eviction.forget(digest)
+        self._tell("load_failed", resident, str(error))
 
     def _density(self, digest: str) -> float:
         """Seconds per byte that bringing a resident back would take."""
@@ -504,7 +519,8 @@ class Residency:
             with self._lock:
                 if self._closed:
                     raise Unavailable("the server is shutting down; try another replica")
-                self._check_wanted(resident)
+                if not resident.is_prefetched:
+                    self._check_wanted(resident)
             self._bring(resident)
         except Cancelled:
             resident.done.set()
@@ -523,7 +539,6 @@ class Residency:
                 self._verifier.on_load_error(resident.resolved, error)
             with self._lock:
                 self._forget(resident, error)
-                self._tell("load_failed", resident, str(error))
                 if not self._closed:
                     self._failures.note(resident.resolved.digest, error)
         resident.done.set()

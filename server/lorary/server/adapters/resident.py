@@ -21,6 +21,8 @@ class Resident:
     Attributes:
         num_holders: leases that hold it.
         num_waiters: callers of ``Residency.load`` that wait for it.
+        is_prefetched: somebody asked for it to be here before anybody needs it: it is loaded although nobody
+            waits, as long as there is memory that nobody holds.
         may_evict: others may have to go for it; not for a load that nobody has asked for yet.
         is_copying: its pages are being copied to host memory, and must stay until that is done.
     """
@@ -33,6 +35,7 @@ class Resident:
     pinned: bool = False
     num_holders: int = 0
     num_waiters: int = 0
+    is_prefetched: bool = False
     may_evict: bool = True
     is_copying: bool = False
     last_used_s: float = 0.0
