@@ -42,15 +42,24 @@ class Kept:
 
     def measure(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Measure once or several times; return the accepted record, or the last one."""
-        for attempt in range(1 + self._quiet.retries):
+
+        def metered() -> tuple[dict[str, Any], float]:
             meter = CpuMeter()
             found = make()
             load = meter.stop()
-            is_quiet = load.foreign <= self._quiet.max_foreign
+            shown = {"own_cores": load.own, "foreign_cores": load.foreign}
+            return {**found, "load": shown}, load.foreign
+
+        return self.until_quiet(metered)
+
+    def until_quiet(self, make: Callable[[], tuple[dict[str, Any], float]]) -> dict[str, Any]:
+        """Do the same with what knows its own load: ``make`` returns a record, and others' cores."""
+        for attempt in range(1 + self._quiet.retries):
+            found, foreign = make()
+            is_quiet = foreign <= self._quiet.max_foreign
             record = {
                 **found,
                 "attempt": attempt,
-                "load": {"own_cores": load.own, "foreign_cores": load.foreign},
                 "quiet": is_quiet,
                 "accepted": is_quiet or self._quiet.tolerate,
             }

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from benchmarks import options, report
 from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import ROOT, head, result_path
+from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import row
 
 if TYPE_CHECKING:
@@ -61,25 +63,23 @@ def main(
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(CASES)}")
     path = out or result_path(NAME)
     first = head(NAME, {"repeats": repeats, "folder": str(folder or tempfile.gettempdir())})
-    is_complete = True
+    kept = Kept(path, first, Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load))
     for case in only or CASES:
-        for attempt in range(1 + retries):
-            meter = CpuMeter()
-            found = _case(case, 1 if case == "memory" else repeats, folder)
-            load = meter.stop()
-            is_quiet = load.foreign - found["child_cores"] <= QUIET
-            accepted = is_quiet or tolerate_load
-            state = {"attempt": attempt, "quiet": is_quiet, "accepted": accepted}
-            record = {"kind": case, **found, "foreign_cores": load.foreign}
-            report.append(path, {**first, **record, **state})
-            if accepted:
-                break
-        is_complete &= accepted
+        kept.until_quiet(partial(_metered, case, 1 if case == "memory" else repeats, folder))
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not is_complete:
+    if not kept.is_complete:
         console.print("some figures were not taken on a quiet machine; wait, or --tolerate-load")
         raise typer.Exit(1)
+
+
+def _metered(case: str, repeats: int, folder: Path | None) -> tuple[dict[str, Any], float]:
+    """Take one figure; return its record, and the cores that neither we nor our children used."""
+    meter = CpuMeter()
+    found = _case(case, repeats, folder)
+    load = meter.stop()
+    record = {"kind": case, **found, "foreign_cores": load.foreign}
+    return record, load.foreign - found["child_cores"]
 
 
 def _case(case: str, repeats: int, folder: Path | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from benchmarks import options, report
 from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
+from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.synthetic import RANK
 
@@ -56,25 +58,19 @@ def main(
     }
     path = out or result_path(NAME)
     first = head(NAME, setup)
-    is_complete = True
+    kept = Kept(path, first, Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load))
     with tempfile.TemporaryDirectory(prefix="lorary-step-") as scratch:
         stepper, adapters, prompts = _stage(Path(scratch), base, max(counts))
         try:
             for count in counts:
-                for attempt in range(1 + retries):
-                    record = _measure(stepper, prompts[:count], adapters[:count], steps)
-                    is_quiet = record["load"]["foreign_cores"] <= QUIET
-                    accepted = is_quiet or tolerate_load
-                    state = {"attempt": attempt, "quiet": is_quiet, "accepted": accepted}
-                    report.append(path, {**first, **record, **state})
-                    if accepted:
-                        break
-                is_complete &= accepted
+                kept.until_quiet(
+                    partial(_measure, stepper, prompts[:count], adapters[:count], steps)
+                )
         finally:
             stepper.close()
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not is_complete:
+    if not kept.is_complete:
         console.print("some steps were not measured on a quiet machine; wait, or --tolerate-load")
         raise typer.Exit(1)
 
@@ -111,7 +107,7 @@ def _stage(
 
 def _measure(
     stepper: Stepper, prompts: Sequence[Sequence[int]], adapters: Sequence[str], steps: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], float]:
     import statistics
 
     from benchmarks.harness.stepper import NATIVE
@@ -126,7 +122,7 @@ def _measure(
     load = meter.stop()
     stepper.end_rows()
     overhead = sum(ms for part, ms in parts.items() if part not in NATIVE)
-    return {
+    record = {
         "kind": "step",
         "rows": len(prompts),
         "adapters": len(set(adapters)),
@@ -135,6 +131,7 @@ def _measure(
         "overhead_ms": round(overhead, 3),
         "load": {"own_cores": load.own, "foreign_cores": load.foreign},
     }
+    return record, load.foreign
 
 
 def accepted_steps(records: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:

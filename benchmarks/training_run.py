@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from rich.console import Console
 from benchmarks import options, report
 from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import ROOT, head, result_path
+from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import row
 
 if TYPE_CHECKING:
@@ -47,28 +49,20 @@ def main(
         return
     path = out or result_path(NAME)
     first = head(NAME, {"steps": steps, "repeats": repeats})
-    is_complete = True
+    kept = Kept(path, first, Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load))
     for name in recipe or RECIPES:
         for repeat in range(repeats):
             for contender in CONTENDERS:
-                for attempt in range(1 + retries):
-                    record = _run(contender, name, steps, repeat)
-                    is_quiet = record["foreign_cores"] <= QUIET
-                    accepted = is_quiet or tolerate_load
-                    state = {"attempt": attempt, "quiet": is_quiet, "accepted": accepted}
-                    report.append(path, {**first, **record, **state})
-                    if accepted:
-                        break
-                is_complete &= accepted
+                kept.until_quiet(partial(_run, contender, name, steps, repeat))
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not is_complete:
+    if not kept.is_complete:
         console.print("some runs were not made on a quiet machine; wait, or --tolerate-load")
         raise typer.Exit(1)
 
 
-def _run(contender: str, recipe: str, steps: int, seed: int) -> dict[str, Any]:
-    """Train in a new process, and keep it until its processor time is counted."""
+def _run(contender: str, recipe: str, steps: int, seed: int) -> tuple[dict[str, Any], float]:
+    """Train in a new process, and keep it until its processor time is counted; and others' cores."""
     meter = CpuMeter()
     command = [sys.executable, "-m", "benchmarks.harness.training_case", contender]
     with subprocess.Popen(
@@ -86,7 +80,7 @@ def _run(contender: str, recipe: str, steps: int, seed: int) -> dict[str, Any]:
         raise RuntimeError(f"{contender} on {recipe} ended with {process.returncode}")
     figures = json.loads(line)
     console.print(f"{recipe} {contender}: {figures}")
-    return {
+    record = {
         "kind": "run",
         "recipe": recipe,
         "contender": contender,
@@ -94,6 +88,7 @@ def _run(contender: str, recipe: str, steps: int, seed: int) -> dict[str, Any]:
         **figures,
         "foreign_cores": load.foreign,
     }
+    return record, load.foreign
 
 
 def medians_of(

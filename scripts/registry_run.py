@@ -15,7 +15,16 @@ from scripts.registry_figures import (
     speed_figures,
 )
 from scripts.verify_figures import counted_figures
-from scripts.verify_run import FOLDER, check, console, exit_code, run, run_parts
+from scripts.verify_run import (
+    FOLDER,
+    check,
+    console,
+    exit_code,
+    pytest_command,
+    run,
+    run_parts,
+    run_tests,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +70,7 @@ def main(
     parts: dict[str, Callable[[], Sequence[Figure]]] = {
         "check": check,
         "contract": contract,
-        **{part: partial(tests, part) for part in TESTS},
+        **{part: partial(run_tests, part, files) for part, files in TESTS.items()},
         "kills": kills,
         "speeds": speeds,
         "shows": shows,
@@ -75,23 +84,15 @@ def main(
 
 def contract() -> list[Figure]:
     """Run the contract's tests in a folder, on a hub by LFS and on a hub by Xet."""
-    done = run("contract", _pytest("-v", "tests/registry/test_contract.py"))
+    done = run("contract", pytest_command("-v", "tests/registry/test_contract.py"))
     return [exit_code("contract", done), *contract_figures(_text(done.log))]
-
-
-def tests(part: str) -> list[Figure]:
-    """Run the tests of one part; files that are missing make it short."""
-    missing = [file for file in TESTS[part] if not (ROOT / file).exists()]
-    there = [file for file in TESTS[part] if file not in missing]
-    done = run(part, _pytest("-rs", *there))
-    return [exit_code(part, done), *counted_figures(part, _text(done.log), missing)]
 
 
 def kills() -> list[Figure]:
     """Kill processes at every step of a change, and in the middle of 1600 operations."""
     steps = run(
         "kills",
-        _pytest("-rs", "tests/registry/test_registry_races.py", "tests/registry/test_r_cases.py", "-k",
+        pytest_command("-rs", "tests/registry/test_registry_races.py", "tests/registry/test_r_cases.py", "-k",
                 "killed or step or concurrent"),
     )  # fmt: skip
     variables = [
@@ -99,7 +100,7 @@ def kills() -> list[Figure]:
         f"LORARY_TEST_OPERATIONS={OPERATIONS}",
         f"LORARY_TEST_KILLS={KILLS}",
     ]
-    command = ["env", *variables, *_pytest("-s", "tests/registry/test_linearizable.py")[1:]]
+    command = ["env", *variables, *pytest_command("-s", "tests/registry/test_linearizable.py")[1:]]
     history = run("linearizable", command)
     return [
         exit_code("kills", steps),
@@ -122,10 +123,6 @@ def shows() -> list[Figure]:
     """Look at what the docs show, and run the recorded session again."""
     done = run("transcript", [str(ROOT / ".venv/bin/python"), "scripts/transcript.py", "--check"])
     return [exit_code("scripts/transcript.py --check", done), *shown_figures(ROOT)]
-
-
-def _pytest(*words: str) -> list[str]:
-    return ["env", "OMP_NUM_THREADS=1", str(ROOT / ".venv/bin/python"), "-m", "pytest", *words]
 
 
 def _text(log: Path) -> str:

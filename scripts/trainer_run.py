@@ -9,8 +9,7 @@ import typer
 
 from benchmarks.harness.machine import ROOT
 from scripts.trainer_figures import shown_figures, speed_figures
-from scripts.verify_figures import counted_figures
-from scripts.verify_run import FOLDER, check, console, exit_code, run, run_parts
+from scripts.verify_run import FOLDER, check, console, exit_code, run, run_parts, run_tests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,23 +62,13 @@ def main(
     """Measure every figure that the trainer promises, and say which is short."""
     parts: dict[str, Callable[[], Sequence[Figure]]] = {
         "check": check,
-        **{part: partial(tests, part) for part in TESTS},
+        **{part: partial(run_tests, part, files) for part, files in TESTS.items()},
         "speeds": speeds,
         "shows": lambda: shown_figures(ROOT),
     }
     minutes = sum(m for part, m in MINUTES.items() if not only or part in only)
     console.print(f"about {minutes} minutes on two quiet cores; less than twice that on slow ones")
     run_parts(parts, only or [], "trainer-figures.json")
-
-
-def tests(part: str) -> list[Figure]:
-    """Run the tests of one part; files that are missing make it short."""
-    missing = [file for file in TESTS[part] if not (ROOT / file).exists()]
-    there = [file for file in TESTS[part] if file not in missing]
-    command = ["env", "OMP_NUM_THREADS=1", str(ROOT / ".venv/bin/python"), "-m", "pytest", "-rs"]
-    done = run(part, [*command, *there])
-    log = done.log.read_text(errors="replace")
-    return [exit_code(part, done), *counted_figures(part, log, missing)]
 
 
 def speeds() -> list[Figure]:

@@ -17,6 +17,7 @@ from benchmarks.harness.machine import ROOT, commit
 from scripts.verify_figures import (
     Figure,
     bench_figures,
+    counted_figures,
     demo_figures,
     document_figures,
     readme_figures,
@@ -143,6 +144,20 @@ def run(name: str, command: Sequence[str]) -> Finished:
             process.wait()
             raise
     return Finished(code=process.returncode, seconds=time.monotonic() - started, log=log)
+
+
+def pytest_command(*words: str) -> list[str]:
+    """Return the command that runs pytest of this checkout, on one thread."""
+    return ["env", "OMP_NUM_THREADS=1", str(ROOT / ".venv/bin/python"), "-m", "pytest", *words]
+
+
+def run_tests(part: str, files: Sequence[str]) -> list[Figure]:
+    """Run the tests of one part; files that are missing make it short."""
+    missing = [file for file in files if not (ROOT / file).exists()]
+    there = [file for file in files if file not in missing]
+    done = run(part, pytest_command("-rs", *there))
+    log = done.log.read_text(errors="replace")
+    return [exit_code(part, done), *counted_figures(part, log, missing)]
 
 
 def exit_code(name: str, done: Finished) -> Figure:

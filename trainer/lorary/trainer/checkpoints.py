@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import IncompatibleAdapter, InvalidRecipe
+from lorary.registry.blobs import hash_file
+from lorary.registry.durable import sync_file, sync_folder
 from lorary.trainer.recipe_file import recipe_dict
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def new_checkpoint(folder: Path, step: int, identity: str) -> Iterator[Path]:
         if place.exists():  # of a run that was resumed from before it
             shutil.rmtree(place)
         draft.rename(place)
-        _sync(folder)
+        sync_folder(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -140,21 +141,11 @@ def _seal(draft: Path, step: int, identity: str) -> None:
     }
     (draft / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     for name in (*files, MARKER):
-        _sync(draft / name)
-    _sync(draft)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_file(draft / name)
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{hash_file(path)}"
 
 
 def _has_its_files(checkpoint: Path, marker: dict[str, Any]) -> bool:

@@ -26,6 +26,8 @@ from lorary.trainer.recipe_file import recipe_dict
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
+
     from lorary.bases import Base
     from lorary.trainer.evaluate import Evaluation
     from lorary.trainer.recipe import Recipe
@@ -107,17 +109,9 @@ def golden_probes(
     """
     if not prompts:
         return ()
-    import peft
-    import torch
-
-    model = load_model(base, quantization=quantization, dtype=torch.float32, device=device)
-    with quiet_libraries():
-        model = peft.PeftModel.from_pretrained(model, folder).eval()
     probes = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=device)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1].float()
+    read = next_logits(folder, base, prompts, quantization=quantization, device=device)
+    for prompt, logits in zip(prompts, read, strict=True):
         top = logits.topk(min(NUM_TOP_LOGITS, len(logits)))
         probes.append(
             GoldenProbe(
@@ -128,6 +122,25 @@ def golden_probes(
             )
         )
     return tuple(probes)
+
+
+def next_logits(
+    folder: Path, base: Base, prompts: Sequence[Sequence[int]], *, quantization: Any, device: str
+) -> list[Tensor]:
+    """Load base and saved adapter afresh in float32; return the logits after each prompt, [vocab]."""
+    import peft
+    import torch
+
+    model = load_model(base, quantization=quantization, dtype=torch.float32, device=device)
+    found = []
+    with quiet_libraries():
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+        found.append(logits[0, -1].float())
+    return found
 
 
 def build_manifest(

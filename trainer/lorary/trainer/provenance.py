@@ -17,8 +17,8 @@ import platform
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lorary.bases.load import QUANTIZATIONS, load_model
-from lorary.trainer.quiet import quiet_libraries
+from lorary.bases.load import QUANTIZATIONS
+from lorary.trainer.output import next_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,6 @@ def golden_logits(
     quantization differs. Without bitsandbytes there is only ``none``.
     """
     import peft
-    import torch
 
     has_bitsandbytes = find_spec("bitsandbytes") is not None
     has_magnitudes = getattr(peft.PeftConfig.from_pretrained(str(folder)), "use_dora", False)
@@ -81,21 +80,13 @@ def golden_logits(
             continue
         if quantization == "int8" and has_magnitudes:
             continue  # peft 0.21 cannot read an int8 weight back, whose rows DoRA measures
-        model: Any = load_model(base, quantization=quantization, dtype=torch.float32, device=device)
-        with quiet_libraries():
-            model = peft.PeftModel.from_pretrained(model, folder).eval()
-            found[quantization] = [_logits(model, probe, device) for probe in probes]
+        prompts = [probe.token_ids for probe in probes]
+        read = next_logits(folder, base, prompts, quantization=quantization, device=device)
+        found[quantization] = [
+            [round(value, 4) for value in logits[list(probe.top_token_ids)].tolist()]
+            for probe, logits in zip(probes, read, strict=True)
+        ]
     return found
-
-
-def _logits(model: Any, probe: GoldenProbe, device: str) -> list[float]:
-    import torch
-
-    ids = torch.tensor([list(probe.token_ids)], device=device)
-    with torch.inference_mode():
-        logits = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1].float()
-    chosen = logits[list(probe.top_token_ids)].tolist()
-    return [round(value, 4) for value in chosen]
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -14,13 +14,13 @@ import numpy as np
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.config_fields import whole
-from lorary.registry.methods.method import Module, Shape, Wide
+from lorary.registry.methods.method import Method, Module, Shape, Wide
 from lorary.registry.strict_json import show
 
 _SUFFIX = ".lora_E"
 
 
-class AdaLora:
+class AdaLora(Method):
     """See ``Method``."""
 
     peft_type: str = "ADALORA"
@@ -64,14 +64,6 @@ class AdaLora:
             "lora_B": (module.out_features, module.rank),
             "lora_E": (module.rank, 1),
         }
-
-    def lora_rank(self, rank: int) -> int:
-        """The rank stays what it is, or falls."""
-        return rank
-
-    def shared_problem(self, name: str, shape: Shape, modules: list[Module]) -> str:
-        """Nothing is shared."""
-        return ""
 
     def product(
         self, module: Module, parts: Mapping[str, Wide], config: Mapping[str, Any]

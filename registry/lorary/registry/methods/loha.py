@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorary.registry.methods.method import Module, Shape, Wide, one_sided
+from lorary.registry.methods.method import Method, Module, Shape, Wide, one_sided
 
 
-class Loha:
+class Loha(Method):
     """See ``Method``."""
 
     peft_type: str = "LOHA"
@@ -34,10 +34,6 @@ class Loha:
     def lora_rank(self, rank: int) -> int:
         """Every pair of the two ranks becomes one."""
         return rank**2
-
-    def shared_problem(self, name: str, shape: Shape, modules: list[Module]) -> str:
-        """Nothing is shared."""
-        return ""
 
     def product(
         self, module: Module, parts: Mapping[str, Wide], config: Mapping[str, Any]

@@ -47,10 +47,12 @@ class Method(Protocol):
         """Return the last names of a module's own tensors, and the shape that each must have."""
 
     def lora_rank(self, rank: int) -> int:
-        """Return the rank of the LoRA that a rank of this method becomes."""
+        """Return the rank of the LoRA that a rank of this method becomes; the same by default."""
+        return rank
 
     def shared_problem(self, name: str, shape: Shape, modules: list[Module]) -> str:
-        """Return what is wrong with the shape of a shared tensor; empty if nothing is."""
+        """Return what is wrong with the shape of a shared tensor; by default nothing is shared."""
+        return ""
 
     def product(
         self, module: Module, parts: Mapping[str, Wide], config: Mapping[str, Any]

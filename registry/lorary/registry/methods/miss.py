@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
-from lorary.registry.methods.method import Module, Shape, Wide
+from lorary.registry.methods.method import Method, Module, Shape, Wide
 
 
-class Miss:
+class Miss(Method):
     """See ``Method``."""
 
     peft_type: str = "MISS"
@@ -45,14 +45,6 @@ class Miss:
         return {
             "miss_block": (module.rank, config.get("mini_r", 1) if is_mini else module.out_features)
         }
-
-    def lora_rank(self, rank: int) -> int:
-        """The rank stays what it is."""
-        return rank
-
-    def shared_problem(self, name: str, shape: Shape, modules: list[Module]) -> str:
-        """Nothing is shared."""
-        return ""
 
     def product(
         self, module: Module, parts: Mapping[str, Wide], config: Mapping[str, Any]
