@@ -65,8 +65,9 @@ def allocated(run: Prepared) -> tuple[Any, int]:
         {"training__gradient_checkpointing": True},
         {"training__packing": True, "training__max_length": 120},
         {"method": {"name": "qlora", "rank": 8}},
+        {"method": {"name": "full", "rank": 8}},
     ],
-    ids=["plain", "checkpointing", "packing", "qlora"],
+    ids=["plain", "checkpointing", "packing", "qlora", "full"],
 )
 def test_memory_of_a_step_is_what_the_allocator_gives(
     make_recipe: MakeRecipe, changes: dict[str, Any]

@@ -175,6 +175,21 @@ def test_effective_rank_counts_directions_that_are_used_alike() -> None:
     assert change().effective_rank == 0
 
 
+def test_directions_that_hold_most_and_the_stable_rank() -> None:
+    one = ModuleChange(
+        name="x",
+        layer=0,
+        kind="x",
+        delta_norm=1,
+        weight_norm=1,
+        singular_values=(3.0, 2.0, 1.0, 1.0),
+        published_rank=2,
+    )
+    assert [one.directions_for(share) for share in (0.5, 0.6, 0.61, 0.9, 1)] == [1, 1, 2, 3, 4]
+    assert one.stable_rank == pytest.approx(15 / 9)
+    assert one.kept_energy / one.energy == pytest.approx(13 / 15)
+
+
 def test_attention_before_is_the_bare_bases(
     tiny_base: Path, tiny_adapters: dict[str, Path]
 ) -> None:

@@ -38,8 +38,16 @@ CASES: dict[str, dict[str, Any]] = {
     "adalora-nf4": {"quantization": "nf4"},
     "delta-lora-nf4": {"quantization": "nf4", "delta_start": 2},
     "pissa-and-lora-plus": {"optimizer": "lora-plus", "lr_ratio": 4.0},
+    "full": {"rank": 64},  # as wide as the tiny base: nothing is cut off
 }
-RATES = {"vera": 1e-1, "lora-plus": 2e-3, "pissa": 1e-3, "olora": 1e-3, "loftq": 2e-3}
+RATES = {
+    "vera": 1e-1,
+    "lora-plus": 2e-3,
+    "pissa": 1e-3,
+    "olora": 1e-3,
+    "loftq": 2e-3,
+    "full": 1e-3,
+}
 TOLERANCE = 2e-4
 
 
@@ -119,6 +127,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "vera": {"rank": 16},
     "eva": {},
     "dora": {},
+    "full": {},
 }
 
 

@@ -57,6 +57,11 @@ def test_every_name_has_rules_code_and_a_row_in_the_docs() -> None:
         ({"name": "pissa", "rank_spread": 1.0}, "for eva"),
         ({"name": "olora", "svd_iterations": 0}, "for pissa"),
         ({"name": "delta-lora", "delta_ratio": -1.0}, "between 0 and 100"),
+        ({"name": "full", "quantization": "nf4"}, "takes neither a gradient nor a step"),
+        ({"name": "full", "quantization": "int8"}, "method.name to qlora"),
+        ({"name": "full", "alpha": 16.0}, "full has none"),
+        ({"name": "full", "dropout": 0.1}, "no A whose input"),
+        ({"name": "full", "optimizer": "lora-plus"}, "whole weights"),
     ],
 )
 def test_combinations_that_cannot_work(method: dict[str, Any], says: str) -> None:
@@ -72,10 +77,9 @@ def test_defaults_of_each_method() -> None:
         "loftq": "nf4",
     }
     alphas = {name: recipe.scaled_alpha for name, recipe in found.items()}
-    assert {n for n, alpha in alphas.items() if alpha == 8} == {"pissa", "olora", "loftq", "vera"}
-    assert {n for n, alpha in alphas.items() if alpha == 16} == set(alphas) - {
-        *("pissa", "olora", "loftq", "vera")
-    }
+    at_rank = {"pissa", "olora", "loftq", "vera", "full"}
+    assert {n for n, alpha in alphas.items() if alpha == 8} == at_rank
+    assert {n for n, alpha in alphas.items() if alpha == 16} == set(alphas) - at_rank
     assert MethodRecipe(name="rslora", rank=64).scaled_alpha == 16
     assert found["lora-fa"].resolved_optimizer == "lora-fa"
     assert MethodRecipe(name="qlora", optimizer="lora-plus", lr_ratio=8.0).lr_ratio == 8.0

@@ -28,7 +28,8 @@ app = typer.Typer(
 
 
 @app.command(
-    epilog="Examples: lorary train recipes/sentiment.yaml --set training.max_steps=40; lorary train mine.yaml --preview"
+    epilog="Examples: lorary train recipes/sentiment.yaml --set training.max_steps=40; lorary train mine.yaml --preview; "
+    "lorary train mine.yaml --set method.name=full --output runs/full --beside runs/mine"
 )
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
@@ -57,6 +58,14 @@ def train(
             help="Check everything, say how much memory and time it will take, write nothing.",
         ),
     ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="OUTPUT",
+            help="Output of another run on this base: the report shows the ranks of both changes side by "
+            "side; may be repeated.",
+        ),
+    ] = None,
     show_preview: Annotated[
         bool,
         typer.Option(
@@ -85,7 +94,7 @@ def train(
         )
     from lorary.trainer.output import check_output
     from lorary.trainer.progress import Reporter
-    from lorary.trainer.train import assist, prepare
+    from lorary.trainer.train import assist, prepare, read_runs
     from lorary.trainer.train import train as train_adapter
 
     reporter = Reporter()
@@ -103,13 +112,16 @@ def train(
         from lorary.trainer.forecast import forecast
 
         prepared = prepare(checked, reporter)
+        read_runs(prepared, beside or [])
         _print_plan(prepared, folder, forecast(prepared, reporter), as_json=as_json)
         return
     if not processes.is_first():
         assist(checked, folder, resume=resume, force=force)
         return
     check_output(folder, force=force)
-    manifest = train_adapter(checked, folder, resume=resume, force=force, reporter=reporter)
+    manifest = train_adapter(
+        checked, folder, resume=resume, force=force, reporter=reporter, beside=beside or []
+    )
     _print_result(manifest, folder, as_json=as_json)
 
 
@@ -151,6 +163,14 @@ def _print_result(manifest: Manifest, folder: Path, *, as_json: bool) -> None:
     assert manifest.metrics is not None
     title = f"{folder} · {manifest.metrics.num_examples} held-out examples"
     console().print(figures_table(manifest.metrics, title))
+    uncut = manifest.training.get("uncut")
+    if uncut is not None and "kept_share" in uncut:
+        primary = manifest.metrics.primary
+        console().print(
+            f"what was trained: {primary} {uncut['metrics'][primary]:.3f}; the adapter holds "
+            f"{uncut['kept_share']:.1%} of its change, which takes rank {uncut['rank_90']:g} for 90 %",
+            highlight=False,
+        )
     name = manifest.training["recipe"]["name"]
     console().print(f"next: registry push {folder} {name} --alias prod", highlight=False)
 

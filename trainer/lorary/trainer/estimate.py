@@ -5,7 +5,8 @@
     weights     of the base, in the format it trains in
     adapter     what is trained, float32
     optimizer   its moments
-    step        activations, gradients and temporaries of the longest batch of the plan, at their peak
+    step        activations, gradients and temporaries of the longest batch of the plan, at their peak; or
+                gradients and the optimizer's temporaries, where these are more
     process     Python and the libraries (on a CPU; a GPU's own context is not counted)
 
 The first three follow from shapes. The fourth is traced: the model is built a second time on torch's
@@ -105,7 +106,7 @@ def estimate_memory(run: Prepared, *, num_steps: int | None = None) -> Memory:
         weights=_weight_bytes(model, recipe.method.base_quantization),
         adapter=sum(p.nbytes for p in trained),
         optimizer=_optimizer_bytes(trained, recipe),
-        step=_step_bytes(model, batch),
+        step=max(_step_bytes(model, batch), _update_bytes(trained, recipe)),
         process=0 if device.startswith("cuda") else memory_bytes(device),
     )
 
@@ -213,6 +214,17 @@ def _optimizer_bytes(trained: Sequence[Tensor], recipe: Recipe) -> int:
             for p in trained
         )
     )
+
+
+def _update_bytes(trained: Sequence[Tensor], recipe: Recipe) -> int:
+    """Bytes at the peak of the optimizer's own step: the gradients, and roots of all second moments.
+
+    torch's AdamW takes the roots of all parameters at once on a GPU, of one at a time on a CPU; the others
+    work in place. That is nothing beside activations, unless whole weights are trained.
+    """
+    gradients = sum(p.nbytes for p in trained)
+    has_roots = recipe.training.optimizer == "adamw" and recipe.training.device.startswith("cuda")
+    return 2 * gradients if has_roots else gradients
 
 
 def _longest_batch(run: Prepared, num_steps: int) -> list[Row]:

@@ -125,7 +125,7 @@ def fit(
         identity=identity,
         # One item is one planned batch: the Trainer's own batching is set to one.
         train_dataset=PlannedRows(train_rows, plan),
-        eval_dataset=_validation_batches(validation_rows, training.batch_size) or None,
+        eval_dataset=validation_batches(validation_rows, training.batch_size) or None,
         data_collator=lambda items: kind.collate(*items),  # the one planned batch that comes
         processing_class=kind.tokenizer,
         scores=kind.scores,
@@ -257,8 +257,8 @@ def _arguments(
     )
 
 
-def _validation_batches(rows: Sequence[TokenRow], batch_size: int) -> list[list[TokenRow]]:
-    """Group validation rows by length."""
+def validation_batches(rows: Sequence[TokenRow], batch_size: int) -> list[list[TokenRow]]:
+    """Group validation rows by length; the validation loss is the mean of these batches' means."""
     ordered = sorted(rows, key=lambda row: -len(row.input_ids))
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 

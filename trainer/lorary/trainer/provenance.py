@@ -4,10 +4,12 @@ All of it lies in the manifest's ``training``, which is free in form, so that ol
 
     "hardware": {"cpu": "AMD EPYC …", "cpus": 2, "memory_bytes": 8589934592, "gpus": [], "system": "Linux …"},
     "loss_curve": {"steps": [1, 2, …], "loss": […], "validation_steps": [15, …], "validation_loss": […]},
-    "golden_logits": {"none": [[…], …], "nf4": [[…], …], "int8": [[…], …]}
+    "golden_logits": {"none": [[…], …], "nf4": [[…], …], "int8": [[…], …]},
+    "uncut": {"metrics": {"accuracy": 0.9}, "kept_share": 0.4, "rank_90": 210, "stable_rank": 9.1}
 
 ``golden_logits`` has, for each golden probe, the logits of its ``top_token_ids`` over the base in other
-quantizations than the probe's own: what a server that quantizes should see.
+quantizations than the probe's own: what a server that quantizes should see. ``uncut`` is there where more was
+trained than the adapter holds (``methods.full``).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorary.bases import Base
-    from lorary.registry.manifest import GoldenProbe
+    from lorary.registry.manifest import GoldenProbe, Metrics
 
 MAX_POINTS = 512
 
@@ -86,6 +88,31 @@ def golden_logits(
             [round(value, 4) for value in logits[list(probe.top_token_ids)].tolist()]
             for probe, logits in zip(probes, read, strict=True)
         ]
+    return found
+
+
+def uncut_facts(uncut: Metrics, model: Any) -> dict[str, Any]:
+    """Return what a manifest says of a run that learned more than its adapter holds.
+
+    Args:
+        uncut: the adapter beside what was trained, as its base.
+        model: wrapped by PEFT, cut (``Attached.cut``).
+
+    Returns:
+        ``metrics`` of what was trained; ``kept_share`` of ‖ΔW‖² over all modules; and ``rank_90`` and
+        ``stable_rank`` of ΔW, medians over modules (``report.ranks``).
+    """
+    from lorary.trainer.report.ranks import ranks_of
+    from lorary.trainer.report.weights import module_changes
+
+    found: dict[str, Any] = {"metrics": uncut.base}
+    ranks = ranks_of(module_changes(model))
+    if ranks is not None:
+        found |= {
+            "kept_share": ranks.kept_share,
+            "rank_90": ranks.rank_90,
+            "stable_rank": ranks.stable_rank,
+        }
     return found
 
 

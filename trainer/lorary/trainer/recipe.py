@@ -151,7 +151,7 @@ class DataRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodRecipe:
-    """Which low-rank method, of which size."""
+    """Which method, of which rank."""
 
     name: rules.MethodName = "lora"
     """What is trained; docs/methods.md compares them."""
@@ -160,9 +160,9 @@ class MethodRecipe:
     quantization_plan: str = ""
     """For qlora: a file of ``lorary quantize-plan``, relative to the recipe; its layers that stay whole do so here."""
     rank: int = 8
-    """Rank of every pair A, B; 1 to 512. The rank at the start for adalora; vera wants 256."""
+    """Rank of every pair A, B; 1 to 512. The rank at the start for adalora; what is published for full; vera wants 256."""
     alpha: float = 0.0
-    """Scale times rank; 0 means twice the rank; the rank for pissa, olora and loftq; 16 for rslora."""
+    """Scale times rank; 0 means twice the rank; the rank for pissa, olora and loftq; 16 for rslora; vera and full have none."""
     dropout: float = 0.0
     """On the input of A; [0, 1). Above 0 trains on a slower path."""
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -210,7 +210,7 @@ class MethodRecipe:
 
     @property
     def scaled_alpha(self) -> float:
-        """``alpha`` with its default resolved; of vera, which has none, the rank: a scale of 1."""
+        """``alpha`` with its default resolved; of vera and full, which have none, the rank: a scale of 1."""
         if self.alpha:
             return self.alpha
         by_default = {"twice": 2.0 * self.rank, "sixteen": 16.0}
@@ -258,7 +258,7 @@ class TrainingRecipe:
     packing: bool = False
     """Put several samples into each row of max_length tokens, none of which sees another; batch_size counts such rows."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the base's arithmetic; A and B are always float32. auto is what the device does well."""
+    """Of the base's arithmetic; what is trained is always float32. auto is what the device does well."""
     device: str = "auto"
     """A torch device; auto is cuda when there is one, else cpu."""
     gradient_checkpointing: bool = False

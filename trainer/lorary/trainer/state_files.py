@@ -83,8 +83,11 @@ def _to_plain(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Return ``value`` as JSON knows it, and move its tensors into ``tensors``."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        # A copy of its own: safetensors refuses tensors that share memory.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        found = value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory; to copy all of them would double a run's memory.
+        address = found.untyped_storage().data_ptr()
+        is_shared = any(address == one.untyped_storage().data_ptr() for one in tensors.values())
+        tensors[name] = found.clone() if is_shared else found
         return {"tensor": name}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

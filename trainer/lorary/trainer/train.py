@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorary.bases import Base, PromptBuilder, find_base
 from lorary.bases.load import default_dtype, load_tokenizer
-from lorary.errors import InvalidRecipe
+from lorary.errors import InvalidRecipe, InvalidRequest
 from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer import processes
 from lorary.trainer.checkpoints import identity_of, newest_checkpoint, run_identity, step_of
@@ -26,6 +26,7 @@ from lorary.trainer.encoding import Encoder
 from lorary.trainer.kinds import Kind, kind_of
 from lorary.trainer.meter import peak_memory_bytes
 from lorary.trainer.methods.rules import check_plan
+from lorary.trainer.metrics import metrics_of
 from lorary.trainer.optimizers import check_optimizer
 from lorary.trainer.output import (
     build_manifest,
@@ -35,7 +36,7 @@ from lorary.trainer.output import (
 )
 from lorary.trainer.packing import check_isolation
 from lorary.trainer.progress import Reporter
-from lorary.trainer.provenance import golden_logits, hardware, loss_curve
+from lorary.trainer.provenance import golden_logits, hardware, loss_curve, uncut_facts
 from lorary.trainer.quantplan.use import plan_facts
 from lorary.trainer.report import write_report
 from lorary.trainer.served_template import with_served_template
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from lorary.trainer.fit import Fit
     from lorary.trainer.methods.method import Attached
     from lorary.trainer.recipe import Recipe
+    from lorary.trainer.report.ranks import OtherRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,15 @@ class Prepared:
             self.splits.fingerprint,
             processes.num_processes(),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What models answered to the test examples: base, published adapter, and what was trained if that is more."""
+
+    before: Evaluation | None
+    after: Evaluation
+    uncut: Evaluation | None = None
 
 
 def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
@@ -118,6 +129,23 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
     )
 
 
+def read_runs(run: Prepared, beside: Sequence[Path]) -> list[OtherRun]:
+    """Read what other runs did to the weights of this one's base; before any work.
+
+    Raises:
+        InvalidRequest: the recipe asks for no report to show them in, or a folder has none.
+        IncompatibleAdapter: one is of another base.
+    """
+    from lorary.trainer.report.ranks import read_run
+
+    if beside and not run.recipe.evaluation.report:
+        raise InvalidRequest(
+            "--beside shows other runs in the report, and evaluation.report is false; leave one of them out.",
+            field="beside",
+        )
+    return [read_run(folder, run.base.card.fingerprint) for folder in beside]
+
+
 def resolve_auto(recipe: Recipe) -> Recipe:
     """Return the recipe with device and dtype decided for this machine."""
     import torch
@@ -147,6 +175,7 @@ def train(
     force: bool = False,
     reporter: Reporter | None = None,
     origin: Mapping[str, Any] | None = None,
+    beside: Sequence[Path] = (),
 ) -> Manifest:
     """Train, evaluate and write an adapter.
 
@@ -158,15 +187,17 @@ def train(
             base or data, too, which the manifest then says.
         reporter: where progress goes.
         origin: what the manifest shall say besides about where the recipe comes from.
+        beside: outputs of other runs on this base, whose changes of weights the report shows with this one's.
 
     Raises:
-        AlreadyExists, InvalidRecipe, IncompatibleAdapter, TrainingFailed, Cancelled, StorageError,
-        BaseNotFound, MissingDependency: each says what to do.
+        AlreadyExists, InvalidRecipe, InvalidRequest, IncompatibleAdapter, TrainingFailed, Cancelled,
+        StorageError, BaseNotFound, MissingDependency: each says what to do.
     """
     reporter = reporter or Reporter()
     started = time.monotonic()
     check_output(output, force=force)
     run = prepare(recipe, reporter)
+    others = read_runs(run, beside)
     checkpoints = _checkpoints_of(output)
     resume_from = (
         newest_checkpoint(checkpoints, run.identity, allow_other=force) if resume else None
@@ -177,6 +208,7 @@ def train(
     reporter.note(_headline(run))
     method, fitted = fit_adapter(run, output, resume_from, reporter)
     fitted_at = time.monotonic()
+    uncut = _cut(run, method, reporter) if method.is_cut_afterwards else None
     after, before = _evaluate(run, method.model, reporter)
     evaluated_at = time.monotonic()
     manifest: list[Manifest] = []
@@ -195,7 +227,8 @@ def train(
             "num_trainable": fitted.num_trainable,
             **(origin or {}),
         }
-        manifest.append(_fill(run, folder, method, fitted, before, after, facts))
+        results = Results(before=before, after=after, uncut=uncut)
+        manifest.append(_fill(run, folder, method, fitted, results, facts, others))
 
     write_output(output, fill)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -280,6 +313,16 @@ def fit_adapter(
     return method, fitted
 
 
+def _cut(run: Prepared, method: Attached, reporter: Reporter) -> Evaluation:
+    """Measure what was trained, then leave in the model what will be published of it."""
+    test = run.splits.test
+    with reporter.phase("evaluating what was trained", len(test)) as advance:
+        found: Evaluation = run.kind.evaluate(method.model, test, lambda count: advance(count, ""))
+    reporter.note(f"finding the best adapter of rank {run.recipe.method.rank} in every layer")
+    method.cut()
+    return found
+
+
 def _evaluate(
     run: Prepared, model: Any, reporter: Reporter
 ) -> tuple[Evaluation, Evaluation | None]:
@@ -299,9 +342,9 @@ def _fill(
     folder: Path,
     method: Attached,
     fitted: Fit,
-    before: Evaluation | None,
-    after: Evaluation,
+    results: Results,
     facts: dict[str, Any],
+    others: Sequence[OtherRun],
 ) -> Manifest:
     """Write everything of the output folder."""
     import torch
@@ -309,6 +352,11 @@ def _fill(
     from lorary.trainer.report.inside import look_inside
 
     recipe, task = run.recipe, run.recipe.task.to_manifest()
+    before, after = results.before, results.after
+    uncut = None
+    if results.uncut is not None:
+        uncut = metrics_of(recipe, results.uncut, after, recipe.training.seed)
+        facts["uncut"] = uncut_facts(uncut, method.model)
     facts["conversion_error"] = method.save(folder, run.base)
     num_probes = recipe.evaluation.num_golden_probes if run.kind.has_probes else 0
     probed = run.splits.test[:num_probes]
@@ -354,7 +402,12 @@ def _fill(
         best_step=fitted.best_step,
         before=before,
         after=after,
-        inside=look_inside(run, method.model, before, after) if recipe.evaluation.report else None,
+        inside=look_inside(
+            run, method.model, before, after, folder / "adapter_model.safetensors", others
+        )
+        if recipe.evaluation.report
+        else None,
+        uncut=uncut,
     )
     return manifest
 

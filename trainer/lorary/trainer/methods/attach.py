@@ -10,6 +10,7 @@ from lorary.trainer.heads import widen_heads
 from lorary.trainer.methods.adalora import AdaLora
 from lorary.trainer.methods.delta import DeltaLora
 from lorary.trainer.methods.eva import Eva
+from lorary.trainer.methods.full import Full
 from lorary.trainer.methods.loftq import Loftq
 from lorary.trainer.methods.method import Attached, Setting
 from lorary.trainer.methods.plain import Dora, RsLora
@@ -40,6 +41,7 @@ METHODS: Final[Mapping[MethodName, type[Attached]]] = {
     "vera": Vera,
     "adalora": AdaLora,
     "delta-lora": DeltaLora,
+    "full": Full,
 }
 
 
@@ -77,6 +79,7 @@ def attach(
             f"{error}. It has {', '.join(linear_names(model, setting.heads))}; use those, or {ALL_LINEAR}."
         ) from error
     method.model = wrapped
+    method.extend()
     if is_started:
         with quiet_libraries():
             method.start()

@@ -54,9 +54,11 @@ class Attached:
         model: the base as PEFT wrapped it; set by ``attach``.
         own: names of the adapter's parameters in ``model``, frozen ones included; set by ``attach``.
         is_fast: whether ``fast_lora`` may replace PEFT's forward.
+        is_cut_afterwards: whether what is published is less than what was trained: see ``cut``.
     """
 
     is_fast = True
+    is_cut_afterwards = False
 
     def __init__(self, recipe: MethodRecipe, setting: Setting) -> None:
         self.recipe = recipe
@@ -83,6 +85,9 @@ class Attached:
             **changes,
         )
 
+    def extend(self) -> None:
+        """Add parameters that PEFT does not know; called once, before ``start``, also on torch's ``meta`` device."""
+
     def start(self) -> None:
         """Set first values other than PEFT's; called once, when ``model`` is there."""
 
@@ -99,6 +104,9 @@ class Attached:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what ``state`` returned."""
+
+    def cut(self) -> None:
+        """Bring ``model`` from what was trained to what is published, where they differ; nothing is trained after."""
 
     def save(self, folder: Path, base: Base) -> float:
         """Write a PEFT folder that computes, on the untouched base, what was trained.

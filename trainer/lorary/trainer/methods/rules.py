@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MethodName = Literal[
     "lora", "qlora", "rslora", "dora", "pissa", "olora", "eva", "loftq", "lora-fa", "lora-plus",
-    "vera", "adalora", "delta-lora",
+    "vera", "adalora", "delta-lora", "full",
 ]  # fmt: skip
 OptimizerName = Literal["auto", "adamw", "lora-fa", "lora-plus"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -164,6 +164,22 @@ RULES: Final[Mapping[MethodName, Rules]] = {
         options=frozenset({"delta_start", "delta_ratio"}),
         no_dropout="the step of B A stands for a gradient of W, which it is not with dropout on its way "
         "(section 3.3 of the paper). Set method.dropout to 0",
+    ),
+    "full": Rules(
+        what="the weights themselves; what comes nearest to their change at `rank` is published",
+        paper="2405.09673",
+        quantizations=("none",),
+        why_not=dict.fromkeys(
+            ("int8", "nf4"),
+            "the weights themselves are learned, and a quantized weight takes neither a gradient nor a "
+            "step as small as an optimizer's. Set method.quantization to none, or method.name to qlora",
+        ),
+        default_alpha="none",
+        refused_optimizers={
+            "lora-fa": "it learns no B along a frozen A, but whole weights. Use adamw",
+            "lora-plus": "it learns no B that could learn faster than A, but whole weights. Use adamw",
+        },
+        no_dropout="there is no A whose input could be dropped. Set method.dropout to 0",
     ),
 }
 

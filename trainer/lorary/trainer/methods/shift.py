@@ -60,9 +60,12 @@ class Shifted(Attached, ABC):
 
     def save(self, folder: Path, base: Base) -> float:
         """Write ΔW of every layer as plain LoRA."""
-        layers = lora_layers(self.model)
-        changes = {name: self.change(name, layer) for name, layer in layers.items()}
-        return save_as_lora(self.model, folder, base, changes)
+        factors, worst = {}, 0.0
+        for name, layer in lora_layers(self.model).items():
+            factors[name], error = compact(self.change(name, layer))
+            worst = max(worst, error)
+        write_lora(self.model, folder, base, factors)
+        return worst
 
     def describe(self) -> Method:
         """The rank is that of what is published."""
@@ -111,22 +114,17 @@ def compact(product: Factors) -> tuple[Factors, float]:
     return found, lost / size if size else 0.0
 
 
-def save_as_lora(model: Any, folder: Path, base: Base, changes: Mapping[str, Factors]) -> float:
-    """Write a PEFT folder in which every module of ``changes`` has a LoRA of that very change.
-
-    Returns:
-        The largest error of a module.
-    """
+def write_lora(model: Any, folder: Path, base: Base, factors: Mapping[str, Factors]) -> None:
+    """Write a PEFT folder in which B A of every module is a product of ``factors``, float32 on the CPU."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    ranks, worst = {}, 0.0
-    for name, change in changes.items():
-        found, error = compact(change)
+    ranks = {}
+    for name, found in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = found.a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = found.b
-        ranks[name], worst = found.a.shape[0], max(worst, error)
+        ranks[name] = found.a.shape[0]
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.base_model_name_or_path = base.name
     config.inference_mode = True
@@ -139,7 +137,6 @@ def save_as_lora(model: Any, folder: Path, base: Base, changes: Mapping[str, Fac
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
     for written in folder.iterdir():
         written.chmod(0o644)
-    return worst
 
 
 def _replace_forward(layer: Any, name: str, method: Shifted) -> None:

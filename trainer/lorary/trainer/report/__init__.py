@@ -11,6 +11,7 @@ report/
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lorary.registry.manifest import Manifest
+    from lorary.registry.manifest import Manifest, Metrics
     from lorary.trainer.data import Splits
     from lorary.trainer.evaluate import Evaluation
     from lorary.trainer.examples import Example
@@ -46,6 +47,7 @@ def write_report(
     before: Evaluation | None,
     after: Evaluation,
     inside: Inside | None,
+    uncut: Metrics | None = None,
 ) -> None:
     """Write the folder of a report; it must not exist.
 
@@ -59,6 +61,7 @@ def write_report(
         before: what the base answered to ``splits.test``; ``None`` if it was not asked.
         after: what the adapter answered.
         inside: what it did to weights and attention; ``None`` writes the numbers and no page.
+        uncut: the adapter beside what was trained, as its ``base``, where less than that is published.
 
     Raises:
         OSError: it cannot be written.
@@ -68,7 +71,7 @@ def write_report(
     details = _details(sides, recipe, splits.test)
     write_jsonl(folder / "history.jsonl", history)
     write_jsonl(folder / "examples.jsonl", example_rows(splits.test, before, after))
-    _write_json(folder / "metrics.json", _metrics(manifest, details))
+    _write_json(folder / "metrics.json", _metrics(manifest, details, uncut))
     if inside is None:
         return
     if inside.weights:
@@ -84,7 +87,8 @@ def write_report(
         splits=splits,
         figures=drawn,
         outcomes=outcomes,
-        weights=inside.weights,
+        inside=inside,
+        uncut=uncut,
     )
     (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
@@ -106,10 +110,13 @@ def _details(
     return found
 
 
-def _metrics(manifest: Manifest, details: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _metrics(
+    manifest: Manifest, details: dict[str, dict[str, Any]], uncut: Metrics | None
+) -> dict[str, Any]:
     """Return the manifest's metrics and, of a classification, what they hide."""
     plain: dict[str, Any] = json.loads(manifest.to_json())["metrics"]
-    return plain | {name: one for name, one in details.items() if one}
+    found = plain | {name: one for name, one in details.items() if one}
+    return found if uncut is None else found | {"uncut": dataclasses.asdict(uncut)}
 
 
 def _draw(
@@ -149,7 +156,12 @@ def _draw(
         caption = "Effective rank of every module's change"
         found.append(Figure("effective_rank.png", caption, figures.rank_map(with_values)))
         caption = "Singular values of every module's change"
-        found.append(Figure("singular_values.png", caption, figures.spectrum(with_values)))
+        kept = max((one.published_rank or 0 for one in with_values), default=0)
+        if kept:
+            caption += f"; what is left of direction {kept} is published"
+        others = [(f"beside: {other.name}", other.weights) for other in inside.beside]
+        png = figures.spectrum([("this run", with_values), *others], kept)
+        found.append(Figure("singular_values.png", caption, png))
     return found
 
 

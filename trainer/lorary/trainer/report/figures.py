@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _INK = "#7a808a"
 _BLUE, _ORANGE = "#3b82c4", "#d9782d"
+_COLOURS = (_BLUE, _ORANGE, "#3f9b5c", "#9a5fb4")
+_MANY_DIRECTIONS = 64
 _STYLE: Any = {
     "text.color": _INK,
     "axes.edgecolor": _INK,
@@ -104,16 +106,37 @@ def rank_map(changes: Sequence[ModuleChange]) -> bytes:
     )
 
 
-def spectrum(changes: Sequence[ModuleChange]) -> bytes:
-    """Draw the singular values of every module's ΔW beside its largest one."""
+def spectrum(runs: Sequence[tuple[str, Sequence[ModuleChange]]], published_rank: int = 0) -> bytes:
+    """Draw the singular values of every module's ΔW beside its largest one.
+
+    Args:
+        runs: name and modules of each; it has a colour.
+        published_rank: where to draw a line; 0 draws none.
+    """
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for one in changes:
-            values = [value / one.singular_values[0] for value in one.singular_values]
-            axes.plot(range(1, len(values) + 1), values, color=_BLUE, alpha=0.25, linewidth=0.8)
-        axes.set(xlabel="direction", ylabel="singular value / largest", yscale="log")
+        for number, (run, changes) in enumerate(runs):
+            label: str | None = run if len(runs) > 1 else None
+            for one in changes:
+                if not one.singular_values:
+                    continue
+                values = [value / one.singular_values[0] for value in one.singular_values]
+                places = range(1, len(values) + 1)
+                colour = _COLOURS[number % len(_COLOURS)]
+                axes.plot(places, values, color=colour, alpha=0.25, linewidth=0.8, label=label)
+                label = None
+        if published_rank:
+            name = f"published: {published_rank}"
+            axes.axvline(published_rank, color=_INK, linestyle=":", label=name)
+        longest = max(len(one.singular_values) for _, found in runs for one in found)
+        # A few directions of LoRA beside hundreds of full fine-tuning.
+        scale = "log" if longest > _MANY_DIRECTIONS else "linear"
+        axes.set(xlabel="direction", ylabel="singular value / largest", yscale="log", xscale=scale)
         axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            for handle in axes.legend().legend_handles:
+                handle.set_alpha(1)
 
     return picture(draw, 7, 3)
 

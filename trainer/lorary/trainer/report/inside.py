@@ -12,21 +12,41 @@ from lorary.trainer.report.examples import compare_examples
 from lorary.trainer.report.weights import module_changes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from lorary.trainer.evaluate import Evaluation
     from lorary.trainer.report.attention import AttentionChange
+    from lorary.trainer.report.ranks import OtherRun
     from lorary.trainer.report.weights import ModuleChange
     from lorary.trainer.train import Prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """What a report shows of a model's inside."""
+    """What a report shows of a model's inside, and of other runs' beside it.
+
+    Attributes:
+        weights: what the run did to each module.
+        attention: what it did to attention.
+        beside: other runs.
+        overlaps: by module, of this adapter's directions with those of each of ``beside``.
+    """
 
     weights: list[ModuleChange]
     attention: list[AttentionChange]
+    beside: Sequence[OtherRun] = ()
+    overlaps: Sequence[Mapping[str, float]] = ()
 
 
-def look_inside(run: Prepared, model: Any, before: Evaluation | None, after: Evaluation) -> Inside:
+def look_inside(
+    run: Prepared,
+    model: Any,
+    before: Evaluation | None,
+    after: Evaluation,
+    adapter: Path,
+    beside: Sequence[OtherRun] = (),
+) -> Inside:
     """Measure every module's change, and attention on the prompts where the adapter did most.
 
     Args:
@@ -34,6 +54,8 @@ def look_inside(run: Prepared, model: Any, before: Evaluation | None, after: Eva
         model: wrapped by PEFT, the adapter active.
         before: the base's answers, by which prompts are chosen; ``None`` takes the first ones.
         after: the adapter's.
+        adapter: the tensors' file that was written.
+        beside: other runs whose changes are shown with this one's.
     """
     recipe, test = run.recipe, run.splits.test
     outcomes = compare_examples(test, before, after, primary_of(recipe))
@@ -48,5 +70,8 @@ def look_inside(run: Prepared, model: Any, before: Evaluation | None, after: Eva
         if len(prompt) <= MAX_TOKENS:
             prompts.append(prompt)
     return Inside(
-        weights=module_changes(model), attention=attention_changes(model, run.tokenizer, prompts)
+        weights=module_changes(model),
+        attention=attention_changes(model, run.tokenizer, prompts),
+        beside=beside,
+        overlaps=[other.overlaps(adapter) for other in beside],
     )

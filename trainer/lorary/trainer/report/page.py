@@ -15,14 +15,16 @@ from lorary.registry.manifest import LOWER_IS_BETTER
 from lorary.trainer.data import StreamedExamples
 from lorary.trainer.figures_table import verdict
 from lorary.trainer.recipe_file import recipe_dict
+from lorary.trainer.report.ranks import ranks_by_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lorary.registry.manifest import Interval, Manifest, Metrics
     from lorary.trainer.data import Splits
     from lorary.trainer.recipe import Recipe
     from lorary.trainer.report.examples import Outcomes
+    from lorary.trainer.report.inside import Inside
     from lorary.trainer.report.weights import ModuleChange
 
 TEMPLATE = "page.html"
@@ -56,10 +58,12 @@ def render(
     splits: Splits,
     figures: Sequence[Figure],
     outcomes: Outcomes,
-    weights: Sequence[ModuleChange],
+    inside: Inside,
+    uncut: Metrics | None = None,
 ) -> str:
     """Return the page: one file of HTML that loads nothing and runs nothing.
 
+    ``uncut`` is the adapter beside what was trained, as its base, where less than that is published.
     Texts of data and models are escaped; what they could still do, the page's own policy forbids.
     """
     metrics = manifest.metrics
@@ -81,12 +85,16 @@ def render(
         metrics=metrics,
         headline=_headline(metrics),
         rows=_metric_rows(metrics),
+        uncut={} if uncut is None else {row["name"]: row for row in _metric_rows(uncut)},
         sections=sections,
         outcomes=outcomes,
         groups={name: pairs[:shown] for name, pairs in outcomes.groups.items()},
         counts={name: len(pairs) for name, pairs in outcomes.groups.items()},
         shorten=_shorten,
-        weight_facts=_weight_facts(weights),
+        weight_facts=_weight_facts(inside.weights),
+        ranks=_rank_rows(manifest, inside),
+        has_overlaps=any(inside.overlaps),
+        has_cut=any(one.published_rank is not None for one in inside.weights),
         data_facts=_plain_facts(manifest.data),
         parts=_parts(splits),
         lock={
@@ -174,6 +182,33 @@ def _weight_facts(weights: Sequence[ModuleChange]) -> dict[str, str]:
         most = max(len(one.singular_values) for one in weights)
         facts["directions of a module, at most"] = str(most)
     return facts
+
+
+def _rank_rows(manifest: Manifest, inside: Inside) -> list[dict[str, str]]:
+    """Return the cells of the table of ranks: each kind of module, of this run and of those beside it."""
+    name = f"{manifest.method.name}, rank {manifest.method.rank}"
+    runs: list[tuple[str, Sequence[ModuleChange], Mapping[str, float]]] = [
+        (name, inside.weights, {}),
+        *(
+            (f"beside: {other.name}", other.weights, overlaps)
+            for other, overlaps in zip(inside.beside, inside.overlaps, strict=True)
+        ),
+    ]
+    return [
+        {
+            "kind": kind,
+            "run": run,
+            "modules": str(found.num_modules),
+            "ratio": f"{found.ratio:.2g}",
+            "rank_90": f"{found.rank_90:g}",
+            "stable_rank": f"{found.stable_rank:.1f}",
+            "effective_rank": f"{found.effective_rank:.1f}",
+            "directions": f"{found.num_directions:g}",
+            "kept": f"{found.kept_share:.1%}",
+            "overlap": "" if found.overlap is None else f"{found.overlap:.3f}",
+        }
+        for kind, run, found in ranks_by_kind(runs)
+    ]
 
 
 def _parts(splits: Splits) -> list[dict[str, str]]:
