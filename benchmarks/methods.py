@@ -6,7 +6,8 @@
 
 The recipe is recipes/sentiment.yaml, shortened by --steps and --num-test, with each method's own learning
 rate (``RATES``). Seconds of a step are a median without the first; peak memory is the process's, base
-and evaluation included. The adapter is pushed to a registry, and its size and error are of what is kept.
+and evaluation included. The adapter is pushed to a registry, and its size, error and ranks are of what is
+kept. ``full`` has two rows: the model as it was trained, and the adapter that its change was cut to.
 """
 
 import sys

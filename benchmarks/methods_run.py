@@ -37,9 +37,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "delta-lora": {"delta_start": 5},
     "qlora": {},
     "loftq": {},
+    "full": {},
 }
 """Each with the keys of its own; ``rank`` is 8 where it is not named."""
-RATES = {"vera": 5e-3, "lora-plus": 1e-4, "pissa": 1e-4, "olora": 1e-4, "adalora": 2e-3}
+RATES = {
+    "vera": 5e-3,
+    "lora-plus": 1e-4,
+    "pissa": 1e-4,
+    "olora": 1e-4,
+    "adalora": 2e-3,
+    "full": 5e-5,
+}
 """Learning rates; 5e-4, the recipe's, where none is named."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -99,10 +107,10 @@ def _case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> str:
-    """Return one row for each method, in the order of the records."""
+    """Return one row for each method, in the order of the records; of ``full``, what is published follows."""
     heads = [
         *("method", "accuracy", "validation loss", "trained numbers", "peak memory, MB"),
-        *("s a step", "adapter, MB", "rank", "conversion error"),
+        *("s a step", "adapter, MB", "rank", "conversion error", "rank for 90 %", "stable rank"),
     ]
     lines = [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
     empty = [""] * (len(heads) - 2)
@@ -112,20 +120,37 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
         if "base_accuracy" in record
     )
     for record in records:
-        seconds = f"{record['step_s']:.2f}" + ("" if record["quiet"] else " *")
-        cells = [
-            record["name"],
-            f"{record['accuracy']:.3f}",
-            f"{record['validation_loss']:.3f}",
-            f"{record['num_trainable']:,}",
-            f"{record['peak_bytes'] / 1e6:,.0f}",
-            seconds,
-            f"{record['adapter_bytes'] / 1e6:.2f}",
-            str(record["rank"]),
-            f"{record['conversion_error']:.1e}",
-        ]
-        lines.append(row(cells))
+        lines.extend(row(cells) for cells in _rows_of(record))
     return "\n".join(lines)
+
+
+def _rows_of(record: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of a method: one row, or a second one for what is published of whole weights."""
+    cost = [
+        f"{record['num_trainable']:,}",
+        f"{record['peak_bytes'] / 1e6:,.0f}",
+        f"{record['step_s']:.2f}" + ("" if record["quiet"] else " *"),
+    ]
+    kept = [
+        f"{record['adapter_bytes'] / 1e6:.2f}",
+        str(record["rank"]),
+        f"{record['conversion_error']:.1e}",
+        *_rank_cells(record.get("ranks")),
+    ]
+    accuracy, loss = f"{record['accuracy']:.3f}", f"{record['validation_loss']:.3f}"
+    uncut = record.get("uncut")
+    if uncut is None:
+        return [[record["name"], accuracy, loss, *cost, *kept]]
+    whole = [f"{uncut['metrics']['accuracy']:.3f}", loss, *cost, *["-"] * 3, *_rank_cells(uncut)]
+    published = f"{record['name']}, its SVD at rank {record['rank']}"
+    cut = [accuracy, f"{record['cut_validation_loss']:.3f}", *["-"] * len(cost), *kept]
+    return [[record["name"], *whole], [published, *cut]]
+
+
+def _rank_cells(found: dict[str, float] | None) -> list[str]:
+    if found is None:
+        return ["-", "-"]
+    return [f"{found['rank_90']:g}", f"{found['stable_rank']:.1f}"]
 
 
 def section(path: Path) -> str:
@@ -148,5 +173,9 @@ def section(path: Path) -> str:
             f"`benchmarks/results/{path.name}`.",
             "",
             table_of(records),
+            "",
+            "Rank for 90 %: the fewest directions that hold 90 % of ‖ΔW‖²; stable rank: ‖ΔW‖² / σ₁²; medians over "
+            "modules of what is kept ([definitions](training.md#the-report)). DoRA's ΔW is no product of thin "
+            "matrices. Of `full` the first row is the model as it was trained, the second what is published of it.",
         ]
     )

@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from lorary.bases import find_base
 from lorary.registry import Registry
 from lorary.trainer import load_recipe
+from lorary.trainer.fit import validation_batches
 from lorary.trainer.progress import Reporter
-from lorary.trainer.train import train
+from lorary.trainer.report.ranks import ranks_of
+from lorary.trainer.report.weights import ModuleChange, product_sizes
+from lorary.trainer.train import dtype_of, prepare, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from lorary.trainer.recipe import Recipe
 
 _RECIPE = Path(__file__).resolve().parents[2] / "recipes/sentiment.yaml"
 
@@ -52,6 +59,54 @@ class Stopwatch(Reporter):
         """Return the median time from the end of a step to that of the next."""
         gaps = [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
         return statistics.median(gaps)
+
+
+def ranks_of_kept(folder: Path) -> dict[str, float] | None:
+    """Return how many directions the changes of an adapter have, in the median over its modules.
+
+    Args:
+        folder: as a registry keeps it: ΔW = B A, no scale beside it.
+
+    Returns:
+        ``rank_90`` and ``stable_rank`` (``lorary.trainer.report.ranks``); ``None`` for DoRA, whose ΔW is no
+        product.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if any("magnitude" in key for key in tensors):
+        return None
+    changes = []
+    for key, a in tensors.items():
+        if ".lora_A." not in key:
+            continue
+        b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        size, values = product_sizes(b.float(), a.float(), 1.0)
+        change = ModuleChange(
+            name=key,
+            layer=None,
+            kind="",
+            delta_norm=size,
+            weight_norm=0.0,
+            singular_values=values,
+        )
+        changes.append(change)
+    found = ranks_of(changes)
+    assert found is not None, "every module of an adapter that was pushed has A and B"
+    return {"rank_90": found.rank_90, "stable_rank": found.stable_rank}
+
+
+def validation_loss(recipe: Recipe, folder: Path) -> float:
+    """Return the validation loss of an adapter as the trainer reckons it, nats a learned token."""
+    from peft import PeftModel
+
+    run = prepare(recipe)
+    model: Any = PeftModel.from_pretrained(run.kind.load(dtype_of(run.recipe))[0], str(folder))
+    model.eval()
+    losses = []
+    for rows in validation_batches(run.validation_rows, run.recipe.training.batch_size):
+        with torch.inference_mode():
+            logits, targets = run.kind.scores(model, run.kind.collate(rows))
+        losses.append(float(F.cross_entropy(logits.float(), targets)))
+    return statistics.mean(losses)
 
 
 def main() -> None:
@@ -100,6 +155,13 @@ def main() -> None:
         "conversion_error": max(manifest.training["conversion_error"], kept.conversion.max_error),
         "own_cores": (usage.user + usage.system) / (time.monotonic() - started),
     }
+    pulled = registry.pull("a", folder / "pulled")
+    ranks = ranks_of_kept(pulled)
+    if ranks is not None:
+        found["ranks"] = ranks
+    if "uncut" in manifest.training:
+        found["uncut"] = manifest.training["uncut"]
+        found["cut_validation_loss"] = validation_loss(recipe, pulled)
     if manifest.metrics.base:
         found["base_accuracy"] = manifest.metrics.base["accuracy"]
     print(json.dumps(found))
