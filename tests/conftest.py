@@ -100,11 +100,18 @@ TINY_SIZES = {
 """Of every tiny base whose family names them as Llama does."""
 
 
-def build_llama(folder: Path, *, seed: int = 0, every_byte: bool = False, **overrides: Any) -> Path:
+def build_llama(
+    folder: Path,
+    *,
+    seed: int = 0,
+    every_byte: bool = False,
+    tokenizer: Any = None,
+    **overrides: Any,
+) -> Path:
     """Save a random Llama of two layers with its tokenizer; return the folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer(every_byte=every_byte)
+    tokenizer = tokenizer or build_tokenizer(every_byte=every_byte)
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{

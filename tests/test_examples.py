@@ -15,6 +15,7 @@ import pytest
 from lorary.registry import BaseCard, Registry
 from tests.conftest import RECIPES, build_adapter, build_llama, write_manifest
 from tests.processes import BIN, serving
+from tests.tool_templates import tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,8 @@ def run(*command: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     root = tmp_path_factory.mktemp("examples")
-    base = build_llama(root / "bytes-llama", every_byte=True)
+    tokenizer = tokenizer_of("hermes", marks="added")
+    base = build_llama(root / "bytes-llama", tokenizer=tokenizer, max_position_embeddings=2048)
     registry = Registry.open(root / "registry", create=True)
     card = BaseCard.from_folder(base)
     template = "<|im_start|>user\n{{ text }}<|im_end|>\n<|im_start|>assistant\n"
@@ -58,7 +60,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
             max_new_tokens=8,
         )
         registry.push(folder, name, base=card, aliases=["prod"])
-    with serving(base, root / "registry", root, "--http-port", "0") as running:
+    options = ("--http-port", "0", "--max-context", "2048")
+    with serving(base, root / "registry", root, *options) as running:
         yield running
 
 
@@ -78,7 +81,7 @@ def test_what_the_page_on_openai_says_can_be_said(language: str, server: ServerP
         program = block.replace("http://127.0.0.1:8000", str(server.http_url))
         if language == "python":
             shown = run(sys.executable, "-c", program)
-            assert "sha256:" in shown or json.loads(shown)
+            assert re.search(r"sha256:|weather \{.city", shown) or json.loads(shown)
         else:
             shown = run("bash", "-ec", program.replace("curl -s ", "curl -sf "))
             assert shown.endswith("data: [DONE]\n\n")
@@ -102,6 +105,19 @@ def test_the_command_asks_for_answers_of_a_given_form(
             *(server.address, "--max-tokens", "32", *options),
         )
         assert re.fullmatch(pattern, said.removesuffix("\n")), (options, said)
+
+
+def test_the_command_lets_a_model_call_functions(server: ServerProcess, tmp_path: Path) -> None:
+    parameters = {"properties": {"at": {"enum": [7]}}, "required": ["at"]}
+    function = {"name": "look", "parameters": parameters}
+    (tmp_path / "tools.json").write_text(json.dumps([{"type": "function", "function": function}]))
+    options = ("--tools", str(tmp_path / "tools.json"), "--tool-choice", "look")
+    for more in ((), ("--stream",)):
+        said = run(
+            *("lorary", "call", "", "the cat", "--chat", "--target", server.address),
+            *("--max-tokens", "100", *options, *more),
+        )
+        assert re.fullmatch(r'\s*look\(\{ ?"at" ?: ?7 ?\}\)\n', said), said
 
 
 def test_roll_out_moves_an_alias_and_takes_it_back(

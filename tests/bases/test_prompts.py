@@ -87,7 +87,7 @@ def test_bad_task_input_is_refused(
     ("messages", "field"),
     [
         ([], "input.chat"),
-        ([{"role": "tool", "content": "x"}], "input.chat.messages[0].role"),
+        ([{"role": "judge", "content": "x"}], "input.chat.messages[0].role"),
         ([{"role": "user", "content": ""}], "input.chat.messages[0].content"),
         (
             [{"role": "user", "content": "x"}, {"role": "user", "content": "<|im_start|>"}],

@@ -9,13 +9,14 @@ So from prompt ``[2, 5]``, adapter ``beta`` gives 8, 11, 14 and the bare base gi
 A label is a number, too; its log probability is minus its distance from the next token: from prompt
 ``[2, 5]``, ``beta`` scores label ``"8"`` with 0.0 and label ``"10"`` with -2.0.
 
-Prompts: ``"2 5"`` is ``[2, 5]``; a task's template puts 100 in front, a chat 200; so ``text="2 5"``
-reads ``[100, 2, 5]``.
+Prompts: ``"2 5"`` is ``[2, 5]``; a task's template puts 100 in front, a chat 200, a chat with tools 300; so
+``text="2 5"`` reads ``[100, 2, 5]``.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from concurrent.futures import Future
@@ -168,8 +169,27 @@ class FakePrompts:
     def from_task(self, task: Task, inputs: Mapping[str, str]) -> list[int]:
         return [100, *self.from_prompt(inputs["text"])]
 
-    def from_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return [200, *(int(w) for m in messages for w in m["content"].split())]
+    special_tokens = ("<|end|>",)
+
+    def from_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        start = 300 if tools else 200
+        return [start, *(int(w) for m in messages for w in m["content"].split())]
+
+    def render_chat(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_answered: bool = False,
+    ) -> str:
+        calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+        written = [f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls]
+        return "".join([*(tool["function"]["name"] for tool in tools), "\n", *written])
+
+    def mark_id(self, text: str) -> int | None:
+        return None
 
     def label_ids(self, label: str) -> tuple[int, ...]:
         return (int(label),)

@@ -44,6 +44,23 @@ async def http(edge: Edge) -> AsyncIterator[httpx.AsyncClient]:
         yield opened
 
 
+def tool(name: str, parameters: dict[str, Any] | None = None) -> Any:
+    """Return a tool as OpenAI's clients send it."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> Any:
+    """Return the choice of one tool."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def asking(name: str = "a", arguments: str = "{}") -> dict[str, Any]:
+    """Return an assistant's turn that calls a tool."""
+    function = {"name": name, "arguments": arguments}
+    call = {"id": "call_1", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 def lorary(answer: Any) -> dict[str, Any]:
     found: dict[str, Any] = answer.model_extra["lorary"]
     return found
@@ -168,6 +185,43 @@ async def test_constraints_and_biases_reach_the_engine(
         assert asked.sampling.constraint == wanted
         assert (asked.grammar is not None) == (wanted is not None)
         assert asked.sampling.logit_bias == ((3, 2.0), (7, -100.0))
+
+
+async def test_tools_and_their_turns_reach_prompt_and_grammar(
+    edge: Edge, client: openai.AsyncOpenAI
+) -> None:
+    """Whoever sends tools reads a chat's prompt, whatever the adapter's task; ``none`` leaves them out."""
+    turns = [*GREETING, asking(), {"role": "tool", "tool_call_id": "call_1", "content": "7"}]
+    allowed = {"mode": "auto", "tools": [named("b")]}
+    cases: list[tuple[dict[str, Any], list[int], str | None]] = [
+        ({"messages": GREETING}, [300, 2, 5], "item: item_0 | item_1"),
+        ({"messages": turns}, [300, 2, 5, 7], "item: item_0 | item_1"),
+        ({"messages": GREETING, "tool_choice": "none"}, [100, 2, 5], None),
+        ({"messages": turns, "tool_choice": "none"}, [200, 2, 5, 7], None),
+        ({"messages": GREETING, "tool_choice": named("b")}, [300, 2, 5], '{\\"name\\": \\"b\\"'),
+        (
+            {
+                "messages": GREETING,
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
+            },
+            [300, 2, 5],
+            "item: item_0\n",
+        ),
+    ]
+    for options, prompt, holds in cases:
+        answer = await client.chat.completions.create(
+            model="alpha", tools=[tool("a"), tool("b", {})], max_tokens=2, **options
+        )
+        asked = edge.engine.submitted[-1]
+        assert asked.prompt_ids == prompt
+        if holds is None:
+            assert asked.sampling.constraint is None
+        else:
+            assert asked.sampling.constraint is not None
+            assert holds in asked.sampling.constraint.text
+            assert asked.sampling.stop == ()  # the task's own ends its own template's answers
+        assert answer.choices[0].message.tool_calls is None
+        assert answer.choices[0].finish_reason == "length"
 
 
 async def test_a_stream_says_role_text_end_usage_and_done(
@@ -311,7 +365,31 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ({"model": 7}, "model"),
     ({"model": "../etc"}, "model"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+    ({"tools": [tool("a b")]}, "tools[0].function.name"),
+    ({"tools": [tool("a"), tool("a")]}, "tools[1].function.name"),
+    ({"tools": [tool("a", {"type": "array"})]}, "tools[0].function.parameters"),
+    ({"tools": [tool("a", {"x": "y" * 70_000})]}, "tools"),
+    ({"tools": [tool(f"a{i}") for i in range(129)]}, "tools"),
+    ({"tools": [tool("a")], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [tool("a")], "tool_choice": named("b")}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [tool("a")], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
+    ({"tools": [tool("a")], "parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ({"tools": [tool("a")], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [tool("a")], "min_tokens": 2}, "min_tokens"),
+    ({"tools": [tool("a")], "tool_choice": "required", "stop": "x"}, "stop"),
+    ({"functions": [{"name": "a"}]}, "functions"),
+    ({"function_call": {"name": "a"}}, "function_call"),
+    (
+        {"messages": [*GREETING, {"role": "tool", "content": "1", "tool_call_id": "x"}]},
+        "messages[1].tool_call_id",
+    ),
+    ({"messages": [asking(arguments="{")]}, "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [asking(arguments="[1]")]}, "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [asking(name="a b")]}, "messages[0].tool_calls[0].function.name"),
+    ({"messages": [asking() | {"role": "user"}]}, "messages[0].tool_calls"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
     ({"temprature": 0.5}, "temprature"),

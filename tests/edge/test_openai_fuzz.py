@@ -12,6 +12,10 @@ from lorary.errors import InvalidRef, InvalidRequest
 from lorary.server.http.body import parse_object
 from lorary.server.http.problems import problem_of
 from lorary.server.http.requests import read_chat, read_completion
+from lorary.server.tools.definitions import check_options, read_toolset, turns_of
+from lorary.server.tools.form import Form
+from lorary.server.tools.formats import FORMATS
+from lorary.server.tools.grammar import call_grammar
 from lorary.server.validate import Limits, check_input, check_priority, read_sampling
 
 LIMITS = Limits(max_context=64, vocab_size=1000)
@@ -36,8 +40,25 @@ GOOD: dict[str, Any] = {
     "priority": 2,
     "echo": True,
     "best_of": 2,
-    "tools": [],
+    "tools": [
+        {"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}},
+        {"type": "function", "function": {"name": "b", "description": "x", "strict": True}},
+    ],
+    "tool_choice": {"type": "function", "function": {"name": "a"}},
+    "parallel_tool_calls": False,
 }
+TURNS: dict[str, Any] = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "a", "arguments": "{}"}},
+    ],
+    "tool_call_id": "c",
+}
+MEMBERS = (
+    *("type", "schema", "regex", "json", "function", "name", "arguments", "parameters", "mode"),
+    *("allowed_tools", "1", ""),
+)
 SCALARS = (
     st.none()
     | st.booleans()
@@ -52,7 +73,7 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from([*GOOD, "type", "role", "content", "schema", "regex", "json", "1", ""]),
+            st.sampled_from([*GOOD, *TURNS, *MEMBERS]),
             inner,
             max_size=3,
         )
@@ -67,13 +88,16 @@ VALUES = st.recursive(
     changed=st.dictionaries(
         st.sampled_from(sorted(GOOD)) | st.text(max_size=4), VALUES, max_size=4
     ),
+    turn=st.dictionaries(st.sampled_from(sorted(TURNS)), VALUES, max_size=2),
     is_chat=st.booleans(),
 )
 def test_bodies_are_understood_or_refused(
-    kept: set[str], changed: dict[str, Any], *, is_chat: bool
+    kept: set[str], changed: dict[str, Any], turn: dict[str, Any], *, is_chat: bool
 ) -> None:
     """Through everything that runs before a registry is asked."""
     body = {name: GOOD[name] for name in kept} | changed
+    if turn and "messages" in kept - changed.keys():
+        body["messages"] = [*GOOD["messages"], TURNS | turn]
     raw = json.dumps(body).encode()
     try:
         members = parse_object(raw, "application/json; charset=utf-8")
@@ -82,6 +106,11 @@ def test_bodies_are_understood_or_refused(
             check_input(request.input, LIMITS)
             check_priority(request.priority)
             read_sampling(request.sampling, LIMITS)
+            toolset = read_toolset(request.input.chat)
+            turns_of(request.input.chat.messages)
+            if toolset is not None:
+                check_options(toolset, request.sampling)
+                call_grammar(toolset, Form(format=FORMATS["hermes"], token_ids={}))
     except (InvalidRequest, InvalidRef) as error:
         problem, error_id = problem_of(error)
         assert (problem.status, error_id) == (400, "")

@@ -20,7 +20,7 @@ from lorary.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class _Task(Protocol):
@@ -79,6 +79,16 @@ class PromptBuilder:
         """The ids of ``special_tokens``."""
         return frozenset(self._tokenizer.convert_tokens_to_ids(list(self._specials)))
 
+    def mark_id(self, text: str) -> int | None:
+        """Return the id of an added token that stands for itself and not for the letters of its text.
+
+        Special ones do, and ones in angle brackets: tokenizers make them of these letters, and grammars of
+        text (llguidance) do not.
+        """
+        is_mark = text in self._specials or (text.startswith("<") and text.endswith(">"))
+        added = self._tokenizer.added_tokens_decoder.items()
+        return next((int(i) for i, token in added if str(token) == text and is_mark), None)
+
     @cached_property
     def bos(self) -> str:
         """What this tokenizer puts before a text by itself, or nothing; prompts must hold it themselves."""
@@ -129,8 +139,14 @@ class PromptBuilder:
             raise InvalidRequest("the prompt is empty; send some text.", field="input.prompt")
         return self._encode(text, field="input.prompt")
 
-    def from_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def from_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Render messages with the base's chat template, ready for the assistant's turn.
+
+        Args:
+            messages: role, content and perhaps tool calls, in the form of transformers.
+            tools: JSON schemas of functions; whether the template knows any is not looked at.
 
         Raises:
             InvalidRequest: no messages, an unknown role, an empty content or one that holds a
@@ -145,7 +161,9 @@ class PromptBuilder:
         if not messages:
             raise InvalidRequest("no chat messages; send at least one.", field="input.chat")
         turns = [self._turn(i, message) for i, message in enumerate(messages)]
-        return self._encode(self.render_chat(turns), field="input.chat")
+        for i, tool in enumerate(tools):
+            self._check_strings(tool, f"input.chat.tools[{i}]")
+        return self._encode(self.render_chat(turns, tools), field="input.chat")
 
     def render_chat(
         self,
@@ -171,9 +189,10 @@ class PromptBuilder:
                 tokenize=False,
                 **({"tools": list(tools)} if tools else {}),
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
+            why = error.message if isinstance(error, jinja2.TemplateError) else error
             raise InvalidRequest(
-                f"the base's chat template refuses these messages: {error.message}.",
+                f"the base's chat template refuses these messages: {why}.",
                 field="input.chat",
             ) from error
         return text
@@ -216,16 +235,31 @@ class PromptBuilder:
         """Tokenize a complete text as is; raises ``InvalidRequest`` if it is not valid Unicode."""
         return self._encode(text, field="text")
 
-    def _turn(self, index: int, message: Mapping[str, str]) -> dict[str, str]:
-        """Check one chat message."""
+    def _turn(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Check one chat message; a tool may return nothing, and who calls need not say anything."""
         where = f"input.chat.messages[{index}]"
         role, content = message.get("role", ""), message.get("content", "")
         if role not in ROLES:
             raise InvalidRequest(
                 f"role {role!r} is unknown; it is one of {', '.join(ROLES)}.", field=f"{where}.role"
             )
-        self.check_text(content, field=f"{where}.content")
-        return {"role": role, "content": content}
+        if content or (role != "tool" and not message.get("tool_calls")):
+            self.check_text(content, field=f"{where}.content")
+        for key in ("tool_calls", "tool_call_id", "name"):
+            self._check_strings(message.get(key), f"{where}.{key}")
+        return dict(message)
+
+    def _check_strings(self, value: Any, field: str) -> None:
+        """Refuse special tokens in any text of a JSON value, the names of its members included."""
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                self._check_strings(name, field)
+                self._check_strings(inner, field)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                self._check_strings(inner, field)
+        elif isinstance(value, str) and value.strip():
+            self.check_text(value, field=field)
 
     def check_text(self, value: str, *, field: str) -> None:
         """Refuse what is empty, and what would let text pose as the prompt's own structure.

@@ -72,6 +72,17 @@ def call(
     lark: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answer with a sentence of this grammar.")
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --chat: functions that may be called, a JSON list in OpenAI's form.",
+        ),
+    ] = None,
+    tool_choice: Annotated[
+        str | None,
+        typer.Option(help="With --tools: auto, none, required, or the name of one."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     priority: Annotated[
         int, typer.Option(help="-10 to 10; higher is served sooner when there is a queue.")
@@ -106,6 +117,7 @@ def call(
         "json_schema": _contents(json_schema),
         "regex": regex,
         "lark": _contents(lark),
+        **_tools(tools, tool_choice, is_chat=is_chat),
     }
     with Client(target, timeout_s=timeout) as client:
         if classify or label:
@@ -129,6 +141,26 @@ def _contents(path: Path | None) -> str | None:
         raise InvalidRequest(f"'{path}' cannot be read: {error}. Name a text file.") from error
 
 
+def _tools(path: Path | None, choice: str | None, *, is_chat: bool) -> dict[str, Any]:
+    """Return what a file says of functions, and the choice among them."""
+    if path is None:
+        if choice is not None:
+            raise InvalidRequest("--tool-choice needs --tools FILE.")
+        return {}
+    if not is_chat:
+        raise InvalidRequest("--tools needs --chat: only a chat calls functions.")
+    try:
+        tools = json.loads(_contents(path) or "")
+    except ValueError as error:
+        raise InvalidRequest(f"'{path}' is no JSON: {error}. Write a list of tools.") from error
+    if not isinstance(tools, list):
+        raise InvalidRequest(f"'{path}' holds no JSON list; write a list of tools.")
+    if choice in (None, "auto", "none", "required"):
+        return {"tools": tools, "tool_choice": choice}
+    named = {"type": "function", "function": {"name": choice}}
+    return {"tools": tools, "tool_choice": named}
+
+
 def _given(text: str, *, is_prompt: bool, is_chat: bool) -> dict[str, Any]:
     if is_prompt and is_chat:
         raise InvalidRequest("--prompt and --chat are two ways to read TEXT; give one of them.")
@@ -144,7 +176,10 @@ def _print_answers(answers: list[GenerateResult], *, as_json: bool) -> None:
     for answer in answers:
         if len(answers) > 1:
             typer.echo(f"── {answer.index + 1} of {len(answers)} ──")
-        typer.echo(answer.text)
+        if answer.text or not answer.tool_calls:
+            typer.echo(answer.text)
+        for called in answer.tool_calls:
+            typer.echo(f"{called.name}({called.arguments})")
     _print_receipt(answers[-1].receipt, answers[-1].usage.completion_tokens)
 
 
@@ -154,6 +189,8 @@ def _print_stream(client: Client, asked: dict[str, Any], *, as_json: bool) -> No
             typer.echo(json.dumps(dataclasses.asdict(event), ensure_ascii=False))
         elif isinstance(event, GenerateResult):
             typer.echo()
+            for called in event.tool_calls:
+                typer.echo(f"{called.name}({called.arguments})")
             _print_receipt(event.receipt, event.usage.completion_tokens)
         else:
             typer.echo(event.text, nl=False)

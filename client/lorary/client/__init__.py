@@ -14,7 +14,7 @@ Errors are the classes of ``lorary.errors``: what the server refused raises here
 
 from lorary.client.aio import AsyncClient
 from lorary.client.credentials import Credentials
-from lorary.client.messages import Adapters, Message, SamplingOptions
+from lorary.client.messages import Adapters, Message, SamplingOptions, ToolOptions
 from lorary.client.results import (
     AdapterEvent,
     AdapterInfo,
@@ -30,6 +30,8 @@ from lorary.client.results import (
     Snapshot,
     Timings,
     Tokens,
+    ToolCall,
+    ToolCallPiece,
     Usage,
 )
 from lorary.client.sync import Client
@@ -55,5 +57,8 @@ __all__ = [
     "Snapshot",
     "Timings",
     "Tokens",
+    "ToolCall",
+    "ToolCallPiece",
+    "ToolOptions",
     "Usage",
 ]

@@ -112,7 +112,7 @@ class AsyncClient(AsyncControlCalls):
         request_id: str = "",
         routing_key: str = "",
         timeout_s: float | None = None,
-        **sampling: Unpack[m.SamplingOptions],
+        **sampling: Unpack[m.GenerateOptions],
     ) -> GenerateResult:
         """Return one whole answer.
 
@@ -131,7 +131,7 @@ class AsyncClient(AsyncControlCalls):
             routing_key: who calls, such as a user's id: the same key gets the same version while an
                 alias has a canary. The request's id when empty.
             timeout_s: deadline of this call; default: the client's.
-            sampling: see ``SamplingOptions``.
+            sampling: see ``SamplingOptions``, and ``ToolOptions`` for functions that may be called.
 
         Raises:
             LoraryError: what the server refused, as the class that it was.
@@ -173,7 +173,7 @@ class AsyncClient(AsyncControlCalls):
         request_id: str = "",
         routing_key: str = "",
         timeout_s: float | None = None,
-        **sampling: Unpack[m.SamplingOptions],
+        **sampling: Unpack[m.GenerateOptions],
     ) -> list[GenerateResult]:
         """Return ``n`` answers to the same input, by index; see ``generate``."""
         request = m.generate_request(
@@ -206,7 +206,7 @@ class AsyncClient(AsyncControlCalls):
         request_id: str = "",
         routing_key: str = "",
         timeout_s: float | None = None,
-        **sampling: Unpack[m.SamplingOptions],
+        **sampling: Unpack[m.GenerateOptions],
     ) -> AsyncIterator[Chunk | GenerateResult]:
         """Yield chunks as they come, then the whole answer; see ``generate``.
 

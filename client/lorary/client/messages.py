@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import Any, Required, TypeAlias, TypedDict, cast
 
 from lorary.client.results import (
     AdapterInfo,
@@ -19,6 +19,8 @@ from lorary.client.results import (
     ServerInfo,
     Timings,
     Tokens,
+    ToolCall,
+    ToolCallPiece,
     Usage,
 )
 from lorary.errors import InvalidRequest
@@ -30,6 +32,12 @@ Adapters: TypeAlias = Sequence[tuple[str, float]] | Mapping[str, float]
 FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
+TOOL_MODES = {
+    "none": inference_pb2.TOOL_MODE_NONE,
+    "auto": inference_pb2.TOOL_MODE_AUTO,
+    "required": inference_pb2.TOOL_MODE_REQUIRED,
 }
 
 
@@ -37,11 +45,29 @@ CONSTRAINTS = ("choice", "json_schema", "regex", "lark")
 """Options that say what an answer must be; at most one of them."""
 
 
-class Message(TypedDict):
-    """One turn of a conversation; ``role`` is system, user or assistant."""
+class Message(TypedDict, total=False):
+    """One turn of a conversation; ``role`` is system, user, assistant or tool.
 
-    role: str
-    content: str
+    ``tool_calls`` are OpenAI's: ``{"id": …, "type": "function", "function": {"name": …, "arguments": "{…}"}}``.
+    """
+
+    role: Required[str]
+    content: str | None
+    tool_calls: Sequence[Mapping[str, Any]]
+    """In an assistant's turn: what it asked for (``ToolCall.to_message``)."""
+    tool_call_id: str
+    """In a tool's turn: which call it answers."""
+
+
+class ToolOptions(TypedDict, total=False):
+    """Functions that the model may call, with ``messages``."""
+
+    tools: Sequence[Mapping[str, Any]]
+    """OpenAI's: ``{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}``."""
+    tool_choice: str | Mapping[str, Any]
+    """``auto`` (default), ``none``, ``required``, or ``{"type": "function", "function": {"name": …}}``."""
+    parallel_tool_calls: bool
+    """Whether one answer may hold several calls; default true."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -75,6 +101,10 @@ class SamplingOptions(TypedDict, total=False):
     """Added to the logits of token ids; [-100, 100]."""
 
 
+class GenerateOptions(SamplingOptions, ToolOptions, total=False):
+    """How to answer, and with which functions."""
+
+
 def make_input(
     text: str | None,
     prompt: str | None,
@@ -94,13 +124,65 @@ def make_input(
             field="input",
         )
     if messages is not None:
-        turns = [inference_pb2.ChatMessage(**turn) for turn in messages]
+        turns = [_turn(turn) for turn in messages]
         return inference_pb2.Input(chat=inference_pb2.ChatMessages(messages=turns))
     if token_ids is not None:
         return inference_pb2.Input(token_ids=_set("input.token_ids", _token_ids, token_ids))
     if prompt is not None:
         return inference_pb2.Input(prompt=prompt)
     return inference_pb2.Input(text=text or "")
+
+
+def _turn(turn: Message) -> inference_pb2.ChatMessage:
+    rest: dict[str, Any] = dict(turn)
+    calls = [_tool_call(call) for call in rest.pop("tool_calls", None) or ()]
+    content = rest.pop("content", None) or ""
+    return inference_pb2.ChatMessage(content=content, tool_calls=calls, **rest)
+
+
+def _tool_call(call: Mapping[str, Any]) -> inference_pb2.ToolCall:
+    try:
+        function = call["function"]
+        return inference_pb2.ToolCall(
+            id=call["id"], name=function["name"], arguments=function["arguments"]
+        )
+    except (KeyError, TypeError) as error:
+        raise InvalidRequest(
+            f"a tool call of a message has no id, or no function with name and arguments: {call!r}.",
+            field="input.chat.messages",
+        ) from error
+
+
+def add_tools(chat: inference_pb2.ChatMessages, options: Mapping[str, Any]) -> None:
+    """Put the functions that may be called into a chat; ``None`` is the same as left out.
+
+    Raises:
+        InvalidRequest: they do not have OpenAI's shape; what they hold is the server's affair.
+    """
+    try:
+        for tool in options.get("tools") or ():
+            function = tool["function"]
+            parameters = function.get("parameters")
+            chat.tools.add(
+                name=function["name"],
+                description=function.get("description") or "",
+                parameters="" if parameters is None else json.dumps(parameters),
+            )
+        choice = options.get("tool_choice")
+        if isinstance(choice, Mapping):
+            chat.tool_choice.mode = inference_pb2.TOOL_MODE_REQUIRED
+            chat.tool_choice.functions.append(choice["function"]["name"])
+            chat.parallel_tool_calls = False
+        elif choice is not None:
+            chat.tool_choice.mode = TOOL_MODES[choice]
+        if options.get("parallel_tool_calls") is not None:
+            chat.parallel_tool_calls = options["parallel_tool_calls"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest(
+            f"tools and tool_choice do not have OpenAI's shape: {error!r}. Send "
+            '{"type": "function", "function": {"name": …}}, and auto, none, required or a function.',
+            field="input.chat.tools",
+        ) from error
 
 
 def make_sampling(options: Mapping[str, Any]) -> inference_pb2.SamplingParams:
@@ -143,10 +225,19 @@ def generate_request(
     routing_key: str = "",
 ) -> inference_pb2.GenerateRequest:
     """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
+    chosen = {**sampling, "n": n}
+    tools = {name: chosen.pop(name, None) for name in ToolOptions.__annotations__}
+    read = make_input(text, prompt, messages, token_ids)
+    if any(value is not None for value in tools.values()):
+        if messages is None:
+            raise InvalidRequest(
+                "tools were given without messages; only a chat can call them.", field="input"
+            )
+        add_tools(read.chat, tools)
     request = inference_pb2.GenerateRequest(
         adapter=adapter,
-        input=make_input(text, prompt, messages, token_ids),
-        sampling=make_sampling({**sampling, "n": n}),
+        input=read,
+        sampling=make_sampling(chosen),
         request_id=request_id,
         adapters=weighted(adapters),
         routing_key=routing_key,
@@ -248,6 +339,10 @@ class Answers:
             receipt=receipt(complete.receipt),
             logprobs=tuple(self._logprobs.pop(complete.index, ())),
             prompt_logprobs=tuple(_position(one) for one in complete.prompt_logprobs),
+            tool_calls=tuple(
+                ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+                for call in complete.tool_calls
+            ),
         )
 
     def _chunk(self, message: inference_pb2.GenerateChunk) -> Chunk:
@@ -256,6 +351,10 @@ class Answers:
             text=message.text,
             token_ids=tuple(message.token_ids),
             logprobs=tuple(_position(position) for position in message.logprobs),
+            tool_calls=tuple(
+                ToolCallPiece(index=one.index, id=one.id, name=one.name, arguments=one.arguments)
+                for one in message.tool_calls
+            ),
         )
         self._tokens.setdefault(chunk.index, []).extend(chunk.token_ids)
         self._logprobs.setdefault(chunk.index, []).extend(chunk.logprobs)

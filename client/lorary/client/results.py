@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +67,47 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A function that the model asked for; ``arguments`` is an object as JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_message(self) -> dict[str, object]:
+        """Return it as an assistant's message holds it: an item of ``tool_calls``."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallPiece:
+    """New parts of the answer's call number ``index``; ``id`` and ``name`` are in its first piece only."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """New text and tokens of answer ``index``; tokens may run ahead of the text."""
+    """New text, tokens and parts of tool calls of answer ``index``; tokens may run ahead of the text."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...]
+    tool_calls: tuple[ToolCallPiece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateResult:
-    """One whole answer. ``matched_stop`` is the stop string or end token that ended it."""
+    """One whole answer. ``matched_stop`` is the stop string or end token that ended it.
+
+    ``tool_calls`` are the functions that the model asked for; the text leaves them out. The last one is cut off
+    in its arguments if ``finish_reason`` is ``length``.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -89,6 +118,7 @@ class GenerateResult:
     logprobs: tuple[PositionLogprobs, ...]
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     index: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

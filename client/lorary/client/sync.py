@@ -111,7 +111,7 @@ class Client(ControlCalls):
         request_id: str = "",
         routing_key: str = "",
         timeout_s: float | None = None,
-        **sampling: Unpack[m.SamplingOptions],
+        **sampling: Unpack[m.GenerateOptions],
     ) -> GenerateResult:
         """Return one whole answer.
 
@@ -130,7 +130,7 @@ class Client(ControlCalls):
             routing_key: who calls, such as a user's id: the same key gets the same version while an
                 alias has a canary. The request's id when empty.
             timeout_s: deadline of this call; default: the client's.
-            sampling: see ``SamplingOptions``.
+            sampling: see ``SamplingOptions``, and ``ToolOptions`` for functions that may be called.
 
         Raises:
             LoraryError: what the server refused, as the class that it was.
@@ -172,7 +172,7 @@ class Client(ControlCalls):
         request_id: str = "",
         routing_key: str = "",
         timeout_s: float | None = None,
-        **sampling: Unpack[m.SamplingOptions],
+        **sampling: Unpack[m.GenerateOptions],
     ) -> list[GenerateResult]:
         """Return ``n`` answers to the same input, by index; see ``generate``."""
         request = m.generate_request(
@@ -205,7 +205,7 @@ class Client(ControlCalls):
         request_id: str = "",
         routing_key: str = "",
         timeout_s: float | None = None,
-        **sampling: Unpack[m.SamplingOptions],
+        **sampling: Unpack[m.GenerateOptions],
     ) -> Iterator[Chunk | GenerateResult]:
         """Yield chunks as they come, then the whole answer; see ``generate``.
 

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
     from lorary.server.engine.request import Finish, Output, PositionLogprobs
     from lorary.server.targets import Target
+    from lorary.server.tools.reader import CallReader, Piece
 
-_FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+_FINISH_REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,25 +39,38 @@ class ServerFacts:
     adapter_memory_bytes: int
 
 
-def chunk(output: Output) -> pb.GenerateResponse:
-    """Return the event for new tokens of one answer."""
+def chunk(output: Output, piece: Piece | None = None) -> pb.GenerateResponse:
+    """Return the event for new tokens of one answer; ``piece`` is what its text says where it may call tools."""
     return pb.GenerateResponse(
         chunk=pb.GenerateChunk(
             index=output.index,
-            text=output.text,
+            text=output.text if piece is None else piece.content,
             token_ids=output.token_ids,
             logprobs=[_logprobs(position) for position in output.logprobs],
+            tool_calls=[
+                pb.ToolCallChunk(
+                    index=part.index, id=part.id, name=part.name, arguments=part.arguments
+                )
+                for part in (piece.calls if piece is not None else ())
+            ],
         )
     )
 
 
-def complete(output: Output, finish: Finish, receipt: pb.Receipt) -> pb.GenerateResponse:
-    """Return the event for the end of one answer."""
+def complete(
+    output: Output, finish: Finish, receipt: pb.Receipt, reader: CallReader | None = None
+) -> pb.GenerateResponse:
+    """Return the event for the end of one answer; ``reader`` has read it where it may call tools."""
+    reason: str = finish.reason
+    if reason == "stop" and reader is not None and reader.has_whole_calls:
+        reason = "tool_calls"
+    calls = reader.calls if reader is not None else ()
     return pb.GenerateResponse(
         complete=pb.GenerateComplete(
             index=output.index,
-            text=finish.text,
-            finish_reason=_FINISH_REASONS[finish.reason],
+            text=finish.text if reader is None else reader.content,
+            tool_calls=[pb.ToolCall(id=c.id, name=c.name, arguments=c.arguments) for c in calls],
+            finish_reason=_FINISH_REASONS[reason],
             matched_stop=finish.matched_stop,
             usage=usage(finish),
             receipt=receipt,

@@ -85,7 +85,7 @@ class Server:
             base=backend.facts.base,
             fingerprint=backend.facts.base_fingerprint,
         )
-        self._prompts = Prompts(backend.prompts, backend.decode)
+        self._prompts = Prompts(backend.prompts, backend.decode, tool_format=config.tool_format)
         self._guard = None if config.access is None else Guard(GrantsFile(config.access))
         self._rollout = build_rollout(backend, self._targets, calls, poll_s=config.alias_poll)
         self._control = ControlService(

@@ -250,6 +250,11 @@ class ServerConfig:
         low=0.01,
         high=3600.0,
     )
+    tool_format: Literal["auto", "hermes", "llama3", "mistral"] = _option(
+        "auto",
+        "How the base writes calls of tools; auto asks its chat template.",
+        choices=("auto", "hermes", "llama3", "mistral"),
+    )
     patience: float = _option(
         5.0,
         "Seconds after which requests that were passed over for priority or fairness are owed a place.",

@@ -343,8 +343,29 @@ class PromptsLike(Protocol):
         """Tokenize a complete prompt."""
         ...
 
-    def from_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The strings that are refused inside a caller's text."""
+        ...
+
+    def from_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Render messages with the base's chat template."""
+        ...
+
+    def render_chat(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        is_answered: bool = False,
+    ) -> str:
+        """Return turns as the base's chat template writes them; their contents are not checked."""
+        ...
+
+    def mark_id(self, text: str) -> int | None:
+        """Return the id of a token that stands for itself and not for the letters of its text."""
         ...
 
     def label_ids(self, label: str) -> tuple[int, ...]:

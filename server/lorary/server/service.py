@@ -18,21 +18,24 @@ which alone knows when no step reads the adapter any more.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from lorary.errors import DeadlineExceeded, LoraryError
+from lorary.errors import DeadlineExceeded, InvalidRequest, LoraryError
 from lorary.server import answers, validate
 from lorary.server.access.identity import tenant_name
 from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
-from lorary.server.engine.request import Request, Sampling
+from lorary.server.engine.request import Constraint, Request, Sampling
 from lorary.server.interceptors import add_trailing, request_id, set_request_id
 from lorary.server.rollout.shadow import Prepared
+from lorary.server.tools.definitions import check_options, read_toolset
+from lorary.server.tools.grammar import closed_schema
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 
@@ -43,12 +46,14 @@ if TYPE_CHECKING:
     from lorary.server.caller import Caller, Facts
     from lorary.server.calls import Calls
     from lorary.server.composition import HasAdapters
-    from lorary.server.engine.request import Lease, Output
+    from lorary.server.engine.request import Grammar, Lease, Output
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import CompilerLike, EngineLike, ResidencyLike
     from lorary.server.rollout.build import Rollout
     from lorary.server.rollout.observed import Observation
     from lorary.server.targets import Prompts, Target, Targets
+    from lorary.server.tools.definitions import Toolset
+    from lorary.server.tools.reader import CallReader
 
     Context = Caller
 
@@ -86,34 +91,38 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         with self._parts.calls.admitted():
             kind = self._check(request, context)
             sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
+            toolset = _toolset(request.input, request.sampling)
             key = request.routing_key or request_id()
             target = await self._target(request, context, key)
             if target.is_shadowed and sampling.seed is None:
                 # A sampled answer and its copy can only be compared when they draw alike.
                 sampling = replace(sampling, seed=secrets.randbits(63))
 
+            calling = None if toolset is None else await self._parts.prompts.calling(toolset)
+
             async def prepare(target: Target) -> Prepared:
-                prompt_ids = await self._prompt_ids(request.input, kind, target)
+                prompt_ids = await self._prompt_ids(request.input, kind, target, toolset=toolset)
                 complete = validate.complete(
                     sampling, request.sampling, target.task, len(prompt_ids), self._parts.limits
                 )
+                if calling is not None:
+                    # The task's stop strings end answers of its own template, not calls.
+                    complete = calling.constrained(replace(complete, stop=sampling.stop))
                 prototype = self._request(prompt_ids, complete, arrived_s, context)
                 prototype.priority = request.priority
                 if complete.constraint is not None:
-                    compiling = self._parts.grammars.submit(complete.constraint)
-                    prototype.grammar = await asyncio.wrap_future(compiling)
+                    prototype.grammar = await self._compiled(complete.constraint, toolset)
                 return Prepared(request=prototype)
 
             with self._parts.rollout.observer.observed(target) as observation:
                 prepared = await prepare(target)
                 prototype = prepared.request
+                readers = [calling.reader() if calling else None for _ in range(num_answers)]
                 with (
                     self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
                     self._running(target, prototype, num_answers) as outputs,
                 ):
-                    await self._stream(
-                        outputs, target, prototype, num_answers, observation, context
-                    )
+                    await self._stream(outputs, target, prototype, readers, observation, context)
 
     async def Classify(  # noqa: N802
         self, request: pb.ClassifyRequest, context: Context
@@ -130,7 +139,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 label_ids = await self._parts.prompts.label_ids(labels)
                 # All labels but their last tokens lie behind the prompt in the cache, side by side.
                 room = max(1, sum(len(ids) - 1 for ids in label_ids))
-                prompt_ids = await self._prompt_ids(request.input, kind, target, room=room)
+                prompt_ids = await self._prompt_ids(
+                    request.input, kind, target, room=room, toolset=_toolset(request.input)
+                )
                 prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
                 prototype.labels = label_ids
                 prototype.priority = request.priority
@@ -160,8 +171,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Return the ids that Generate would read."""
         with self._parts.calls.admitted():
             kind = validate.check_input(request.input, self._parts.limits)
+            toolset = _toolset(request.input)
             target = await self._target(request, context)
-            ids = await self._parts.prompts.token_ids(request.input, kind, target)
+            ids = await self._parts.prompts.token_ids(request.input, kind, target, toolset)
             return pb.TokenizeResponse(token_ids=ids, pieces=await self._parts.prompts.pieces(ids))
 
     async def GetServerInfo(  # noqa: N802
@@ -212,9 +224,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return target
 
     async def _prompt_ids(
-        self, message: pb.Input, kind: str, target: Target, *, room: int = 1
+        self,
+        message: pb.Input,
+        kind: str,
+        target: Target,
+        *,
+        room: int = 1,
+        toolset: Toolset | None = None,
     ) -> Sequence[int]:
-        ids = await self._parts.prompts.token_ids(message, kind, target)
+        ids = await self._parts.prompts.token_ids(message, kind, target, toolset)
         validate.check_length(ids, self._parts.limits, room=room)
         return ids
 
@@ -238,6 +256,31 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
             salt=tenant_name(),
         )
+
+    async def _compiled(self, constraint: Constraint, toolset: Toolset | None) -> Grammar:
+        """Return the grammar of a constraint, made of the schemas of ``toolset`` where there is one.
+
+        Raises:
+            InvalidRequest: it cannot be compiled; for tools, naming the first whose schema cannot.
+        """
+        submit = self._parts.grammars.submit
+        try:
+            return cast("Grammar", await asyncio.wrap_future(submit(constraint)))
+        except InvalidRequest as error:
+            if toolset is None:
+                raise
+            for i, tool in toolset.callable:
+                schema = json.dumps(closed_schema(tool.parameters))
+                try:
+                    await asyncio.wrap_future(submit(Constraint("json_schema", schema)))
+                except InvalidRequest as cause:
+                    raise InvalidRequest(
+                        f"the parameters of tool '{tool.name}' cannot be used: {cause}",
+                        field=f"input.chat.tools[{i}].parameters",
+                    ) from cause
+            raise InvalidRequest(
+                f"the tools cannot be used together: {error}", field="input.chat.tools"
+            ) from error
 
     @contextmanager
     def _running(
@@ -279,24 +322,35 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         outputs: asyncio.Queue[Output],
         target: Target,
         prototype: Request,
-        num_answers: int,
+        readers: Sequence[CallReader | None],
         observation: Observation,
         context: Context,
     ) -> None:
-        """Write events until every answer has ended."""
+        """Write events until every answer has ended; there is a reader, or None, for each."""
         metrics = self._parts.metrics
-        meters = [metrics.answer(target.name, prototype.arrived_s) for _ in range(num_answers)]
-        num_open = num_answers
+        meters = [metrics.answer(target.name, prototype.arrived_s) for _ in readers]
+        num_open = len(readers)
         while num_open:
             output = await _next(outputs)
             meters[output.index].on_output(output)
             observation.see(output)
+            reader = readers[output.index]
             if output.token_ids or output.text:
-                await context.write(answers.chunk(output))
+                is_last = output.finish is not None
+                piece = reader.push(output.text, is_last=is_last) if reader else None
+                await context.write(answers.chunk(output, piece))
             if output.finish is not None:
                 num_open -= 1
                 receipt = answers.receipt(self._parts.facts, target, request_id(), output.finish)
-                await context.write(answers.complete(output, output.finish, receipt))
+                await context.write(answers.complete(output, output.finish, receipt, reader))
+
+
+def _toolset(message: pb.Input, params: pb.SamplingParams | None = None) -> Toolset | None:
+    """Return the tools that an input's answers may call, if any."""
+    toolset = read_toolset(message.chat) if message.WhichOneof("input") == "chat" else None
+    if toolset is not None and params is not None:
+        check_options(toolset, params)
+    return toolset
 
 
 async def _next(outputs: asyncio.Queue[Output]) -> Output:

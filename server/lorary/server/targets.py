@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorary.errors import AdapterNotFound, IncompatibleAdapter, InvalidRequest
 from lorary.server.access import identity
+from lorary.server.tools.calling import Calling, with_short_ids
+from lorary.server.tools.definitions import turns_of
+from lorary.server.tools.template import AUTO, ToolTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from lorary.server.composition import Part
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
     from lorary.server.rollout.splits import Trial
+    from lorary.server.tools.definitions import Toolset
     from lorary.v1 import inference_pb2 as pb
 
 log = logging.getLogger("lorary.server")
@@ -195,14 +199,37 @@ class Targets:
 
 
 class Prompts:
-    """Turns inputs into token ids on one thread: tokenizers do not like to be shared."""
+    """Turns inputs into token ids on one thread: tokenizers do not like to be shared.
 
-    def __init__(self, builder: PromptsLike, decode: Callable[[list[int]], str]) -> None:
+    Args:
+        builder: the base's.
+        decode: from ids to text.
+        tool_format: how the base writes calls of tools; ``auto`` asks its chat template.
+    """
+
+    def __init__(
+        self,
+        builder: PromptsLike,
+        decode: Callable[[list[int]], str],
+        *,
+        tool_format: str = AUTO,
+    ) -> None:
         self._builder = builder
         self._decode = decode
+        self._tools = ToolTemplate(builder, tool_format)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lorary-prompts")
 
-    async def token_ids(self, message: pb.Input, kind: str, target: Target) -> Sequence[int]:
+    async def calling(self, toolset: Toolset) -> Calling:
+        """Return a call's tools in the form of the base.
+
+        Raises:
+            InvalidRequest: its chat template knows no tools, or writes calls in a form that is not known.
+        """
+        return Calling(toolset, await self._run(lambda: self._tools.form))
+
+    async def token_ids(
+        self, message: pb.Input, kind: str, target: Target, toolset: Toolset | None = None
+    ) -> Sequence[int]:
         """Return the prompt's ids; ``kind`` is what ``validate.check_input`` said.
 
         Raises:
@@ -214,12 +241,12 @@ class Prompts:
             return await self._run(self._builder.from_prompt, message.prompt)
         if kind == "chat":
             task = target.task
-            if _is_for_task(message.chat) and task is not None and task.template is not None:
+            is_free = toolset is None and _is_for_task(message.chat)
+            if is_free and task is not None and task.template is not None:
                 return await self._run(
                     self._builder.from_task, task, {"text": message.chat.messages[0].content}
                 )
-            turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return await self._run(self._builder.from_chat, turns)
+            return await self._run(self._from_chat, message.chat, toolset)
         if target.task is None:
             raise InvalidRequest(
                 "plain text needs an adapter whose task has a template, and this call is to the "
@@ -227,6 +254,16 @@ class Prompts:
                 field="input.text",
             )
         return await self._run(self._builder.from_task, target.task, {"text": message.text})
+
+    def _from_chat(self, chat: pb.ChatMessages, toolset: Toolset | None) -> list[int]:
+        turns = turns_of(chat.messages)
+        tools = [tool.told() for tool in toolset.tools] if toolset is not None else []
+        # A template that knows nothing of calls would leave them out in silence.
+        if (tools or any("tool_calls" in turn for turn in turns)) and (
+            self._tools.form.format.has_short_ids
+        ):
+            turns = with_short_ids(turns)
+        return self._builder.from_chat(turns, tools)
 
     async def label_ids(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return every label's ids.

@@ -147,6 +147,7 @@ def read_sampling(params: pb.SamplingParams, limits: Limits) -> tuple[Sampling, 
         prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
         constraint=_constraint(params),
         logit_bias=_logit_bias(params, limits),
+        shown_ids=(),  # callers do not choose them
         **values,
     )
     return sampling, num_answers
@@ -339,7 +340,12 @@ def _check_chat(messages: Sequence[pb.ChatMessage], limits: Limits) -> None:
             f"{len(messages)} chat messages were sent; send 1 to {MAX_MESSAGES}.", field=field
         )
     for i, message in enumerate(messages):
-        _check_text(message.content, f"{field}[{i}].content", limits)
+        # A tool may return nothing, and who calls one need not say anything.
+        if message.content or not (message.tool_calls or message.role == "tool"):
+            _check_text(message.content, f"{field}[{i}].content", limits)
+        for j, call in enumerate(message.tool_calls):
+            where = f"{field}[{i}].tool_calls[{j}]"
+            _check_text(call.arguments or "{}", f"{where}.arguments", limits)
 
 
 def _check_text(text: str, field: str, limits: Limits) -> None:

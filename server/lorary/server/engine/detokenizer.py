@@ -26,9 +26,12 @@ class Detokenizer:
         is_byte_level = isinstance(backend.decoder, ByteLevel)
         self._texts: dict[int, str | None] | None = {} if is_byte_level else None
 
-    def stream(self, stop: Sequence[str]) -> TextStream:
-        """Return the stream of a new answer that any of the strings ``stop`` ends."""
-        return TextStream(self._backend, stop, self._texts)
+    def stream(self, stop: Sequence[str], shown_ids: Sequence[int] = ()) -> TextStream:
+        """Return the stream of a new answer that any of the strings ``stop`` ends.
+
+        Its text shows the special tokens ``shown_ids`` and no others.
+        """
+        return TextStream(self._backend, stop, self._texts, shown_ids)
 
 
 class TextStream:
@@ -42,33 +45,62 @@ class TextStream:
     """
 
     def __init__(
-        self, backend: Any, stop: Sequence[str], texts: dict[int, str | None] | None = None
+        self,
+        backend: Any,
+        stop: Sequence[str],
+        texts: dict[int, str | None] | None = None,
+        shown_ids: Sequence[int] = (),
     ) -> None:
         self._backend = backend
+        self._shown = {i: backend.id_to_token(i) for i in shown_ids}
         self._stop = tuple(stop)
         self._longest = max((len(s) for s in stop), default=0)
         self._texts = texts
         # Of a byte-level vocabulary, the tokens since the last whole character; others keep a stream.
         self._open: list[int] = []
         self._stream = DecodeStream(skip_special_tokens=True) if texts is None else None
+        # Tokens since the last one that was shown for itself, and how much text stood before them.
         self._ids: list[int] = []
+        self._start = 0
         self._decoded = ""
         self.text = ""
         self.matched_stop = ""
 
     def push(self, token_id: int) -> str:
         """Take one token; return new text, often empty. After a match, nothing more is taken."""
-        self._ids.append(token_id)
-        if self._stream is not None:
-            piece = self._stream.step(self._backend, token_id)
+        if token_id in self._shown:
+            piece: str | None = self._show(token_id)
         else:
-            piece = self._joined(token_id)
+            self._ids.append(token_id)
+            if self._stream is not None:
+                piece = self._stream.step(self._backend, token_id)
+            else:
+                piece = self._joined(token_id)
         if not piece:
             return ""
         if self._stop:
             return self._release(piece)
         self._decoded = self.text = self.text + piece
         return piece
+
+    def _show(self, token_id: int) -> str:
+        """Return a special token's own text, behind what was open of a character."""
+        piece: str = self._rest() + self._shown[token_id]
+        self._open.clear()
+        self._ids.clear()
+        if self._stream is not None:
+            self._stream = DecodeStream(skip_special_tokens=True)
+        self._start = len(self._decoded) + len(piece)
+        return piece
+
+    def _rest(self) -> str:
+        """Return what a decode of the tokens as a whole has behind the text so far.
+
+        A character that was cut off shows as its replacement character.
+        """
+        whole: str = self._backend.decode(self._ids, skip_special_tokens=True)
+        known = self._decoded[self._start :]
+        return whole[len(known) :] if whole.startswith(known) else ""
 
     def _joined(self, token_id: int) -> str | None:
         """Return the text that a token of a byte-level vocabulary completes."""
@@ -94,11 +126,7 @@ class TextStream:
         """Return what was held back: the answer ends without a stop string."""
         if self.matched_stop:
             return ""
-        # A character cut off by the end of the answer shows as its replacement character, as in a
-        # decode of the whole.
-        whole: str = self._backend.decode(self._ids, skip_special_tokens=True)
-        if whole.startswith(self._decoded):
-            self._decoded = whole
+        self._decoded += self._rest()
         rest = self._decoded[len(self.text) :]
         self.text = self._decoded
         return rest

@@ -225,7 +225,9 @@ class Engine:
             arrived_ns=int(request.arrived_s * 1e9) or now,
         )
         if not request.labels:
-            sequence.text = self._detokenizer.stream(request.sampling.stop)
+            sequence.text = self._detokenizer.stream(
+                request.sampling.stop, request.sampling.shown_ids
+            )
             sequence.drafter = Drafter() if self._draft_rows else None
             if request.grammar is not None:
                 sequence.matcher = request.grammar.matcher()

@@ -51,6 +51,8 @@ class Sampling:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    shown_ids: tuple[int, ...] = ()
+    """Special tokens that the text shows; it leaves out all others."""
 
     @property
     def is_greedy(self) -> bool:

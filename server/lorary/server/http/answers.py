@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorary.server.http.tools import told_calls, told_chunks
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
 
     Positions = Sequence[pb.PositionLogprobs]
 
-FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+FINISH_REASONS = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
 
 _LOWEST = -9999.0
 """What a probability of zero is told as; JSON has no infinity."""
@@ -49,11 +54,11 @@ class Shape(Protocol):
         """Return what the first chunk of an answer says, if there is one before its text."""
         ...
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, text: str, calls: Sequence[pb.ToolCallChunk] = ()) -> dict[str, Any]:
         """Return what a chunk says."""
         ...
 
-    def whole(self, text: str) -> dict[str, Any]:
+    def whole(self, text: str, calls: Sequence[pb.ToolCall] = ()) -> dict[str, Any]:
         """Return what a whole answer says."""
         ...
 
@@ -83,13 +88,19 @@ class ChatShape:
         """Return the role, which comes first and alone."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, text: str, calls: Sequence[pb.ToolCallChunk] = ()) -> dict[str, Any]:
         """Return a delta."""
-        return {"delta": {"content": text} if text else {}}
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = told_chunks(calls)
+        return {"delta": delta}
 
-    def whole(self, text: str) -> dict[str, Any]:
+    def whole(self, text: str, calls: Sequence[pb.ToolCall] = ()) -> dict[str, Any]:
         """Return a message."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": told_calls(calls)}
+        return {"message": message}
 
     def logprobs(
         self,
@@ -118,11 +129,11 @@ class CompletionShape:
         """Return nothing: text comes first."""
         return None
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Return a text."""
+    def piece(self, text: str, calls: Sequence[pb.ToolCallChunk] = ()) -> dict[str, Any]:
+        """Return a text; prompts call no tools."""
         return {"text": text}
 
-    def whole(self, text: str) -> dict[str, Any]:
+    def whole(self, text: str, calls: Sequence[pb.ToolCall] = ()) -> dict[str, Any]:
         """Return the text."""
         return {"text": text}
 

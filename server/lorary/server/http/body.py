@@ -75,14 +75,30 @@ class Fields:
         except OverflowError as error:
             raise self.error(name, f"{name} is too large a number.") from error
 
+    def boolean(self, name: str) -> bool | None:
+        """Return a boolean."""
+        value: bool | None = self._typed(name, bool, "true or false")
+        return value
+
     def switch(self, name: str) -> bool:
         """Return a boolean, False where it is not there."""
-        return bool(self._typed(name, bool, "true or false"))
+        return bool(self.boolean(name))
 
     def object(self, name: str) -> Fields | None:
         """Return an object's members."""
         value = self._typed(name, dict, "an object")
-        return None if value is None else Fields(value, f"{self._path}{name}.")
+        return None if value is None else self.within(name, value)
+
+    def required(self, name: str) -> Fields:
+        """Return the members of an object that must be there."""
+        found = self.object(name)
+        if found is None:
+            raise self.error(name, f"{name} is missing; it must be an object.")
+        return found
+
+    def within(self, name: str, members: Mapping[str, Any]) -> Fields:
+        """Return the members of an object that was found at ``name``."""
+        return Fields(members, f"{self._path}{name}.")
 
     def mapping(self, name: str) -> dict[str, Any] | None:
         """Return an object as it is, whose names are the caller's own."""
@@ -128,6 +144,15 @@ class Fields:
         if value is None or _is(value, kind):
             return value
         raise self.error(name, f"{name} is {_shown(value)}; it must be {words}.")
+
+
+def unicode_text(fields: Fields, name: str, text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can write and no text holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise fields.error(name, f"{name} is not valid Unicode text: {error.reason}.") from error
+    return text
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -190,7 +190,7 @@ class _Whole(_Telling):
             choices.append(
                 {
                     "index": index,
-                    **self._shape.whole(echo + complete.text),
+                    **self._shape.whole(echo + complete.text, complete.tool_calls),
                     "logprobs": await self._logprobs(positions, offset, has_prompt=has_prompt),
                     **_ending(complete),
                 }
@@ -232,13 +232,14 @@ class _Stream(_Telling):
         answer = self._answers[index]
         await self._open(index, answer)
         # Text runs behind its tokens while it may be part of a character or of a stop string.
-        if not chunk.text and not chunk.logprobs:
+        if not chunk.text and not chunk.logprobs and not chunk.tool_calls:
             return
         logprobs = await self._logprobs(chunk.logprobs, answer.offset)
         if logprobs is not None:
             texts = await self._pieces.of(chunk.logprobs)
             answer.offset += sum(len(texts[p.chosen.token_id]) for p in chunk.logprobs)
-        said = {**self._shape.piece(chunk.text), "logprobs": logprobs, "finish_reason": None}
+        piece = self._shape.piece(chunk.text, chunk.tool_calls)
+        said = {**piece, "logprobs": logprobs, "finish_reason": None}
         await self._say({"index": index, **said})
 
     async def _open(self, index: int, answer: _Answer) -> None:

@@ -46,7 +46,13 @@ _TYPES = {
 _PARAMS = (
     (re.compile(r"^sampling\.(json_schema|choice|regex|lark|constraint)"), "response_format"),
     (re.compile(r"^sampling\.(.*)"), r"\1"),
-    (re.compile(r"^input\.chat\.(messages.*)"), r"\1"),
+    (re.compile(r"^input\.chat\.(tools\[\d+\])\.(\w+)"), r"\1.function.\2"),
+    (
+        re.compile(r"^input\.chat\.(messages.*tool_calls\[\d+\])\.(name|arguments)$"),
+        r"\1.function.\2",
+    ),
+    (re.compile(r"^input\.chat\.tool_choice\..*"), "tool_choice"),
+    (re.compile(r"^input\.chat\.((messages|tool).*)"), r"\1"),
     (re.compile(r"^input\.chat$"), "messages"),
     (re.compile(r"^input\.text$"), "messages"),
     (re.compile(r"^input\.token_ids\.ids"), "prompt"),

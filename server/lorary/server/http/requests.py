@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorary.server.http.body import Fields
+from lorary.server.http.body import Fields, unicode_text
+from lorary.server.http.tools import read_tool_calls, read_tools
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ MAX_PROMPTS = 128
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -33,13 +33,11 @@ IGNORED = frozenset(
         "user",
     }
 )
-_NO_TOOLS = "this server does not call tools. Leave it out."
 _REFUSED_CHAT = {
     "audio": "answers are text.",
-    "functions": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
+    "functions": "it is the old name of tools. Send those.",
+    "function_call": "it is the old name of tool_choice. Send that.",
     "prediction": "drafts are the server's own (--draft-rows). Leave it out.",
-    "tools": _NO_TOOLS,
     "web_search_options": "the model reads the messages and nothing else. Leave it out.",
 }
 _REFUSED_COMPLETION = {"suffix": "the base continues texts, it does not fill them. Leave it out."}
@@ -80,9 +78,7 @@ def read_chat(members: Mapping[str, Any], base: str) -> Ask:
     """
     fields = Fields(members)
     model, adapter = read_model(fields, base)
-    chat = pb.ChatMessages(
-        messages=read_messages(fields), prefer_task=not fields.switch("use_chat_template")
-    )
+    chat = read_messages(fields)
     params = _sampling(fields)
     limit = fields.integer("max_completion_tokens")
     if limit is not None:
@@ -93,8 +89,6 @@ def read_chat(members: Mapping[str, Any], base: str) -> Ask:
         _set(fields, params, "logprobs", top or 0, name="top_logprobs")
     elif top:
         raise fields.error("top_logprobs", f"top_logprobs is {top} without logprobs: true. Set it.")
-    if fields.take("tool_choice") not in (None, "none", "auto"):
-        raise fields.error("tool_choice", f"tool_choice is not supported: {_NO_TOOLS}")
     if fields.take("modalities") not in (None, ["text"]):
         raise fields.error("modalities", "modalities is more than text; answers are text.")
     fields.refuse(_REFUSED_CHAT)
@@ -166,12 +160,17 @@ def read_model(fields: Fields, base: str) -> tuple[str, str]:
     return model or base, "" if model == base else model
 
 
-def read_messages(fields: Fields) -> list[pb.ChatMessage]:
-    """Return the messages of a chat."""
+def read_messages(fields: Fields) -> pb.ChatMessages:
+    """Return a chat: its messages, its tools, and how the prompt is made of them."""
     messages = fields.list("messages", dict, "objects")
     if not messages:
         raise fields.error("messages", "messages is empty; send at least one.")
-    return [_message(Fields(m, f"messages[{i}].")) for i, m in enumerate(messages)]
+    chat = pb.ChatMessages(
+        messages=[_message(Fields(m, f"messages[{i}].")) for i, m in enumerate(messages)],
+        prefer_task=not fields.switch("use_chat_template"),
+    )
+    read_tools(fields, chat)
+    return chat
 
 
 def _message(fields: Fields) -> pb.ChatMessage:
@@ -179,13 +178,22 @@ def _message(fields: Fields) -> pb.ChatMessage:
     content = fields.take("content")
     if isinstance(content, list):
         content = "".join(_part(part, fields) for part in content)
+    calls = read_tool_calls(fields)
+    if content is None and calls:
+        content = ""
     if not isinstance(content, str):
         raise fields.error("content", "content is no text; send a string, or parts of type text.")
-    fields.refuse({"tool_calls": _NO_TOOLS, "function_call": _NO_TOOLS, "audio": "send text."})
+    call_id = fields.text("tool_call_id") or ""
+    fields.refuse(
+        {"function_call": "it is the old name of tool_calls. Send those.", "audio": "send text."}
+    )
     fields.finish({"name", "refusal", "annotations"})
-    # OpenAI's newer name for the same thing.
     return pb.ChatMessage(
-        role="system" if role == "developer" else role, content=_unicode(fields, "content", content)
+        # OpenAI's newer name for the same thing.
+        role="system" if role == "developer" else role,
+        content=unicode_text(fields, "content", content),
+        tool_calls=calls,
+        tool_call_id=unicode_text(fields, "tool_call_id", call_id),
     )
 
 
@@ -211,7 +219,7 @@ def _prompts(fields: Fields) -> list[pb.Input]:
 
 def _prompt(fields: Fields, prompt: Any, name: str) -> pb.Input:
     if isinstance(prompt, str):
-        return pb.Input(prompt=_unicode(fields, name, prompt))
+        return pb.Input(prompt=unicode_text(fields, name, prompt))
     if isinstance(prompt, list) and all(type(i) is int for i in prompt):
         try:
             return pb.Input(token_ids=pb.TokenIds(ids=prompt))
@@ -221,7 +229,7 @@ def _prompt(fields: Fields, prompt: Any, name: str) -> pb.Input:
 
 
 def _request(fields: Fields, adapter: str, params: pb.SamplingParams) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(adapter=_unicode(fields, "model", adapter), sampling=params)
+    request = pb.GenerateRequest(adapter=unicode_text(fields, "model", adapter), sampling=params)
     priority = fields.integer("priority")
     if priority is not None:
         try:
@@ -252,7 +260,7 @@ def _sampling(fields: Fields) -> pb.SamplingParams:
         stop = [stop]
     elif stop is not None:
         stop = Fields({"stop": stop}).list("stop", str, "strings")
-    params.stop.extend(_unicode(fields, "stop", text) for text in stop or ())
+    params.stop.extend(unicode_text(fields, "stop", text) for text in stop or ())
     _constrain(fields, params)
     _bias(fields, params)
     for i, token_id in enumerate(fields.list("stop_token_ids", int, "token ids") or ()):
@@ -289,14 +297,14 @@ def _constrain(fields: Fields, params: pb.SamplingParams) -> None:
     schema = outputs.take("json")
     if schema is not None:
         written = schema if isinstance(schema, str) else json.dumps(schema)
-        params.json_schema = _unicode(outputs, "json", written)
+        params.json_schema = unicode_text(outputs, "json", written)
     for name, field in (("regex", "regex"), ("grammar", "lark")):
         text = outputs.text(name)
         if text is not None:
-            setattr(params, field, _unicode(outputs, name, text))
+            setattr(params, field, unicode_text(outputs, name, text))
     choices = outputs.list("choice", str, "texts")
     if choices is not None:
-        params.choice.texts.extend(_unicode(outputs, "choice", text) for text in choices)
+        params.choice.texts.extend(unicode_text(outputs, "choice", text) for text in choices)
     outputs.finish()
 
 
@@ -336,12 +344,3 @@ def _set(
     except (TypeError, ValueError) as error:
         name = name or field
         raise fields.error(name, f"{name} is {value}, which is out of its range.") from error
-
-
-def _unicode(fields: Fields, name: str, text: str) -> str:
-    """Refuse half a surrogate pair, which JSON can write and no text holds."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise fields.error(name, f"{name} is not valid Unicode text: {error.reason}.") from error
-    return text

@@ -34,13 +34,7 @@ class Tokens:
         _, adapter = read_model(fields, self._facts.base)
         prompt = fields.text("prompt")
         has_texts = fields.switch("return_token_strs")
-        if prompt is None:
-            chat = pb.ChatMessages(
-                messages=read_messages(fields), prefer_task=not fields.switch("use_chat_template")
-            )
-            read = pb.Input(chat=chat)
-        else:
-            read = pb.Input(prompt=prompt)
+        read = pb.Input(chat=read_messages(fields)) if prompt is None else pb.Input(prompt=prompt)
         # Prompts are taken as they are, and chats end where the answer begins: what vLLM's two
         # switches for it say is not heard.
         fields.finish({"add_special_tokens", "add_generation_prompt"})
