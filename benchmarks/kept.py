@@ -42,24 +42,15 @@ class Kept:
 
     def measure(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Measure once or several times; return the accepted record, or the last one."""
-
-        def metered() -> tuple[dict[str, Any], float]:
+        for attempt in range(1 + self._quiet.retries):
             meter = CpuMeter()
             found = make()
             load = meter.stop()
-            shown = {"own_cores": load.own, "foreign_cores": load.foreign}
-            return {**found, "load": shown}, load.foreign
-
-        return self.until_quiet(metered)
-
-    def until_quiet(self, make: Callable[[], tuple[dict[str, Any], float]]) -> dict[str, Any]:
-        """Do the same with what knows its own load: ``make`` returns a record, and others' cores."""
-        for attempt in range(1 + self._quiet.retries):
-            found, foreign = make()
-            is_quiet = foreign <= self._quiet.max_foreign
+            is_quiet = load.foreign <= self._quiet.max_foreign
             record = {
                 **found,
                 "attempt": attempt,
+                "load": {"own_cores": load.own, "foreign_cores": load.foreign},
                 "quiet": is_quiet,
                 "accepted": is_quiet or self._quiet.tolerate,
             }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -267,6 +268,8 @@ def zipf(
 def known(base: Base, scratch: Path, count: int) -> dict[str, Any]:
     """Measure what knowing ``count`` adapters costs, in a process of its own."""
     folder = scratch / "known"
+    # Of an attempt that others disturbed.
+    shutil.rmtree(folder, ignore_errors=True)
     registry = Registry.open(folder, create=True)
     fill(registry, base, [Member(TEMPLATE, 1, 0, ("q_proj",))], scratch / "one")
     registry.set_alias(TEMPLATE, "prod", 1)

@@ -84,9 +84,8 @@ def main(
         meter = CpuMeter()
         found = _case(case)
         load = meter.stop()
-        foreign = max(0.0, load.foreign - found["own_cores"])
-        is_quiet = foreign <= MAX_FOREIGN
-        record = {**first, **found, "foreign_cores": round(foreign, 3), "quiet": is_quiet}
+        is_quiet = load.foreign <= MAX_FOREIGN
+        record = {**first, **found, "foreign_cores": load.foreign, "quiet": is_quiet}
         report.append(path, record)
         console.print(f"{name}: {found}")
     console.print(f"records: {path}")

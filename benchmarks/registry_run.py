@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import ROOT, head, result_path
 from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import row
@@ -65,21 +64,12 @@ def main(
     first = head(NAME, {"repeats": repeats, "folder": str(folder or tempfile.gettempdir())})
     kept = Kept(path, first, Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load))
     for case in only or CASES:
-        kept.until_quiet(partial(_metered, case, 1 if case == "memory" else repeats, folder))
+        kept.measure(partial(_case, case, 1 if case == "memory" else repeats, folder))
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
     if not kept.is_complete:
         console.print("some figures were not taken on a quiet machine; wait, or --tolerate-load")
         raise typer.Exit(1)
-
-
-def _metered(case: str, repeats: int, folder: Path | None) -> tuple[dict[str, Any], float]:
-    """Take one figure; return its record, and the cores that neither we nor our children used."""
-    meter = CpuMeter()
-    found = _case(case, repeats, folder)
-    load = meter.stop()
-    record = {"kind": case, **found, "foreign_cores": load.foreign}
-    return record, load.foreign - found["child_cores"]
 
 
 def _case(case: str, repeats: int, folder: Path | None) -> dict[str, Any]:
@@ -95,7 +85,7 @@ def _case(case: str, repeats: int, folder: Path | None) -> dict[str, Any]:
             )
             runs.append(json.loads(done.stdout))
             console.print(f"{case}: {runs[-1]}")
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return {"kind": case, **{key: statistics.median(r[key] for r in runs) for key in runs[0]}}
 
 
 def accepted_cases(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

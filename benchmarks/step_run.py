@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.kept import Kept, Quiet
@@ -63,9 +62,7 @@ def main(
         stepper, adapters, prompts = _stage(Path(scratch), base, max(counts))
         try:
             for count in counts:
-                kept.until_quiet(
-                    partial(_measure, stepper, prompts[:count], adapters[:count], steps)
-                )
+                kept.measure(partial(_measure, stepper, prompts[:count], adapters[:count], steps))
         finally:
             stepper.close()
     console.print(f"records: {path}")
@@ -107,7 +104,7 @@ def _stage(
 
 def _measure(
     stepper: Stepper, prompts: Sequence[Sequence[int]], adapters: Sequence[str], steps: int
-) -> tuple[dict[str, Any], float]:
+) -> dict[str, Any]:
     import statistics
 
     from benchmarks.harness.stepper import NATIVE
@@ -116,22 +113,18 @@ def _measure(
     stepper.read_prompts()
     for _ in range(WARM_UP):
         stepper.step()
-    meter = CpuMeter()
     whole_ms = 1e3 * statistics.median(stepper.step() for _ in range(steps))
     parts = stepper.profile(steps)
-    load = meter.stop()
     stepper.end_rows()
     overhead = sum(ms for part, ms in parts.items() if part not in NATIVE)
-    record = {
+    return {
         "kind": "step",
         "rows": len(prompts),
         "adapters": len(set(adapters)),
         "step_ms": round(whole_ms, 3),
         "parts_ms": {part: round(ms, 4) for part, ms in parts.items()},
         "overhead_ms": round(overhead, 3),
-        "load": {"own_cores": load.own, "foreign_cores": load.foreign},
     }
-    return record, load.foreign
 
 
 def accepted_steps(records: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter
 from benchmarks.harness.machine import ROOT, head, result_path
 from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import row
@@ -53,7 +52,7 @@ def main(
     for name in recipe or RECIPES:
         for repeat in range(repeats):
             for contender in CONTENDERS:
-                kept.until_quiet(partial(_run, contender, name, steps, repeat))
+                kept.measure(partial(_run, contender, name, steps, repeat))
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
     if not kept.is_complete:
@@ -61,34 +60,24 @@ def main(
         raise typer.Exit(1)
 
 
-def _run(contender: str, recipe: str, steps: int, seed: int) -> tuple[dict[str, Any], float]:
-    """Train in a new process, and keep it until its processor time is counted; and others' cores."""
-    meter = CpuMeter()
+def _run(contender: str, recipe: str, steps: int, seed: int) -> dict[str, Any]:
+    """Train in a new process."""
     command = [sys.executable, "-m", "benchmarks.harness.training_case", contender]
-    with subprocess.Popen(
+    done = subprocess.run(
         [*command, str(ROOT / "recipes" / f"{recipe}.yaml"), str(steps), str(seed)],
         cwd=ROOT,
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        load = meter.stop()
-        process.communicate()
-    if not line:
-        raise RuntimeError(f"{contender} on {recipe} ended with {process.returncode}")
-    figures = json.loads(line)
+        check=True,
+    )
+    figures = json.loads(done.stdout)
     console.print(f"{recipe} {contender}: {figures}")
-    record = {
+    return {
         "kind": "run",
         "recipe": recipe,
         "contender": contender,
         "seed": seed,
         **figures,
-        "foreign_cores": load.foreign,
     }
-    return record, load.foreign
 
 
 def medians_of(
@@ -100,7 +89,7 @@ def medians_of(
     ]
     if not runs:
         return None
-    keys = ("tokens_per_s", "first_step_s", "peak_memory_bytes", "foreign_cores")
+    keys = ("tokens_per_s", "first_step_s", "peak_memory_bytes")
     return {key: statistics.median(run[key] for run in runs) for key in keys}
 
 
@@ -137,7 +126,7 @@ def section(path: Path) -> str:
     records = report.read(path)
     made = records[0]
     machine = made["machine"]
-    foreign = max(r["foreign_cores"] for r in records if r["accepted"])
+    foreign = max(r["load"]["foreign_cores"] for r in records if r["accepted"])
     return "\n".join(
         [
             f"{made['date']}, {machine['cpu']} ({machine['cores']} cores, "

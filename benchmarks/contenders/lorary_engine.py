@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.workload import Call, Contender, Trace
 from lorary.bases.load import load_model, load_tokenizer
+from lorary.server import interpreter
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.assemble import EngineLimits, assemble
 from lorary.server.engine.request import Lease, Output, Request, Sampling
@@ -38,6 +39,7 @@ class LoraryEngine(Contender):
         residency_observer: ResidencyObserver | None = None,
     ) -> None:
         self.name = "lorary-int8" if int8 else "lorary"
+        interpreter.share_fairly()
         self._registry = registry
         self._arrived: queue.SimpleQueue[tuple[float, list[Output]]] = queue.SimpleQueue()
         self._assembled = assemble(
@@ -51,6 +53,7 @@ class LoraryEngine(Contender):
             deliver=lambda outputs: self._arrived.put((time.perf_counter(), outputs)),
             residency_observer=residency_observer,
         )
+        interpreter.forget_what_stays()
         self._assembled.engine.start()
         self._num_sent = 0
 

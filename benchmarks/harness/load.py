@@ -21,7 +21,7 @@ class Load:
 class CpuMeter:
     """Measures from its creation to ``stop``; own is this process and all its descendants.
 
-    Descendants that ended in between count as foreign, so keep them alive while measuring.
+    Those that ended in between count as own once their parent has waited for them.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,10 @@ def _busy_ticks() -> int:
 
 
 def process_tree(root: int) -> dict[int, int]:
-    """Return the living processes below ``root``, itself included, with their ticks so far."""
+    """Return the living processes below ``root``, itself included, with their ticks so far.
+
+    A process's ticks include those of its children that have ended and that it has waited for.
+    """
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -57,7 +60,7 @@ def process_tree(root: int) -> dict[int, int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         parents[int(entry.name)] = int(fields[1])
-        ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
+        ticks[int(entry.name)] = sum(map(int, fields[11:15]))
     tree = {root}
     grown = True
     while grown:

@@ -6,7 +6,6 @@ Prints one JSON object.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import sys
@@ -126,7 +125,6 @@ def main() -> None:
         f"evaluation.skip_base={str(not case['is_first']).lower()}",
         "evaluation.num_golden_probes=1",
     ]
-    started = time.monotonic()
     watch = Stopwatch()
     recipe = load_recipe(_RECIPE, overrides)
     manifest = train(recipe, folder / "out", reporter=watch)
@@ -140,7 +138,6 @@ def main() -> None:
     history = (folder / "out/report/history.jsonl").read_text().splitlines()
     losses = [row["eval_loss"] for row in map(json.loads, history) if "eval_loss" in row]
     sizes = {entry.path: entry.size for entry in kept.files}
-    usage = os.times()
     found: dict[str, Any] = {
         "name": case["name"],
         "method": method,
@@ -153,7 +150,6 @@ def main() -> None:
         "adapter_bytes": sizes["adapter_model.safetensors"],
         "rank": kept.method.rank,
         "conversion_error": max(manifest.training["conversion_error"], kept.conversion.max_error),
-        "own_cores": (usage.user + usage.system) / (time.monotonic() - started),
     }
     pulled = registry.pull("a", folder / "pulled")
     ranks = ranks_of_kept(pulled)

@@ -1,6 +1,6 @@
 """One figure of the ``registry`` benchmark, taken in this process: ``registry_case CASE FOLDER``.
 
-Prints one JSON object: ``figure``, what it is made of, and ``child_cores``, what its children used.
+Prints one JSON object: ``figure``, and what it is made of.
 """
 
 from __future__ import annotations
@@ -253,9 +253,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make_adapter(Path(sys.argv[2]), card_of(_MEMORY_BYTES, _WIDE))
         sys.exit()
-    began = time.perf_counter()
     found = _CASES[sys.argv[1]](Path(sys.argv[2]))
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu_s = sum(usage.ru_utime + usage.ru_stime for usage in used)
-    found["child_cores"] = cpu_s / (time.perf_counter() - began)
     sys.stdout.write(json.dumps({key: round(value, 4) for key, value in found.items()}))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.agreement import Agreement, disagreements
+from benchmarks.harness.load import CpuMeter
 from benchmarks.measure import figures
 from benchmarks.plot import draw
 from benchmarks.workload import Trace, choose
@@ -48,6 +52,15 @@ def test_speed_counts_from_the_first_request_to_the_last_token() -> None:
     assert found["output_tokens_per_s"] == pytest.approx(3.0)
     assert found["ttft_ms"]["p50"] == pytest.approx(350)  # of 500 and 200
     assert found["itl_ms"]["p50"] == pytest.approx(350)  # of 100, 200, 500, 1100
+
+
+def test_children_that_ended_are_our_own_load() -> None:
+    meter = CpuMeter()
+    busy = "import time; end = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
+    started_s = time.monotonic()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    load, seconds = meter.stop(), time.monotonic() - started_s
+    assert load.own * seconds >= 0.55
 
 
 def test_disturbed_runs_do_not_count() -> None:

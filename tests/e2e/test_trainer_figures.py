@@ -18,7 +18,7 @@ def record(recipe: str, contender: str, **more: Any) -> dict[str, Any]:
         "tokens_per_s": 100.0,
         "first_step_s": 8.0,
         "peak_memory_bytes": 1,
-        "foreign_cores": 0,
+        "load": {"foreign_cores": 0.0},
     }
     return {"recipe": recipe, "contender": contender, "accepted": True, **figures, **more}
 

@@ -38,7 +38,7 @@ def test_table_sets_the_loops_side_by_side_and_leaves_disturbed_runs_out() -> No
             "tokens_per_s": tokens_per_s,
             "first_step_s": 9.0,
             "peak_memory_bytes": 1.5e9,
-            "foreign_cores": 0.0,
+            "load": {"foreign_cores": 0.0},
             "accepted": accepted,
         }
 

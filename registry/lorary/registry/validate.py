@@ -37,7 +37,7 @@ from lorary.registry.task_heads import (
     why_not_served,
 )
 from lorary.registry.tensor_layout import LORA_KEY, check_targets, is_shaped, sort_by_module
-from lorary.registry.values import check_finite, check_values
+from lorary.registry.values import Squares, check_finite, check_values
 
 MAX_RANK: Final = 512
 _WIDTH: Final = {"F16": 2, "BF16": 2, "F32": 4}
@@ -60,6 +60,7 @@ class AdapterSpec:
         num_bytes: bytes of tensor data.
         dtype: the widest dtype of any tensor: ``F32``, ``BF16`` or ``F16``.
         config: the checked configuration.
+        tensors: where each tensor lies in the file.
         magnitudes: whether every module has DoRA's magnitude vector.
         heads: modules that the adapter brings whole; none where servers serve it.
     """
@@ -69,6 +70,7 @@ class AdapterSpec:
     num_bytes: int
     dtype: str
     config: AdapterConfig
+    tensors: Mapping[str, TensorInfo]
     magnitudes: bool = False
     heads: tuple[str, ...] = ()
 
@@ -84,6 +86,7 @@ class Limits:
         allow_dora: accept DoRA, which registries keep and servers serve, and which no plain LoRA is.
         residual_base: the base is the one that PiSSA and its kin left behind.
         task: what the adapter is for, where registries keep its kind and servers do not serve it.
+        squares: how matrices are read to check their numbers; ``None``: by numpy.
     """
 
     max_rank: int = MAX_RANK
@@ -91,10 +94,16 @@ class Limits:
     allow_dora: bool = False
     residual_base: bool = False
     task: Task | None = None
+    squares: Squares | None = None
 
 
 def validate_adapter(
-    folder: Path, card: BaseCard, *, max_rank: int = MAX_RANK, allow_zero: bool = False
+    folder: Path,
+    card: BaseCard,
+    *,
+    max_rank: int = MAX_RANK,
+    allow_zero: bool = False,
+    squares: Squares | None = None,
 ) -> AdapterSpec:
     """Check everything about the adapter in ``folder``; returning means that it may be served.
 
@@ -105,6 +114,7 @@ def validate_adapter(
         card: the base that is to carry it.
         max_rank: largest rank of any module.
         allow_zero: accept an adapter that changes nothing.
+        squares: as in ``Limits``.
 
     Raises:
         CorruptArtifact: files that are not what they claim, NaN, contradictions.
@@ -113,7 +123,7 @@ def validate_adapter(
     """
     accepted = Accepted(allow_zero=True) if allow_zero else None
     files = scan_folder(folder, allow_hardlinks=True)
-    limits = Limits(max_rank=max_rank, accepted=accepted, allow_dora=True)
+    limits = Limits(max_rank=max_rank, accepted=accepted, allow_dora=True, squares=squares)
     return validate_files(files, card, limits)
 
 
@@ -193,6 +203,7 @@ def examine_files(
         report,
         allow_zero=accepted.allow_zero,
         max_ratio=accepted.max_ratio,
+        squares=limits.squares,
     )
     check_finite(files.tensors, heads.values(), report)
     widest = max((info.dtype for info in header.tensors.values()), key=lambda d: (_WIDTH[d], d))
@@ -202,6 +213,7 @@ def examine_files(
         num_bytes=sum(info.num_bytes for info in header.tensors.values()),
         dtype=widest,
         config=config,
+        tensors=header.tensors,
         magnitudes=config.use_dora,
         heads=names_of_heads(heads, config.modules_to_save),
     )

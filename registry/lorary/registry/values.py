@@ -10,7 +10,7 @@ two small products AAᵀ and BᵀB are needed:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,16 @@ import numpy as np
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.base import BaseCard
 from lorary.registry.findings import Report
-from lorary.registry.safetensors_file import Array, TensorInfo, is_finite, read_tensor
+from lorary.registry.safetensors_file import (
+    Array,
+    TensorInfo,
+    is_finite,
+    read_tensor,
+    read_tensors,
+)
+
+Squares = Callable[[Path, Sequence[TensorInfo]], Sequence[float]]
+"""Returns the sum of squares of each tensor of a file, NaN or infinite where it cannot be said."""
 
 
 class ModuleTensors(NamedTuple):
@@ -39,8 +48,11 @@ def check_values(
     *,
     allow_zero: bool,
     max_ratio: float,
+    squares: Squares | None = None,
 ) -> None:
     """Read every matrix once and report what is wrong with its values.
+
+    One whose sum of squares is a number, and not 0, is sound: it is looked at no further.
 
     Args:
         path: the tensors' file.
@@ -50,28 +62,27 @@ def check_values(
         report: told of every problem.
         allow_zero: accept an adapter that changes nothing.
         max_ratio: largest ‖scale·BA‖/‖W‖ of a module.
+        squares: how the matrices are read; numpy's way by default.
     """
+    infos = [info for found in modules.values() for info in found if info is not None]
+    sums = dict(zip(infos, (squares or numpy_squares)(path, infos), strict=True))
     has_effect = False
     for module, found in modules.items():
-        arrays = []
-        for info in found:
-            if info is None:
-                continue
-            array = read_tensor(path, info)
-            if is_finite(array):
-                arrays.append(array)
-            else:
-                report(_not_finite(info))
-        if len(arrays) != 2 + (found.magnitude is not None):
+        there = [info for info in found if info is not None]
+        wrong = [info for info in there if not _is_finite(path, info, sums)]
+        for info in wrong:
+            report(_not_finite(info))
+        if wrong:
             has_effect = True  # of what kind, nobody can say
             continue
-        has_effect = has_effect or bool(arrays[0].any() and arrays[1].any())
+        has_effect = has_effect or all(_has_effect(path, info, sums) for info in there[:2])
         size = abs(scales[module]) * _norm_within(
-            arrays[0], arrays[1], module, scales, card, max_ratio
+            path, found, module, sums, scales, card, max_ratio
         )
         _check_ratio(module, size, "its change", card, report, max_ratio)
         if found.magnitude is not None:
-            _check_ratio(module, _norm(arrays[2]), "its magnitude vector", card, report, max_ratio)
+            size = _norm(path, found.magnitude, sums)
+            _check_ratio(module, size, "its magnitude vector", card, report, max_ratio)
     if modules and not has_effect and not allow_zero:
         report(
             IncompatibleAdapter(
@@ -86,6 +97,25 @@ def check_finite(path: Path, infos: Iterable[TensorInfo], report: Report) -> Non
     for info in infos:
         if not is_finite(read_tensor(path, info)):
             report(_not_finite(info))
+
+
+def numpy_squares(path: Path, infos: Sequence[TensorInfo]) -> list[float]:
+    """Return sums of squares in single precision; infinite where a square is beyond it."""
+    sums = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for array in read_tensors(path, infos):
+            flat = array.astype(np.float32, copy=False).reshape(-1)
+            sums.append(float(np.dot(flat, flat)))
+    return sums
+
+
+def _is_finite(path: Path, info: TensorInfo, sums: Mapping[TensorInfo, float]) -> bool:
+    return math.isfinite(sums[info]) or is_finite(read_tensor(path, info))
+
+
+def _has_effect(path: Path, info: TensorInfo, sums: Mapping[TensorInfo, float]) -> bool:
+    # The square of a very small number is 0.
+    return sums[info] > 0 or bool(read_tensor(path, info).any())
 
 
 def _not_finite(info: TensorInfo) -> CorruptArtifact:
@@ -107,24 +137,26 @@ def product_norm(b: Array, a: Array) -> float:
 
 
 def _norm_within(
-    a: Array, b: Array, module: str, scales: Mapping[str, float], card: BaseCard, max_ratio: float
+    path: Path,
+    found: ModuleTensors,
+    module: str,
+    sums: Mapping[TensorInfo, float],
+    scales: Mapping[str, float],
+    card: BaseCard,
+    max_ratio: float,
 ) -> float:
     """Return ‖BA‖, or the cheaper bound ‖B‖‖A‖ where that is within the limit already."""
-    bound = _norm_fast(a) * _norm_fast(b)
+    bound = math.sqrt(sums[found.a]) * math.sqrt(sums[found.b])
     if abs(scales[module]) * bound <= max_ratio * card.norms.get(module, math.inf):
         return bound
+    a, b = read_tensors(path, [found.a, found.b])
     return product_norm(b, a)
 
 
-def _norm_fast(array: Array) -> float:
-    """Return the norm in single precision; infinite where a square is beyond it."""
-    flat = array.astype(np.float32, copy=False).reshape(-1)
-    with np.errstate(over="ignore"):
-        return math.sqrt(float(np.dot(flat, flat)))
-
-
-def _norm(array: Array) -> float:
-    return float(np.linalg.norm(array.astype(np.float64).reshape(-1)))
+def _norm(path: Path, info: TensorInfo, sums: Mapping[TensorInfo, float]) -> float:
+    if math.isfinite(sums[info]):
+        return math.sqrt(sums[info])
+    return float(np.linalg.norm(read_tensor(path, info).astype(np.float64).reshape(-1)))
 
 
 def _check_ratio(

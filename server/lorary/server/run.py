@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lorary.server import logs
+from lorary.server import interpreter, logs
 from lorary.server.app import Server, check_files_of, check_ports_free, handle_signals
 from lorary.server.build import build_backend
 from lorary.server.calls import Calls
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorary.server")
 
-# The engine's Python shares the interpreter with the event loop: with the default of 5 ms a unary
-# call waits 4 ms for its turn, with this 1 ms.
-SWITCH_INTERVAL_S = 0.0005
 EXIT_INTERRUPTED = 130
 
 
@@ -48,12 +45,13 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
     started = time.monotonic()
     check_files_of(config)
     check_ports_free(config)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    interpreter.share_fairly()
     metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     # Every call in flight is an answer that runs or waits, or is about to.
     calls = Calls(config.max_batch + config.max_waiting)
     with Startup(bars=config.log_format == "human" and sys.stderr.isatty()) as startup:
         backend = build_backend(config, deliver=calls.deliver, observer=metrics, startup=startup)
+    interpreter.forget_what_stays()
     log.info("built in %.1f s", time.monotonic() - started)
     return asyncio.run(_serve(config, backend, calls, metrics, as_json=as_json))
 

@@ -268,6 +268,7 @@ class LoraModel:
             dtype=dtype,
             device=device,
             storage=storage_dtype(storage, dtype),
+            kernels=kernel,
         )
         row_kernels = self._row_kernels(ops, dtype, device)
         # torch's bfloat16 products with a rank's few columns cost 0.1 ms whatever their size, and

@@ -28,9 +28,12 @@ from lorary.errors import ConfigError
 from lorary.server.adapters.rounding import has_scales, product_error, round_rows
 from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry
 from lorary.server.lazy_memory import lazy_zeros
+from lorary.server.native.library import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from lorary.server.native.library import NativeKernels
 
 PAGE_ROWS = {"cpu": 8, "cuda": 16}
 
@@ -120,6 +123,13 @@ class GroupPool:
         return error
 
 
+def _is_laid(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether the kernel takes a module's A and B as they are."""
+    a, b = pair
+    is_known = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float32)
+    return is_known and a.is_contiguous() and b.is_contiguous()
+
+
 def _raw(rows: torch.Tensor) -> torch.Tensor:
     """Return 8-bit floats as bytes, for torch copies few kinds of them by index."""
     return rows.view(torch.uint8) if rows.dtype == torch.float8_e4m3fn else rows
@@ -134,6 +144,7 @@ class AdapterPool:
         dtype: what rows are multiplied in.
         device: where they lie.
         storage: what they are kept in; None for ``dtype``.
+        kernels: lay rows into pages, where they are not rounded by a scale and lie in the CPU's memory.
 
     Raises:
         ConfigError: the budget does not hold one page.
@@ -147,6 +158,7 @@ class AdapterPool:
         dtype: torch.dtype,
         device: torch.device,
         storage: torch.dtype | None = None,
+        kernels: NativeKernels | None = None,
     ) -> None:
         storage = storage or dtype
         self.page_rows = PAGE_ROWS.get(device.type, 16)
@@ -169,6 +181,8 @@ class AdapterPool:
         self.device = device
         self._lock = threading.Lock()
         self._free = list(range(self.num_pages - 1, -1, -1))
+        is_plain = storage == dtype and device.type == "cpu"
+        self._kernels = kernels if is_plain and kernels and kernels.supports(dtype) else None
 
     @property
     def page_bytes(self) -> int:
@@ -233,20 +247,14 @@ class AdapterPool:
             KeyError: a module that no group has; the validator refuses these before.
         """
         entry = self.place(pages, rank, has_columns=columns is not None)
-        index = torch.tensor(entry.rows, device=self.device)
-        rest = dict(tensors)
-        worst = 0.0
-        for group in self.groups:
-            for m, module in enumerate(group.spec.modules):
-                pair = rest.pop(module, None)
-                if pair is None:
-                    group.clear(m, index)
-                    continue
-                a, b = pair
-                error = group.put(m, index, self._padded(a, rank), self._padded(b.t(), rank))
-                worst = max(worst, error)
-        if rest:
-            raise KeyError(f"modules {sorted(rest)[:4]} are in no group of this base")
+        foreign = tensors.keys() - {m for group in self.groups for m in group.spec.modules}
+        if foreign:
+            raise KeyError(f"modules {sorted(foreign)[:4]} are in no group of this base")
+        if self._kernels is not None and all(map(_is_laid, tensors.values())):
+            worst = 0.0
+            self._lay(self._kernels, entry, tensors)
+        else:
+            worst = self._put(entry, rank, tensors)
         if columns is not None:
             for group in self.groups:
                 for module, kept in zip(group.spec.modules, group.columns, strict=True):
@@ -255,6 +263,45 @@ class AdapterPool:
                     else:
                         kept[entry.columns].fill_(1.0)
         return replace(entry, error=worst)
+
+    def _put(
+        self, entry: PoolEntry, rank: int, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> float:
+        """Write every module by torch operators; return the worst relative error of rounding."""
+        index = torch.tensor(entry.rows, device=self.device)
+        worst = 0.0
+        for group in self.groups:
+            for m, module in enumerate(group.spec.modules):
+                pair = tensors.get(module)
+                if pair is None:
+                    group.clear(m, index)
+                    continue
+                a, b = pair
+                error = group.put(m, index, self._padded(a, rank), self._padded(b.t(), rank))
+                worst = max(worst, error)
+        return worst
+
+    def _lay(
+        self,
+        kernels: NativeKernels,
+        entry: PoolEntry,
+        tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Write every module in one native call; the same bits as ``_put``."""
+        parts = []
+        for group in self.groups:
+            width = group.spec.in_features
+            for m, (module, out) in enumerate(
+                zip(group.spec.modules, group.spec.out_features, strict=True)
+            ):
+                to = (width, out, group.a[m].data_ptr(), group.b[m].data_ptr())
+                if module not in tensors:
+                    parts.append(Part(None, None, 0, 0, *to))
+                    continue
+                a, b = tensors[module]
+                is_half = a.dtype == torch.bfloat16
+                parts.append(Part(a.data_ptr(), b.data_ptr(), is_half, a.shape[0], *to))
+        kernels.lay(parts, entry.rows, self.dtype)
 
     def place(self, pages: Sequence[int], rank: int, *, has_columns: bool) -> PoolEntry:
         """Return where an adapter of this rank lies in pages that were taken for its ``num_rows``."""

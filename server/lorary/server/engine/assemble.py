@@ -13,7 +13,7 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.columns import column_scales
 from lorary.server.adapters.layers import LoraModel
-from lorary.server.adapters.loader import load_adapter
+from lorary.server.adapters.loader import ReadBuffer, load_adapter
 from lorary.server.adapters.residency import BaseLease, Residency
 from lorary.server.adapters.verification import Verifier
 from lorary.server.engine.batch import build_batch
@@ -203,9 +203,18 @@ def assemble(
         verifier.attach(functools.partial(engine.submit, is_own=True))
     modules = frozenset(name for group in lora.groups for name in group.spec.modules)
 
+    buffer = ReadBuffer()
+
     def load(resolved: Resolved) -> LoadedAdapter:
         folder = registry.fetch(resolved)
-        return load_adapter(folder, card, modules=modules, max_rank=limits.max_rank)
+        return load_adapter(
+            folder,
+            card,
+            modules=modules,
+            max_rank=limits.max_rank,
+            kernels=lora.kernels,
+            buffer=buffer,
+        )
 
     residency = Residency(
         pool=lora.pool,

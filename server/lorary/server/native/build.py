@@ -17,7 +17,7 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(
     _FOLDER / f"{name}.cpp"
-    for name in ("adapters", "attention", "layer", "matmul", "norms", "sampling", "threads")
+    for name in ("adapters", "attention", "layer", "matmul", "norms", "rows", "sampling", "threads")
 )
 _HEADERS = tuple(
     _FOLDER / f"{name}.h" for name in ("adapters", "attention", "common", "matmul", "matmul_int8")

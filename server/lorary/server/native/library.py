@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 14
+_ABI = 15
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 # Elements whose float32 form lies in the caches while they are rounded.
@@ -37,6 +37,8 @@ _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _NORMS = [*[_POINTER] * 2, *[_INT64] * 3, *[_POINTER] * 2, _INT64, _POINTER, ctypes.c_int]
 _LAYERS = [_POINTER, _POINTER]
+_SQUARES = [_POINTER, _INT64, *[_POINTER] * 4]
+_LAY = [_POINTER, _INT64, _POINTER, _INT64]
 _ARGMAX = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
 _DRAW = [_POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int]
 _DECODE = [
@@ -61,6 +63,21 @@ class Draw(ctypes.Structure):
         ("temperature", _FLOAT),
         ("top_p", _FLOAT),
         ("min_p", _FLOAT),
+    )
+
+
+class Part(ctypes.Structure):
+    """One module's matrices, and where their rows go; semantics in rows.cpp."""
+
+    _fields_ = (
+        ("a", _POINTER),
+        ("b", _POINTER),
+        ("is_half", _INT64),
+        ("rank", _INT64),
+        ("in_features", _INT64),
+        ("out_features", _INT64),
+        ("to_a", _POINTER),
+        ("to_b", _POINTER),
     )
 
 
@@ -106,6 +123,12 @@ class NativeKernels:
             dtype: typed(library, f"lorary_norms_{suffix}", _NORMS)
             for dtype, suffix in {**_SUFFIX, torch.int8: "int8"}.items()
         }
+        self._squares = typed(library, "lorary_squares", _SQUARES)
+        self._lay = {
+            dtype: typed(library, f"lorary_lay_{suffix}", _LAY) for dtype, suffix in _SUFFIX.items()
+        }
+        library.lorary_part_bytes.restype = _INT64
+        assert library.lorary_part_bytes() == ctypes.sizeof(Part)
         self._draw = typed(library, "lorary_draw_f32", _DRAW)
         library.lorary_draw_bytes.restype = _INT64
         assert library.lorary_draw_bytes() == ctypes.sizeof(Draw)
@@ -219,6 +242,37 @@ class NativeKernels:
             bias,
             by_panel(scales),
             by_panel(offsets),
+        )
+
+    def squares(
+        self,
+        data: torch.Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        dtypes: Sequence[Any],
+    ) -> list[float]:
+        """Return the sum of squares of tensors that lie in a file's bytes.
+
+        Args:
+            data: uint8 [n].
+            starts: the byte at which each begins.
+            counts: how many elements each has.
+            dtypes: bfloat16 or float32, of each.
+
+        Returns:
+            The sums; NaN or infinite where an element is, or where a square is beyond float32.
+        """
+        count = len(starts)
+        many = ctypes.c_int64 * count
+        sums = (ctypes.c_double * count)()
+        is_half = many(*(dtype == torch.bfloat16 for dtype in dtypes))
+        self._squares(data.data_ptr(), count, many(*starts), many(*counts), is_half, sums)
+        return list(sums)
+
+    def lay(self, parts: Sequence[Part], rows: Sequence[int], dtype: torch.dtype) -> None:
+        """Write adapters' matrices into rows of a pool of this dtype (semantics in rows.cpp)."""
+        self._lay[dtype](
+            (Part * len(parts))(*parts), len(parts), (ctypes.c_int64 * len(rows))(*rows), len(rows)
         )
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
