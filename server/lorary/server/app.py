@@ -1,4 +1,4 @@
-"""The server as a whole: the only place that knows all parts. Starts, drains and stops them.
+"""The server as a process has it: a core behind its own doors. Starts, drains and stops them.
 
 Draining, after SIGTERM or SIGINT (a second one skips to 5)::
 
@@ -23,23 +23,14 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
-from lorary.errors import ConfigError, EngineFailed, MissingDependency, Unavailable
-from lorary.server.access.grants import GrantsFile, read_grants
-from lorary.server.access.guard import AccessInterceptor, Guard
-from lorary.server.control import ControlService
-from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
-from lorary.server.rollout.build import build_rollout
-from lorary.server.rollout.health import AdapterHealth
-from lorary.server.service import InferenceService, Parts
-from lorary.server.targets import Prompts, Targets
+from lorary.errors import EngineFailed, MissingDependency
+from lorary.server.access.grants import read_grants
+from lorary.server.core import LAST_WORDS_S, Core, bracketed, port_error
 from lorary.server.tls import check_files, server_credentials
 from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lorary.server.build import Backend
     from lorary.server.calls import Calls
     from lorary.server.config import ServerConfig
@@ -49,8 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("lorary.server")
 
 INFERENCE = "lorary.v1.Inference"
-# After the drain has ended every call, what gRPC itself needs to say so on the wire.
-LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,42 +66,14 @@ class Server:
         self, config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics
     ) -> None:
         self._config = config
-        self._backend = backend
         self._calls = calls
-        self._metrics = metrics
-        self._targets = Targets(
-            backend.registry,
-            base=backend.facts.base,
-            fingerprint=backend.facts.base_fingerprint,
-        )
-        self._prompts = Prompts(backend.prompts, backend.decode, tool_format=config.tool_format)
-        self._guard = None if config.access is None else Guard(GrantsFile(config.access))
-        self._rollout = build_rollout(backend, self._targets, calls, poll_s=config.alias_poll)
-        self._control = ControlService(
-            backend.registry, backend.residency, self._targets, self._rollout, calls
-        )
-        self._health = AdapterHealth(self._targets, backend.residency, self._rollout.feed)
-        self._rollout.follower.on_trouble = self._health.on_trouble
-        self._parts = Parts(
-            engine=backend.engine,
-            residency=backend.residency,
-            targets=self._targets,
-            prompts=self._prompts,
-            grammars=backend.grammars,
-            calls=calls,
-            metrics=metrics,
-            facts=backend.facts,
-            limits=backend.limits,
-            rollout=self._rollout,
-        )
-        self._inference = InferenceService(self._parts)
+        self._core = Core(config, backend, calls, metrics)
+        self._core.on_failure = self._on_failure
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._failure: BaseException | None = None
         self._grpc: grpc.aio.Server | None = None
         self._http: Listener | None = None
         self._is_ready = False
-        self._stop_metrics: Callable[[], None] = lambda: None
 
     async def start(self) -> Addresses:
         """Listen, begin to step, and say so through health.
@@ -120,20 +81,18 @@ class Server:
         Raises:
             ConfigError: a port is in use, or the host is not this machine's.
         """
-        config, loop = self._config, asyncio.get_running_loop()
-        self._calls.attach(loop)
-        self._metrics.on_failure = lambda error: loop.call_soon_threadsafe(self._on_failure, error)
+        config, core = self._config, self._core
+        core.attach()
         self._grpc = self._build_grpc()
         port = self._bind(self._grpc)
-        metrics_port = self._start_metrics()
+        metrics_port = core.open_metrics()
         http = None if config.http_port is None else await self._start_http()
-        self._backend.engine.start()
-        self._rollout.start()
+        core.begin()
         await self._grpc.start()
-        await self._health.begin()
-        await self._health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
+        await core.health.begin()
+        await core.health.set(INFERENCE, health_pb2.HealthCheckResponse.SERVING)
         self._is_ready = True
-        host = _bracketed(config.host)
+        host = bracketed(config.host)
         return Addresses(
             grpc=f"{host}:{port}", metrics=f"http://{host}:{metrics_port}/metrics", http=http
         )
@@ -157,39 +116,31 @@ class Server:
         """
         try:
             await self._stop_asked.wait()
-            if self._failure is None:
+            if self._core.failure is None:
                 await self._drain()
         finally:
             await self.stop()
-        if self._failure is not None:
+        failure = self._core.failure
+        if failure is not None:
             raise EngineFailed(
-                f"the engine failed ({type(self._failure).__name__}); the log above holds the "
-                "cause. Restart the server."
-            ) from self._failure
+                f"the engine failed ({type(failure).__name__}); the log above holds the cause. "
+                "Restart the server."
+            ) from failure
 
     async def stop(self) -> None:
         """Stop every part now, in order; idempotent."""
-        self._calls.refuse("the server has stopped; try another replica.")
-        self._calls.fail_all(Unavailable("the server stops; try another replica."))
-        self._rollout.feed.close()
-        await self._calls.wait_idle(LAST_WORDS_S)
+        await self._core.end_calls()
         if self._http is not None:
             await self._http.stop()
         if self._grpc is not None:
             await self._grpc.stop(LAST_WORDS_S)
-        await self._rollout.stop()
-        await asyncio.to_thread(self._backend.close)
-        for part in (self._targets, self._prompts, self._guard):
-            if part is not None:
-                part.close()
-        await asyncio.to_thread(self._stop_metrics)
-        self._stop_metrics = lambda: None
+        await self._core.close()
 
     async def _drain(self) -> None:
         config = self._config
         log.info("draining: %d calls in flight", self._calls.num_in_flight)
         self._is_ready = False
-        await self._health.enter_graceful_shutdown()
+        await self._core.health.enter_graceful_shutdown()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), config.drain_delay)
         self._calls.refuse("the server is draining; try another replica.")
@@ -201,34 +152,19 @@ class Server:
         if self._calls.num_in_flight:
             log.warning("ending %d calls that did not end in time", self._calls.num_in_flight)
 
-    def _on_failure(self, error: BaseException) -> None:
-        """The engine broke: end every call, then stop."""
-        self._failure = error
+    def _on_failure(self) -> None:
+        """The engine broke, and every call has been ended: stop."""
         self._is_ready = False
-        self._calls.refuse("the engine failed; try another replica.")
-        self._calls.fail_all(EngineFailed("the engine failed"))
         self._stop_asked.set()
 
     def _build_grpc(self) -> grpc.aio.Server:
-        config, backend = self._config, self._backend
-        access = () if self._guard is None else (AccessInterceptor(self._guard),)
-        server = grpc.aio.server(
-            interceptors=(
-                RequestIdInterceptor(),
-                ErrorInterceptor(),
-                MetricsInterceptor(self._metrics),
-                *access,
-            ),
-            options=grpc_options(config),
-        )
-        self._metrics.describe(backend.facts)
-        self._metrics.watch(backend.engine, backend.residency)
-        self._metrics.registry.register(self._rollout.collector(config.tracked_adapters))
+        config, core = self._config, self._core
+        server = grpc.aio.server(interceptors=core.interceptors(), options=grpc_options(config))
         register: Any = inference_pb2_grpc.add_InferenceServicer_to_server
-        register(self._inference, server)
+        register(core.inference, server)
         register = control_pb2_grpc.add_ControlServicer_to_server
-        register(self._control, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        register(core.control, server)
+        health_pb2_grpc.add_HealthServicer_to_server(core.health, server)
         if config.has_reflection:
             services = [
                 *inference_pb2.DESCRIPTOR.services_by_name.values(),
@@ -240,55 +176,38 @@ class Server:
         return server
 
     def _bind(self, server: grpc.aio.Server) -> int:
-        address = f"{_bracketed(self._config.host)}:{self._config.port}"
+        address = f"{bracketed(self._config.host)}:{self._config.port}"
         tls = self._config.tls
         try:
             if tls is not None:
                 return server.add_secure_port(address, server_credentials(tls))
             return server.add_insecure_port(address)
         except RuntimeError as error:
-            raise _port_error("--port", self._config.host, self._config.port) from error
+            raise port_error("--port", self._config.host, self._config.port) from error
 
     async def _start_http(self) -> str:
         """Open the HTTP door; return its address."""
         from lorary.server.http.app import build_app
         from lorary.server.http.listener import Listener
 
-        config = self._config
+        config, core = self._config, self._core
         app = build_app(
-            self._inference,
-            self._control,
-            self._parts,
+            core.inference,
+            core.control,
+            core.parts,
             max_body=config.max_message,
             is_ready=lambda: self._is_ready,
-            has_failed=lambda: self._failure is not None,
-            guard=self._guard,
+            has_failed=lambda: core.failure is not None,
+            guard=core.guard,
         )
         self._http = Listener(app, config.tls)
         host = config.http_address
         try:
             port = await self._http.start(host, config.http_port or 0)
         except OSError as error:
-            raise _port_error("--http-port", host, config.http_port or 0) from error
+            raise port_error("--http-port", host, config.http_port or 0) from error
         scheme = "http" if config.tls is None else "https"
-        return f"{scheme}://{_bracketed(host)}:{port}"
-
-    def _start_metrics(self) -> int:
-        config = self._config
-        try:
-            server, thread = start_http_server(
-                config.metrics_port, addr=config.host, registry=self._metrics.registry
-            )
-        except OSError as error:
-            raise _port_error("--metrics-port", config.host, config.metrics_port) from error
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._stop_metrics = stop
-        return int(server.server_port)
+        return f"{scheme}://{bracketed(host)}:{port}"
 
 
 def grpc_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
@@ -347,7 +266,7 @@ def check_ports_free(config: ServerConfig) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
-            raise _port_error(name, host, port) from error
+            raise port_error(name, host, port) from error
 
 
 def check_http_installed() -> None:
@@ -369,14 +288,3 @@ def handle_signals(server: Server) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.request_stop)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _port_error(name: str, host: str, port: int) -> ConfigError:
-    return ConfigError(
-        f"cannot listen on '{_bracketed(host)}:{port}': the port is in use, not allowed, or the host "
-        f"is not this machine's. Choose another {name}, or 0 for a free one."
-    )
