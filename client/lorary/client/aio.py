@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from lorary.client import messages as m
+from lorary.client.affinity import with_affinity
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
 from lorary.client.control import AsyncControlCalls
 from lorary.client.credentials import Credentials
@@ -32,9 +33,12 @@ class AsyncClient(AsyncControlCalls):
         timeout_s: deadline of a whole call, unless the call sets its own; ``None`` sets none.
         credentials: token and TLS; by default what the environment says (``Credentials.from_environment``).
         channel: an open channel to use instead; it stays the caller's to close.
+        affinity: of the servers behind ``target``, on how many an adapter's calls are; 0 takes servers in
+            turn. The calls name their adapter in their metadata, and gRPC hashes it (docs/scaling.md).
 
     Raises:
-        ConfigError: the token would travel unencrypted, or a TLS file cannot be read.
+        ConfigError: the token would travel unencrypted, a TLS file cannot be read, or ``affinity`` is out
+            of its range.
 
     Example::
 
@@ -51,6 +55,7 @@ class AsyncClient(AsyncControlCalls):
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         credentials: Credentials | None = None,
         channel: grpc.aio.Channel | None = None,
+        affinity: int = 0,
     ) -> None:
         self.target = target
         self._timeout_s = timeout_s
@@ -58,11 +63,11 @@ class AsyncClient(AsyncControlCalls):
         if credentials is None:
             credentials = Credentials.from_environment()
         if channel is None:
-            channel = self._owned = _open(target, credentials)
+            channel = self._owned = _open(target, credentials, affinity)
         inference: Any = inference_pb2_grpc.InferenceStub
         control: Any = control_pb2_grpc.ControlStub
-        self._inference: Any = credentials.bound(inference(channel))
-        self._control: Any = credentials.bound(control(channel))
+        self._inference: Any = credentials.bound(with_affinity(inference(channel), affinity))
+        self._control: Any = credentials.bound(with_affinity(control(channel), affinity))
 
     async def __aenter__(self) -> Self:
         return self
@@ -355,9 +360,10 @@ class AsyncClient(AsyncControlCalls):
             call.cancel()
 
 
-def _open(target: str, credentials: Credentials) -> grpc.aio.Channel:
+def _open(target: str, credentials: Credentials, affinity: int) -> grpc.aio.Channel:
     credentials.check(target)
+    options = channel_options(affinity=affinity)
     secure = credentials.channel_credentials()
     if secure is None:
-        return grpc.aio.insecure_channel(target, options=channel_options())
-    return grpc.aio.secure_channel(target, secure, options=channel_options())
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, secure, options=options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 
 from lorary.client import messages as m
+from lorary.client.affinity import with_affinity
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
 from lorary.client.control import ControlCalls
 from lorary.client.credentials import Credentials
@@ -31,9 +32,12 @@ class Client(ControlCalls):
         timeout_s: deadline of a whole call, unless the call sets its own; ``None`` sets none.
         credentials: token and TLS; by default what the environment says (``Credentials.from_environment``).
         channel: an open channel to use instead; it stays the caller's to close.
+        affinity: of the servers behind ``target``, on how many an adapter's calls are; 0 takes servers in
+            turn. The calls name their adapter in their metadata, and gRPC hashes it (docs/scaling.md).
 
     Raises:
-        ConfigError: the token would travel unencrypted, or a TLS file cannot be read.
+        ConfigError: the token would travel unencrypted, a TLS file cannot be read, or ``affinity`` is out
+            of its range.
 
     Example::
 
@@ -50,6 +54,7 @@ class Client(ControlCalls):
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         credentials: Credentials | None = None,
         channel: grpc.Channel | None = None,
+        affinity: int = 0,
     ) -> None:
         self.target = target
         self._timeout_s = timeout_s
@@ -57,11 +62,11 @@ class Client(ControlCalls):
         if credentials is None:
             credentials = Credentials.from_environment()
         if channel is None:
-            channel = self._owned = _open(target, credentials)
+            channel = self._owned = _open(target, credentials, affinity)
         inference: Any = inference_pb2_grpc.InferenceStub
         control: Any = control_pb2_grpc.ControlStub
-        self._inference: Any = credentials.bound(inference(channel))
-        self._control: Any = credentials.bound(control(channel))
+        self._inference: Any = credentials.bound(with_affinity(inference(channel), affinity))
+        self._control: Any = credentials.bound(with_affinity(control(channel), affinity))
 
     def __enter__(self) -> Self:
         return self
@@ -351,9 +356,10 @@ class Client(ControlCalls):
             call.cancel()
 
 
-def _open(target: str, credentials: Credentials) -> grpc.Channel:
+def _open(target: str, credentials: Credentials, affinity: int) -> grpc.Channel:
     credentials.check(target)
+    options = channel_options(affinity=affinity)
     secure = credentials.channel_credentials()
     if secure is None:
-        return grpc.insecure_channel(target, options=channel_options())
-    return grpc.secure_channel(target, secure, options=channel_options())
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, secure, options=options)
