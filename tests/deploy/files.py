@@ -17,6 +17,8 @@ import yaml
 REPO = Path(__file__).parents[2]
 DEPLOY = REPO / "deploy"
 DASHBOARD = DEPLOY / "grafana/dashboards/lorary.json"
+RAY_SERVE = DEPLOY / "ray/serve.yaml"
+RAY_SERVICE = DEPLOY / "ray/rayservice.yaml"
 RULES = DEPLOY / "prometheus/rules.yml"
 RULES_TEST = DEPLOY / "prometheus/rules_test.yml"
 PROMETHEUS_CONFIG = DEPLOY / "prometheus/prometheus.yml"
