@@ -1,8 +1,9 @@
-"""What does each method of training learn, cost and weigh, on the same rows of real data?
+"""What does each method of training, and each kind of task, learn, cost and weigh on real data?
 
     python benchmarks/methods.py                        every method, one process each
     python benchmarks/methods.py --only lora --only dora
     python benchmarks/methods.py --table                newest records → docs/benchmarks.md
+    python benchmarks/methods.py kinds                  one adapter of every task kind; the same options
 
 The recipe is recipes/sentiment.yaml, shortened by --steps and --num-test, with each method's own learning
 rate (``RATES``). Seconds of a step are a median without the first; peak memory is the process's, base
@@ -17,6 +18,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import typer
 
-    from benchmarks.methods_run import main
+    if sys.argv[1:2] == ["kinds"]:
+        del sys.argv[1]
+        from benchmarks.kinds_run import main as kinds
 
-    typer.run(main)
+        typer.run(kinds)
+    else:
+        from benchmarks.methods_run import main
+
+        typer.run(main)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from benchmarks import options, report
-from benchmarks.harness.load import CpuMeter
-from benchmarks.harness.machine import ROOT, head, result_path
+from benchmarks.case_process import STARRED, run_case, step_cell
+from benchmarks.harness.machine import head, result_path
 from benchmarks.markdown import row
 
 if TYPE_CHECKING:
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "methods"
-MAX_FOREIGN = 0.2
-"""Most cores that others may use on average for seconds to count."""
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora-plus": {},
@@ -81,28 +76,11 @@ def main(
             "is_first": index == 0,
             **setup,
         }
-        meter = CpuMeter()
-        found = _case(case)
-        load = meter.stop()
-        is_quiet = load.foreign <= MAX_FOREIGN
-        record = {**first, **found, "foreign_cores": load.foreign, "quiet": is_quiet}
-        report.append(path, record)
+        found = run_case("method_case", json.dumps(case))
+        report.append(path, {**first, **found})
         console.print(f"{name}: {found}")
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-
-
-def _case(case: dict[str, Any]) -> dict[str, Any]:
-    """Train one method in a new process."""
-    with tempfile.TemporaryDirectory(prefix="lorary-methods-") as scratch:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.harness.method_case", json.dumps(case), scratch],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> str:
@@ -128,7 +106,7 @@ def _rows_of(record: dict[str, Any]) -> list[list[str]]:
     cost = [
         f"{record['num_trainable']:,}",
         f"{record['peak_bytes'] / 1e6:,.0f}",
-        f"{record['step_s']:.2f}" + ("" if record["quiet"] else " *"),
+        step_cell(record),
     ]
     kept = [
         f"{record['adapter_bytes'] / 1e6:.2f}",
@@ -158,17 +136,12 @@ def section(path: Path) -> str:
     made = records[0]
     setup = made["setup"]
     busy = any(not record["quiet"] for record in records)
-    note = (
-        " Seconds with a star were taken while others used the machine, and say little."
-        if busy
-        else ""
-    )
     return "\n".join(
         [
             f"{made['date']}, {made['machine']['cpu']} ({made['machine']['cores']} cores), torch "
             f"{made['versions']['torch']}, peft {made['versions']['peft']}, commit `{made['commit'][:12]}`"
             f"{' with local changes' if made['modified'] else ''}; smollm2-135m, {setup['steps']} steps of "
-            f"{setup['batch_size']} rows, {setup['num_test']} held out, one seed.{note} Records: "
+            f"{setup['batch_size']} rows, {setup['num_test']} held out, one seed.{STARRED if busy else ''} Records: "
             f"`benchmarks/results/{path.name}`.",
             "",
             table_of(records),

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "token_classification-bert": ("bert", "AutoModelForTokenClassification", "TOKEN_CLS"),
     "seq2seq-bart": ("bart", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
     "seq2seq-t5": ("t5", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "seq2seq-pair": ("pair", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
     "embeddings-deberta": ("deberta", "AutoModel", "FEATURE_EXTRACTION"),
 }
 LABELS = ("good", "bad", "neither")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.kind_bases import build_pair
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -87,6 +89,9 @@ def build_family(family: str, folder: Path) -> Path:
     """Save a tiny random checkpoint of ``family``, as it would be published; return its folder."""
     import transformers as t
 
+    if family == "pair":
+        build_pair(build_family("bert", folder.with_name("half")), folder)
+        return folder
     style = {"bert": "bert", "deberta": "bert", "t5": "t5", "marian": "t5"}.get(family, "roberta")
     tokenizer = build_tokenizer(style)
     common = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

@@ -177,7 +177,7 @@ def test_token_classification(run: Callable[..., Any], tmp_path: Path) -> None:
     assert_same(trained, fresh, "logits", **some_ids(base))
 
 
-@pytest.mark.parametrize("family", ["bart", "t5", "marian"])
+@pytest.mark.parametrize("family", ["bart", "t5", "marian", "pair"])
 def test_seq2seq(run: Callable[..., Any], tmp_path: Path, family: str) -> None:
     manifest, trained, base = run("seq2seq", family)
     assert manifest.metrics.base["exact_match"] == 0.0

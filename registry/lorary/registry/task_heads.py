@@ -34,6 +34,7 @@ _BODIES: Final = {
     "DebertaV2": "deberta.",
     "DistilBert": "distilbert.",
     "Electra": "electra.",
+    "EncoderDecoder": "",
     "GPT2": "transformer.",
     "MT5": "",
     "Roberta": "roberta.",
