@@ -68,7 +68,7 @@ verify-lifecycle: assets ## Adapters that come and go: churn, faults and their f
 	$(BIN)/python scripts/verify_lifecycle.py $(VERIFY_ARGS)
 
 .PHONY: verify-trainer
-verify-trainer: assets ## What the trainer promises: methods, kinds, data, faults, speed, one line per figure (20-40 min)
+verify-trainer: assets ## What the trainer promises: methods, kinds, data, faults, speed, one line per figure (30-50 min)
 	$(BIN)/python scripts/verify_trainer.py $(VERIFY_ARGS)
 
 .PHONY: verify-registry

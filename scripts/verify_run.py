@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.harness.machine import ROOT, commit
+from scripts.proven import read_proofs
 from scripts.verify_figures import (
     Figure,
     bench_figures,
@@ -26,6 +27,8 @@ from scripts.verify_figures import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from scripts.proven import Proof
 
 FOLDER = ROOT / ".lorary" / "verify"
 console = Console(highlight=False, soft_wrap=True)
@@ -151,13 +154,26 @@ def pytest_command(*words: str) -> list[str]:
     return ["env", "OMP_NUM_THREADS=1", str(ROOT / ".venv/bin/python"), "-m", "pytest", *words]
 
 
-def run_tests(part: str, files: Sequence[str]) -> list[Figure]:
-    """Run the tests of one part; files that are missing make it short."""
+def run_tests(
+    part: str,
+    files: Sequence[str],
+    read: Callable[[Sequence[Proof]], Sequence[Figure]] | None = None,
+) -> list[Figure]:
+    """Run the tests of one part; files that are missing make it short.
+
+    Args:
+        part: its name.
+        files: files and folders of tests.
+        read: gives the figures that these tests measure, beside how many passed.
+    """
     missing = [file for file in files if not (ROOT / file).exists()]
     there = [file for file in files if file not in missing]
-    done = run(part, pytest_command("-rs", *there))
+    proofs = FOLDER / f"{part}.xml"
+    proofs.unlink(missing_ok=True)
+    done = run(part, pytest_command("-rs", f"--junitxml={proofs}", *there))
     log = done.log.read_text(errors="replace")
-    return [exit_code(part, done), *counted_figures(part, log, missing)]
+    figures = [exit_code(part, done), *counted_figures(part, log, missing)]
+    return figures if read is None else [*figures, *read(read_proofs(proofs))]
 
 
 def exit_code(name: str, done: Finished) -> Figure:

@@ -5,7 +5,8 @@
 
 It measures the checkout it stands in. Output of what it runs goes to .lorary/verify/<part>.log, the
 benchmarks' records to .lorary/verify/*.jsonl, all figures to .lorary/verify/trainer-figures.json. A part
-that is not run is said to be not run. Exit 0: every figure reaches its bar; 1: one is short.
+that is not run is said to be not run; what needs a GPU is neither ok nor short where there is none.
+Exit 0: every figure reaches its bar; 1: one is short.
 """
 
 import sys

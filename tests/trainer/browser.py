@@ -26,9 +26,14 @@ _FRAME = """<!doctype html><link rel="icon" href="data:,"><iframe src="PAGE" wid
 addEventListener("load", () => {
   const page = document.querySelector("iframe").contentDocument;
   const found = [...page.images].map(one => ({alt: one.alt, width: one.naturalWidth}));
+  const isSeen = mark => { const box = mark.getBoundingClientRect(); return box.width + box.height > 0; };
+  const drawn = [...page.querySelectorAll("svg")].map(one => ({
+    label: one.getAttribute("aria-label"),
+    marks: [...one.querySelectorAll("circle, line, path, rect")].filter(isSeen).length,
+  }));
   const out = document.createElement("pre");
   out.id = "found";
-  out.textContent = JSON.stringify({title: page.title, pictures: found});
+  out.textContent = JSON.stringify({title: page.title, pictures: found, drawings: drawn});
   document.body.append(out);
 });
 </script>"""
@@ -36,10 +41,18 @@ addEventListener("load", () => {
 
 @dataclass(frozen=True)
 class Opened:
-    """A page as the browser has it."""
+    """A page as the browser has it.
+
+    Attributes:
+        title: of its tab.
+        widths: of its pictures in pixels, by what they say instead of themselves.
+        marks: how many lines and dots of each drawing take up room, by its label.
+        console: what a developer would read in the console.
+    """
 
     title: str
     widths: dict[str, int]
+    marks: dict[str, int]
     console: list[str]
 
 
@@ -76,6 +89,7 @@ def open_page(path: Path) -> Opened:
     return Opened(
         title=found["title"],
         widths={one["alt"]: one["width"] for one in found["pictures"]},
+        marks={one["label"]: one["marks"] for one in found["drawings"]},
         console=_CONSOLE.findall(done.stderr),
     )
 

@@ -50,12 +50,16 @@ def run(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
     return tmp_path / "out" / "report"
 
 
-def test_a_browser_opens_the_report_and_sees_every_picture(run: Path) -> None:
+def test_a_browser_opens_the_report_and_sees_every_picture(
+    run: Path, record_property: Callable[[str, object], None]
+) -> None:
     opened = open_page(run / "report.html")
     assert opened.console == []
     assert opened.title == "tiny · report"
     assert len(opened.widths) == len(PICTURES)
     assert all(width > 100 for width in opened.widths.values()), opened.widths
+    record_property("pictures", len(opened.widths))
+    record_property("console", len(opened.console))
     # The same eyes see what is wrong with a page that is broken.
     page = (run / "report.html").read_text()
     broken = page.replace("data:image/png;base64,", "data:image/png;base64,AAAA", 1)

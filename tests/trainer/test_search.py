@@ -21,6 +21,7 @@ from lorary.trainer.recipe_file import load_recipe, recipe_dict
 from lorary.trainer.search.run import search
 from lorary.trainer.search.trial import prepare_without_test
 from lorary.trainer.train import train
+from tests.trainer.browser import open_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +54,11 @@ def what_was_run(trials: list[dict[str, Any]]) -> list[Any]:
 
 
 def test_bad_trials_are_pruned_and_the_best_is_trained_again_as_it_was(
-    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: MakeRecipe,
+    quiet: Reporter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     recipe = with_search(make_recipe)
     with monkeypatch.context() as patch:
@@ -72,6 +77,8 @@ def test_bad_trials_are_pruned_and_the_best_is_trained_again_as_it_was(
         assert len(trial["losses"]) < 2 or trial["number"] >= 3
         assert min(trial["losses"]) > statistics.median(before)
     assert pruned, "the space has rates that learn nothing"
+    record_property("trials", len(trials))
+    record_property("pruned", len(pruned))
     assert result.best.loss == min(trial["loss"] for trial in complete)
     manifest = train(result.recipe, tmp_path / "out", reporter=quiet, origin=result.origin)
     assert min(manifest.training["loss_curve"]["validation_loss"]) == result.best.loss
@@ -86,11 +93,15 @@ def test_trials_have_no_test_examples(make_recipe: MakeRecipe) -> None:
     assert len(run.splits.validation) == 6
 
 
-def test_report_needs_no_other_file(
-    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+def test_report_needs_no_other_file_and_a_browser_draws_it(
+    make_recipe: MakeRecipe,
+    quiet: Reporter,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     search(with_search(make_recipe, trials=4), tmp_path / "study", reporter=quiet)
-    text = (tmp_path / "study" / "report.html").read_text()
+    page = tmp_path / "study" / "report.html"
+    text = page.read_text()
     seen: dict[str, int] = {}
 
     class Page(HTMLParser):
@@ -103,6 +114,15 @@ def test_report_needs_no_other_file(
     assert "script" not in seen
     assert seen["tr"] == 1 + 4
     assert "nan" not in text
+
+    opened = open_page(page)
+    assert opened.console == []
+    assert opened.title == "Search of tiny"
+    assert len(opened.marks) == 4
+    # Every trial's dot or line beside the axes, or every key's bar.
+    assert all(count >= len(SPACE) for count in opened.marks.values()), opened.marks
+    record_property("drawings", len(opened.marks))
+    record_property("console", len(opened.console))
 
 
 def test_a_killed_search_goes_on_as_if_nothing_had_been(

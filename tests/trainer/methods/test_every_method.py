@@ -1,4 +1,4 @@
-"""Every method trains, and what the registry keeps of it computes what was trained."""
+"""Every method trains, and what the registry keeps and the engine serves of it computes what was trained."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lorary.trainer import train as train_module
 from lorary.trainer.methods.attach import METHODS, keep_unpacked
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.train import train
+from tests.trainer.served import served_logprobs
 from tests.trainer.test_train import _StopAfter, losses
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ RATES = {
     "loftq": 2e-3,
     "full": 1e-3,
 }
+TOKENS = torch.arange(3, 43).reshape(2, 20)
 TOLERANCE = 2e-4
+# Of what is served, over the same rounded base: int8 rounds activations by the row, too.
+SERVED_TOLERANCE = {"none": 2e-4, "nf4": 2e-2, "int8": 0.1}
 
 
 def name_of(case: str) -> str:
@@ -57,20 +61,20 @@ def name_of(case: str) -> str:
 
 
 def logits(model: Any) -> torch.Tensor:
-    tokens = torch.arange(3, 43).reshape(2, 20)
     with torch.no_grad(), quiet_libraries():
-        result: torch.Tensor = model.eval()(tokens, use_cache=False).logits
+        result: torch.Tensor = model.eval()(TOKENS, use_cache=False).logits
     return result
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_kept_computes_what_was_trained(
+def test_t8_what_is_kept_and_served_computes_what_was_trained(
     case: str,
     make_recipe: MakeRecipe,
     quiet: Reporter,
     tmp_path: Path,
     tiny_base: Path,
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     from peft import PeftModel
 
@@ -106,16 +110,25 @@ def test_what_is_kept_computes_what_was_trained(
     assert kept.method.rank <= manifest.method.rank, "no more than the manifest says"
     assert kept.conversion is not None
     assert kept.conversion.max_error < 1e-6
-    base = load_model(
-        find_base(tiny_base), quantization=recipe.method.base_quantization, dtype=torch.float32
+    quantization = recipe.method.base_quantization
+    base, served_base = (
+        load_model(find_base(tiny_base), quantization=quantization, dtype=torch.float32)
+        for _ in range(2)
     )
-    keep_unpacked(base)
+    for model in (base, served_base):
+        keep_unpacked(model)
     bare = logits(base)
     with quiet_libraries():
         found = logits(PeftModel.from_pretrained(base, pulled))
     assert (found - trained[0]).abs().max() < TOLERANCE
     assert (bare - trained[1]).abs().max() < 1e-5, "with the adapter off, the base is the base"
     assert (bare - trained[0]).abs().max() > 10 * TOLERANCE
+
+    served = served_logprobs(tiny_base, registry, "a", TOKENS[0].tolist(), served_base)
+    difference = (served - found[0, :-1].log_softmax(-1)).abs().max()
+    assert difference < SERVED_TOLERANCE[quantization]
+    record_property("served", name)
+    record_property(f"difference over {quantization}", f"{difference:.2e}")
 
 
 RESUMED: dict[str, dict[str, Any]] = {
