@@ -178,7 +178,12 @@ def test_rank_over_the_servers_limit(forge: Forge) -> None:
         ({"modules_to_save": ["lm_head"]}, IncompatibleAdapter, "whole modules"),
         ({"target_parameters": ["experts"]}, IncompatibleAdapter, "bare parameters"),
         ({"trainable_token_indices": [1]}, IncompatibleAdapter, "token table"),
-        ({"alora_invocation_tokens": [1]}, IncompatibleAdapter, "alora"),
+        ({"alora_invocation_tokens": "1"}, CorruptArtifact, "token ids"),
+        ({"alora_invocation_tokens": [1, True]}, CorruptArtifact, "token ids"),
+        ({"alora_invocation_tokens": [-1]}, CorruptArtifact, "token ids"),
+        ({"alora_invocation_tokens": [1] * 513}, CorruptArtifact, "token ids"),
+        ({"alora_invocation_tokens": [10**6]}, IncompatibleAdapter, "never be active"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, IncompatibleAdapter, "both"),
         ({"never_heard_of": 1}, IncompatibleAdapter, "never_heard_of"),
         ({"target_modules": None}, CorruptArtifact, "list of module names"),
         ({"target_modules": []}, CorruptArtifact, "list of module names"),
@@ -224,6 +229,7 @@ def test_a_regular_expression_that_runs_for_ever(
         {"layers_to_transform": [0, 1]},
         {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
         {"task_type": None},
+        {"alora_invocation_tokens": [1, 2, 1]},
     ],
 )
 def test_what_peft_writes_is_understood(forge: Forge, changes: dict[str, Any]) -> None:

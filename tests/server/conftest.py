@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorary.registry import BaseCard, Registry
+from lorary.registry.invocation import active_from
 from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import composition_digest
@@ -142,8 +143,14 @@ class EngineWorld:
         constraint = sampling.get("constraint")
         grammar = None if constraint is None else self.grammars.submit(constraint).result()
         lease: Any = BaseLease()
+        start = 0
         if adapter:
-            lease = self.residency.acquire(self.registry.resolve(adapter))
+            resolved = self.registry.resolve(adapter)
+            invocation = self.registry.manifest(resolved).method.invocation_tokens
+            found = active_from(prompt_ids, invocation)
+            assert found is not None, "the service refuses prompts without the invocation"
+            start = found
+            lease = self.residency.acquire(resolved)
         if weights:
             lease = self.compose(weights)
         self.engine.submit(
@@ -156,6 +163,7 @@ class EngineWorld:
                 labels=labels,
                 grammar=grammar,
                 deadline_s=deadline_s,
+                active_from=start,
             )
         )
         return request_id

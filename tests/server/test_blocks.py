@@ -34,19 +34,22 @@ if TYPE_CHECKING:
     from tests.server.conftest import EngineWorld
 
 
-def sequence(prompt: list[int], digest: str = "a") -> Sequence:
+def sequence(prompt: list[int], digest: str = "a", active_from: int = 0) -> Sequence:
     request = Request(
         request_id="r",
         prompt_ids=prompt,
         sampling=Sampling(max_tokens=4),
         lease=FakeLease(digest=digest),
+        active_from=active_from,
     )
     return Sequence(request=request, token_ids=list(prompt))
 
 
-def start(blocks: Blocks, prompt: list[int], digest: str = "a") -> tuple[Sequence, Shared]:
+def start(
+    blocks: Blocks, prompt: list[int], digest: str = "a", active_from: int = 0
+) -> tuple[Sequence, Shared]:
     """Give a new sequence its blocks, and read its prompt."""
-    new = sequence(prompt, digest)
+    new = sequence(prompt, digest, active_from)
     shared = blocks.look_up(new, [])
     assert shared is not None
     assert blocks.take(new, shared, len(prompt) + 1)
@@ -86,7 +89,7 @@ def test_a_block_that_agrees_in_part_is_copied() -> None:
     blocks.release(first)
     other = sequence([*LONG[:50], 7, 7, 7])
     assert blocks.look_up(other, []) == Shared(
-        blocks._walk(("a", ""), LONG, 99).path[:1], own[1], 18
+        blocks._walk(other.request, LONG, 99).path[:1], own[1], 18
     )
     again = blocks.look_up(sequence(LONG), [])
     assert again is not None
@@ -101,6 +104,36 @@ def test_another_adapter_shares_nothing() -> None:
     running, _ = start(blocks, LONG)
     for digest in ("b", ""):
         assert blocks.look_up(sequence(LONG, digest), [running]) == Shared()
+
+
+def test_an_invocation_parts_what_is_the_bases_from_what_is_the_adapters() -> None:
+    """The base and two aLoRAs over one document, their invocations in its third block."""
+
+    def length(digest: str, active_from: int, running: list[Sequence]) -> int:
+        found = blocks.look_up(sequence(LONG, digest, active_from), running)
+        assert found is not None
+        return found.length
+
+    blocks = Blocks(20)
+    judge, _ = start(blocks, LONG, "judge", 80)
+    for running in ([judge], []):
+        assert length("judge", 80, running) == 99 if running else 96
+        assert length("judge", 81, running) == 80, (
+            "on later: the same tokens, other keys and values"
+        )
+        assert length("judge", 60, running) == 60
+        assert length("other", 90, running) == 80
+        assert length("other", 70, running) == 70
+        assert length("", 0, running) == 80
+        assert length("plain", 0, running) == 0
+        assert length("other", LEAST_SHARED - 1, running) == 0
+        if running:
+            blocks.release(judge)
+    base, _ = start(blocks, LONG, "")
+    blocks.release(base)
+    assert length("other", 90, []) == 90
+    assert length("judge", 96, []) == 96
+    assert length("judge", 80, []) == 96
 
 
 def test_nothing_is_shared_when_told_so() -> None:
@@ -178,25 +211,28 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
     """Random lives of sequences against a model of what every position of the cache holds."""
     blocks = Blocks(data.draw(st.integers(4, 12), label="blocks"))
     stems = [[s] * 70 for s in (1, 2)]
-    holds: dict[int, list[tuple[tuple[str, str], tuple[int, ...]] | None]] = {
-        b: [None] * BLOCK for b in range(blocks.num_blocks)
-    }
+    holds: dict[int, list[object]] = {b: [None] * BLOCK for b in range(blocks.num_blocks)}
     running: list[Sequence] = []
+
+    def content(one: Sequence, position: int) -> object:
+        """What keys and values depend on: the tokens up to there, and which of them were adapted by whom."""
+        begin, digest = one.request.active_from, one.request.lease.digest
+        adapted = (digest, begin) if digest and position >= begin else None
+        return (one.request.salt, adapted, tuple(one.token_ids[: position + 1]))
 
     def compute(one: Sequence, stop: int) -> None:
         for position in range(one.num_computed, stop):
             block = one.blocks[position // BLOCK]
             others = [o for o in running if o is not one and block in o.blocks]
             assert not others, "a block that others read is written"
-            seen = (one.request.scope, tuple(one.token_ids[: position + 1]))
-            holds[block][position % BLOCK] = seen
+            holds[block][position % BLOCK] = content(one, position)
         one.num_computed = stop
         blocks.publish(one)
 
     def check(one: Sequence) -> None:
         for position in range(one.num_computed):
-            expected = (one.request.scope, tuple(one.token_ids[: position + 1]))
-            assert holds[one.blocks[position // BLOCK]][position % BLOCK] == expected
+            held = holds[one.blocks[position // BLOCK]][position % BLOCK]
+            assert held == content(one, position)
 
     for _ in range(data.draw(st.integers(1, 25), label="events")):
         event = data.draw(st.sampled_from(("start", "start", "advance", "advance", "end")))
@@ -204,7 +240,9 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
             stem = data.draw(st.sampled_from(stems))
             length = data.draw(st.integers(1, 70))
             prompt = [*stem[:length], data.draw(st.integers(3, 5))]
-            new = sequence(prompt, data.draw(st.sampled_from("ab")))
+            digest = data.draw(st.sampled_from(("a", "b", "")))
+            begin = data.draw(st.sampled_from((0, 0, 20, 32, 33, length))) if digest else 0
+            new = sequence(prompt, digest, min(begin, length))
             new.request.salt = data.draw(st.sampled_from(("", "acme")))
             new.request.keep_prefix = data.draw(st.sampled_from((True, True, False)))
             shared = blocks.look_up(new, running)

@@ -20,7 +20,7 @@ from lorary.server.native import library as native
 from tests.server.conftest import EngineWorld
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from lorary.server.adapters.verification import Verdict
@@ -30,15 +30,15 @@ HEALTHY = ("alpha", "bravo", "echo")
 """Of ranks 4, 8 and 33, the last with rsLoRA."""
 
 
-def recorded(base: Path, folder: Path) -> tuple[GoldenProbe, ...]:
-    """Return what the trainer would have written: PEFT's logits in float32."""
+def recorded(base: Path, folder: Path, suffix: Sequence[int] = ()) -> tuple[GoldenProbe, ...]:
+    """Return what the trainer would have written: PEFT's logits in float32; ``suffix`` ends every prompt."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, str(folder)).eval()
     probes = []
-    for prompt in PROMPTS:
+    for prompt in ([*prompt, *suffix] for prompt in PROMPTS):
         with torch.inference_mode():
             top = model(torch.tensor([prompt])).logits[0, -1].float().topk(16)
         probes.append(

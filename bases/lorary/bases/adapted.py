@@ -53,7 +53,7 @@ def compare_adapters(base: Path, first: Path, second: Path) -> Deviation:
         MissingDependency: torch, transformers or peft are not installed.
         CorruptArtifact: PEFT cannot read an adapter.
     """
-    tokens = _probes(base)
+    tokens = _probes(base, first)
     bare = _logits(_load_base(base), tokens)
     wanted = _logits(_attach(base, first), tokens)
     return _deviation(wanted, _logits(_attach(base, second), tokens), bare)
@@ -76,7 +76,7 @@ def merge_adapter(base: Path, adapter: Path, dest: Path, *, dtype: str = "bfloat
         CorruptArtifact: the merged weights are not finite in ``dtype``.
         OSError: ``dest`` cannot be written.
     """
-    tokens = _probes(base)
+    tokens = _probes(base, adapter)
     bare = _logits(_load_base(base), tokens)
     model = _attach(base, adapter)
     wanted = _logits(model, tokens)
@@ -97,8 +97,11 @@ def merge_adapter(base: Path, adapter: Path, dest: Path, *, dtype: str = "bfloat
     return found
 
 
-def _probes(base: Path) -> torch.Tensor:
-    """Return token ids that are the same on every machine, spread over the vocabulary."""
+def _probes(base: Path, adapter: Path) -> torch.Tensor:
+    """Return token ids that are the same on every machine, spread over the vocabulary.
+
+    An aLoRA's invocation stands in the middle of each; without it PEFT would leave the adapter off.
+    """
     _need("transformers")
     import numpy as np
     import torch
@@ -106,7 +109,11 @@ def _probes(base: Path) -> torch.Tensor:
     config = json.loads((base / "config.json").read_text())
     vocab = config.get("text_config", config)["vocab_size"]
     ids = np.random.default_rng(0).integers(0, vocab, (_PROBES, _PROBE_TOKENS))
-    return torch.from_numpy(ids)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tokens = np.array(config.get("alora_invocation_tokens") or [], dtype=ids.dtype)
+    middle = np.broadcast_to(tokens, (_PROBES, len(tokens)))
+    front, back = np.hsplit(ids, 2)
+    return torch.from_numpy(np.hstack([front, middle, back]))
 
 
 def _load_base(base: Path) -> Any:

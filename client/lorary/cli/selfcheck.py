@@ -19,7 +19,7 @@ from lorary.cli.call import JsonOption, TargetOption
 from lorary.cli.selfcheck_cases import TOP, Case, Check, difference, make_cases
 from lorary.client import AsyncClient
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S
-from lorary.errors import IncompatibleAdapter, LoraryError, Unavailable
+from lorary.errors import IncompatibleAdapter, InvalidRequest, LoraryError, Unavailable
 from lorary.registry.cli_support import print_json
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ async def _checks(
     for case in make_cases(await client.list_adapters(), num_adapters):
         try:
             alone.append((case, await _ask(client, case, options)))
-        except IncompatibleAdapter as error:
+        except (IncompatibleAdapter, InvalidRequest) as error:
+            # No part of a sum, or an aLoRA whose invocation no prompt of ours holds.
             yield Check("skip", case.name, str(error))
         except LoraryError as error:
             yield Check("FAIL", case.name, f"alone: {error}")

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar, cast
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.config_fields import (
     flag,
+    invocation_tokens,
     layers,
     layers_pattern,
     modules,
@@ -51,6 +52,7 @@ _IGNORED: Final = frozenset(
     {"inference_mode", "lora_dropout", "peft_version", "megatron_core", "qalora_group_size"}
 )
 _WHY: Final = {
+    "alora_invocation_tokens": "only what generates text is read after an invocation",
     "auto_mapping": "it names Python classes to import; save the adapter with a task_type",
     "layer_replication": "it changes the layers of the base for every adapter",
     "lora_bias": "biases on lora_B are not plain LoRA",
@@ -62,6 +64,10 @@ _NO_PLAIN_LORA: Final = (
     "adapter_config.json switches on 'use_dora': DoRA's magnitude vectors are no plain LoRA, which is all "
     "that fits here. Train with use_dora=False, or merge it into a model of its own: registry export NAME "
     "--to merged DIR"
+)
+_NO_ACTIVATED_DORA: Final = (
+    "adapter_config.json switches on both 'use_dora' and 'alora_invocation_tokens': a DoRA that begins in "
+    "the middle of a prompt is computed neither by PEFT nor here. Train with one of the two"
 )
 _PLAIN_INITS: Final = (True, False, None, "gaussian", "orthogonal")
 # These subtract the adapter's start from the base: exact once converted to a difference.
@@ -75,7 +81,11 @@ _TO_CONVERT: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """The understood part of an ``adapter_config.json``, types and ranges checked."""
+    """The understood part of an ``adapter_config.json``, types and ranges checked.
+
+    ``invocation_tokens`` are aLoRA's (arXiv 2504.12397): the adapter is on from the first of them, where they
+    stand last in the prompt; none for an adapter that is always on.
+    """
 
     rank: int
     alpha: float
@@ -92,6 +102,7 @@ class AdapterConfig:
     revision: str | None
     task_type: str
     modules_to_save: tuple[str, ...]
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def is_canonical(self) -> bool:
@@ -241,6 +252,7 @@ def examine_config(
         revision=field(lambda: text(config, "revision")),
         task_type=task_type,
         modules_to_save=field(lambda: _heads(config)),
+        invocation_tokens=field(lambda: invocation_tokens(config)),
     )
     return found if is_whole else None
 
@@ -291,10 +303,13 @@ def _check_switched_off(
         )
     if config.get("use_dora") is True and not allow_dora:
         report(IncompatibleAdapter(_NO_PLAIN_LORA))
+    if config.get("use_dora") is True and config.get("alora_invocation_tokens"):
+        report(IncompatibleAdapter(_NO_ACTIVATED_DORA))
     problem = _init_problem(config.get("init_lora_weights", True), residual_base=residual_base)
     if problem:
         report(IncompatibleAdapter(problem))
-    read = _READ if task_type == CAUSAL_LM else _READ | {"modules_to_save"}
+    own = {"alora_invocation_tokens"} if task_type == CAUSAL_LM else {"modules_to_save"}
+    read = _READ | own
     for key, value in config.items():
         if key not in read and key not in _IGNORED and value not in (None, False, [], {}):
             known = _WHY.get(key, "it may change what the adapter computes")

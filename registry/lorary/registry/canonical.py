@@ -94,7 +94,11 @@ def write_canonical(files: AdapterFolder, spec: AdapterSpec, card: BaseCard, des
 def canonical_config(spec: AdapterSpec, card: BaseCard) -> dict[str, Any]:
     """Return the minimal configuration that PEFT, vLLM and LoRAX read alike."""
     patterned = {m: lora.rank for m, lora in spec.modules.items() if lora.rank != spec.rank}
+    # Named only where there is one, so that digests of always active adapters stay what they were.
+    tokens = spec.config.invocation_tokens
+    invocation = {"alora_invocation_tokens": list(tokens)} if tokens else {}
     return {
+        **invocation,
         "alpha_pattern": patterned,
         "base_model_name_or_path": _base_name(spec, card),
         "bias": "none",

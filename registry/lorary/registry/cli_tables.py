@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lorary.registry.aliases import AliasMove
 from lorary.registry.cli_support import table
-from lorary.registry.manifest import Conversion, Manifest, Metrics
+from lorary.registry.manifest import Conversion, Manifest, Method, Metrics
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.results import Freed, VerifyReport, VersionInfo
 
@@ -67,6 +67,7 @@ def manifest(info: VersionInfo, described: Manifest, report: str = "") -> Table:
         "base": f"{base.name} ({base.architecture}, quantization {base.quantization})",
         "base fingerprint": base.fingerprint,
         "method": f"{method.name}, rank {method.rank}, alpha {method.alpha:g}",
+        "invocation": _invocation(method),
         "converted": _conversion(described.conversion),
         "modules": ", ".join(method.target_modules),
         "task": task.kind,
@@ -232,6 +233,13 @@ def size(num_bytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def _invocation(method: Method) -> str:
+    if not method.is_activated:
+        return ""
+    tokens = ", ".join(map(str, method.invocation_tokens))
+    return f"on from the last tokens [{tokens}] of a prompt; the base before"
 
 
 def _conversion(found: Conversion | None) -> str:

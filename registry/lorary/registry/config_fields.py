@@ -15,6 +15,8 @@ from lorary.registry.strict_json import show
 
 _MAX_MODULE_LIST: Final = 20_000
 _MAX_TEXT: Final = 1024
+MAX_INVOCATION: Final = 512
+"""Most tokens of an invocation; published ones have fewer than twenty."""
 _MAX_LAYERS: Final = 4096
 _MAX_LAYER_PATTERNS: Final = 16
 _LAYERS_PATTERN: Final = re.compile(r"[A-Za-z0-9_.]{1,100}")
@@ -100,6 +102,23 @@ def layers_pattern(config: Mapping[str, Any]) -> tuple[str, ...]:
             f"adapter_config.json has layers_pattern {shown(raw)}; module names are needed"
         )
     return tuple(values)
+
+
+def invocation_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return aLoRA's invocation tokens; empty if there are none."""
+    raw = config.get("alora_invocation_tokens")
+    if not raw:
+        return ()
+    if (
+        not isinstance(raw, list)
+        or len(raw) > MAX_INVOCATION
+        or not all(type(v) is int and v >= 0 for v in raw)
+    ):
+        raise CorruptArtifact(
+            f"adapter_config.json has alora_invocation_tokens {shown(raw)}; a list of at most "
+            f"{MAX_INVOCATION} token ids is needed"
+        )
+    return tuple(raw)
 
 
 def flag(config: Mapping[str, Any], key: str) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from lorary.errors import MissingDependency
+from lorary.errors import IncompatibleAdapter, MissingDependency
 from lorary.registry.base import BaseCard
 from lorary.registry.durable import storage_errors, sync_folder, unused_name
 from lorary.registry.folder import AdapterFolder, scan_folder
@@ -100,12 +100,17 @@ def export_merged(
 
     Raises:
         AlreadyExists: ``dest`` is not empty.
-        IncompatibleAdapter: another base.
+        IncompatibleAdapter: another base, or an aLoRA.
         CorruptArtifact: the merged weights are beyond ``dtype``.
         MissingDependency: torch, transformers or peft are not installed.
         StorageError: ``dest`` cannot be written.
     """
-    files, _ = _checked(registry, resolved, card, allow_dora=True)
+    files, spec = _checked(registry, resolved, card, allow_dora=True)
+    if spec.config.invocation_tokens:
+        raise IncompatibleAdapter(
+            f"'{resolved.name}@{resolved.version}' is an aLoRA: it is the base up to its invocation and the "
+            "adapter from there on, which no weights are. Export it --to peft or --to gguf"
+        )
     try:
         adapted = importlib.import_module("lorary.bases.adapted")
     except ImportError as error:

@@ -4,6 +4,8 @@ llama.cpp scales B·A by ``alpha / rank`` with one alpha for the whole file, and
 are in B already, so alpha is 0 and every rank and pattern comes out right. Tensors are called after the
 weights that they change, ``blk.0.attn_q.weight.lora_a`` [r, in] and ``.lora_b`` [out, r].
 
+An aLoRA's invocation tokens are written too; llama.cpp leaves it off where a prompt lacks them.
+
 Two things differ between the layouts of Hugging Face and llama.cpp: names, for which the ``gguf`` package
 has maps, and, in Llama's family, the order of the rows of q and k, because rotary positions take pairs
 (2i, 2i+1) there and (i, i + half) here. B's rows are put in the same order.
@@ -93,6 +95,10 @@ def write_gguf(
         writer.add_name(name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, ALPHA)
+        if spec.config.invocation_tokens:
+            writer.add_array(
+                gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(spec.config.invocation_tokens)
+            )
         for module, lora in spec.modules.items():
             target = names.get_name(module)
             if target is None:

@@ -93,12 +93,27 @@ class BaseIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """How the adapter was made. ``rank`` is the largest rank of any module."""
+    """How the adapter was made.
+
+    Attributes:
+        name: as recipes call it.
+        rank: the largest rank of any module.
+        alpha: scale times rank.
+        target_modules: names or last names of the modules that it changes.
+        invocation_tokens: aLoRA's (arXiv 2504.12397): the adapter is on from the first of these tokens, where
+            they stand last in a prompt, and what is before is the base's. None: it is always on.
+    """
 
     name: str
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    invocation_tokens: tuple[int, ...] = ()
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether it is off until its invocation: an aLoRA, which is no change of the base's weights."""
+        return bool(self.invocation_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +262,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as pretty JSON with a stable key order and a final newline."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        raw = dataclasses.asdict(self)
+        if not self.method.is_activated:
+            # Readers refuse keys that they do not know. Those that know no aLoRA should, and only then.
+            del raw["method"]["invocation_tokens"]
+        return json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

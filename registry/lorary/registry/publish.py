@@ -120,7 +120,11 @@ def stage_version(
         accepted=accepted,
         conversion=conversion,
         description=description or manifest.description,
-        method=dataclasses.replace(manifest.method, rank=canonical.rank),
+        method=dataclasses.replace(
+            manifest.method,
+            rank=canonical.rank,
+            invocation_tokens=canonical.config.invocation_tokens,
+        ),
     )
 
 
@@ -157,6 +161,8 @@ def _new_manifest(spec: AdapterSpec, base: BaseCard, conversion: Conversion) -> 
     name = conversion.source.lower()
     if spec.magnitudes or spec.config.use_rslora:
         name = "dora" if spec.magnitudes else "rslora"
+    if spec.config.invocation_tokens:
+        name = "alora"
     return Manifest(
         base=BaseIdentity(
             name=base.name, fingerprint=base.fingerprint, architecture=base.architecture

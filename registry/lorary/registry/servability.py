@@ -108,6 +108,8 @@ def _lorary(traits: Traits, card: BaseCard) -> Iterator[Remark]:
         yield _refuses(f"task_type {task_type} is kept and not served")
     elif traits.config.get("use_dora") is True:
         yield _loads("DoRA is served by itself: not in a composition, and not with a scale")
+    elif traits.config.get("alora_invocation_tokens"):
+        yield _loads("aLoRA: a prompt without its invocation is refused; it is not composed")
     elif kind != "LORA":
         yield _loads(f"{kind} becomes plain LoRA at the push")
 
@@ -173,6 +175,10 @@ def _llama_cpp(traits: Traits, card: BaseCard) -> Iterator[Remark]:
     heads = tuple(f".{head}.lora_" for head in card.head_modules)
     if any(head in name for name in traits.names for head in heads):
         yield _refuses("its converter takes no output head that is tied to the token table")
+    if config.get("alora_invocation_tokens"):
+        yield _loads(
+            "an aLoRA is left off, with the base answering, where a prompt lacks its invocation"
+        )
     if config.get("use_rslora"):
         yield _deviates("its converter ignores rsLoRA: every scale is too small by √r")
     if config.get("alpha_pattern"):
@@ -189,6 +195,10 @@ def _peft(traits: Traits, card: BaseCard) -> Iterator[Remark]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_PEFT_INITS):
         yield _deviates(f"init_lora_weights '{init[:40]}' runs again at load and changes the base")
+    if config.get("alora_invocation_tokens"):
+        yield _loads(
+            "an aLoRA is left off, with the base answering, where a prompt lacks its invocation"
+        )
     if config.get("layer_replication"):
         yield _deviates("layer_replication rebuilds the base for every adapter")
     if config.get("auto_mapping"):

@@ -154,13 +154,12 @@ def examine_files(
     """
     limits = limits or Limits()
     accepted = limits.accepted
-    if files.has_manifest:
-        manifest = attempt(report, lambda: read_manifest(files))
-        if manifest is not None:
-            attempt(report, lambda: check_base(manifest, card))
-            accepted = accepted or manifest.accepted
-            if limits.task is None and not is_served(manifest.task):
-                report(IncompatibleAdapter(why_not_served(manifest.task)))
+    manifest = attempt(report, lambda: read_manifest(files)) if files.has_manifest else None
+    if manifest is not None:
+        attempt(report, lambda: check_base(manifest, card))
+        accepted = accepted or manifest.accepted
+        if limits.task is None and not is_served(manifest.task):
+            report(IncompatibleAdapter(why_not_served(manifest.task)))
     accepted = accepted or Accepted()
     task = limits.task or Task()
     config = examine_config(
@@ -187,6 +186,9 @@ def examine_files(
     )
     if config is None:
         return None
+    attempt(report, lambda: _check_vocabulary(config, card))
+    if manifest is not None:
+        attempt(report, lambda: _check_invocation(config, manifest))
     attempt(report, lambda: check_targets(config, modules.keys(), card, report))
     ranks = attempt(report, lambda: config.ranks(modules.keys()))
     scales = None if ranks is None else attempt(report, lambda: config.scales(ranks))
@@ -219,6 +221,26 @@ def examine_files(
     )
 
 
+def _check_invocation(config: AdapterConfig, manifest: Manifest) -> None:
+    """Refuse a registry's manifest that names another invocation: by it servers look through prompts."""
+    named = manifest.method.invocation_tokens
+    if manifest.digest and named != config.invocation_tokens:
+        raise CorruptArtifact(
+            f"the adapter is on from the tokens {list(config.invocation_tokens)}, and its manifest names "
+            f"{list(named)}: it would be on where it must be off. Push it again, without that manifest"
+        )
+
+
+def _check_vocabulary(config: AdapterConfig, card: BaseCard) -> None:
+    """Refuse an invocation that no prompt of this base can hold: the adapter would never be on."""
+    if max(config.invocation_tokens, default=-1) >= card.vocab_size:
+        raise IncompatibleAdapter(
+            f"adapter_config.json has the invocation token {max(config.invocation_tokens)}; base "
+            f"'{card.name}' has {card.vocab_size} tokens, so the adapter would never be active. Train it on "
+            "this base"
+        )
+
+
 def check_form(files: AdapterFolder) -> None:
     """Check a registry's version without its base: canonical form, names, and shapes among themselves.
 
@@ -228,7 +250,8 @@ def check_form(files: AdapterFolder) -> None:
         CorruptArtifact: the files are not what they claim, contradict themselves, or are not canonical.
         IncompatibleAdapter: something is switched on that is never served.
     """
-    task = read_manifest(files).task if files.has_manifest else Task()
+    manifest = read_manifest(files) if files.has_manifest else None
+    task = Task() if manifest is None else manifest.task
     config = parse_config(
         read_bytes(files.config),
         max_rank=MAX_RANK,
@@ -240,6 +263,8 @@ def check_form(files: AdapterFolder) -> None:
             "adapter_config.json is not in canonical form, in which every version is stored: "
             "lora_alpha equals r, and modules have plain names. Somebody else wrote this version."
         )
+    if manifest is not None:
+        _check_invocation(config, manifest)
     tensors = dict(read_header(files.tensors).tensors)
     if not is_served(task):
         for name in check_heads(tensors, config.modules_to_save, task, None, refuse):

@@ -27,7 +27,7 @@ from lorary.errors import IncompatibleAdapter, InvalidRequest
 from lorary.server.targets import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lorary.server.ports import ResidencyLike
     from lorary.server.targets import Targets
@@ -121,8 +121,8 @@ async def resolve_adapters(
 
     Raises:
         InvalidRef, AdapterNotFound, IncompatibleAdapter: as ``Targets.resolve``, of any part.
-        IncompatibleAdapter: their ranks add up to more than ``max_rank``, or they do not fit into the
-            adapters' memory together.
+        IncompatibleAdapter: their ranks add up to more than ``max_rank``, they do not fit into the
+            adapters' memory together, or one of several is an aLoRA.
     """
     if not named:
         return await targets.resolve("")
@@ -144,6 +144,7 @@ async def resolve_adapters(
     shown = "+".join(f"{part.ref}*{part.weight:g}" for part in parts)
     if list(weights.values()) == [1.0]:
         return replace(found[0], ref=shown, parts=parts)
+    _check_always_on(found, weights)
     ranks = {target.digest: target.rank for target in found}
     rank = sum(ranks.values())
     if rank > max_rank:
@@ -161,7 +162,18 @@ async def resolve_adapters(
         task=found[0].task,
         parts=parts,
         rank=rank,
+        invocation=found[0].invocation,
     )
+
+
+def _check_always_on(found: Sequence[Target], weights: Mapping[str, float]) -> None:
+    """Refuse an aLoRA among several: where the sum begins, each part would have to say for itself."""
+    for target in found:
+        if target.is_activated and len(weights) > 1:
+            raise IncompatibleAdapter(
+                f"'{target.name}@{target.version}' is an aLoRA, which is off until its invocation, and the "
+                "other parts are not: it is no part of a sum. Call it alone, with any scale."
+            )
 
 
 def summed(parts: Iterable[Part]) -> dict[str, float]:

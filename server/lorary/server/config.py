@@ -227,7 +227,8 @@ class ServerConfig:
     )
     prefix_cache: bool = _option(
         True,
-        "Do not read again what an earlier prompt with the same adapter began with.",
+        "Do not read again what an earlier prompt with the same adapter (or, before an aLoRA's invocation, the "
+        "base) began with.",
     )
     draft_rows: int = _option(
         8,

@@ -135,6 +135,11 @@ class ServerMetrics:
             "Prompt tokens that another answer had computed already.",
             registry=r,
         )
+        self.cached_base_tokens = Counter(
+            "lorary_cached_base_tokens",
+            "Those of them before an aLoRA's invocation: the base or another aLoRA had computed them.",
+            registry=r,
+        )
         self.time_to_first_token = Histogram(
             "lorary_time_to_first_token_seconds",
             "From arrival to the first token.",
@@ -338,6 +343,7 @@ class AnswerMeter:
         metrics = self._metrics
         metrics.prompt_tokens.inc(finish.prompt_tokens)
         metrics.cached_tokens.inc(finish.cached_tokens)
+        metrics.cached_base_tokens.inc(finish.cached_base_tokens)
         metrics.queue_seconds.observe(finish.queue_ns / 1e9)
         metrics.adapters.add(
             self._adapter,

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from lorary.errors import DeadlineExceeded, InvalidRequest, LoraryError
+from lorary.registry.invocation import active_from
 from lorary.server import answers, validate
 from lorary.server.access.identity import tenant_name
 from lorary.server.adapters.composed import Compositions
@@ -109,6 +110,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     # The task's stop strings end answers of its own template, not calls.
                     complete = calling.constrained(replace(complete, stop=sampling.stop))
                 prototype = self._request(prompt_ids, complete, arrived_s, context)
+                prototype.active_from = await self._active_from(target, prompt_ids)
                 prototype.priority = request.priority
                 if complete.constraint is not None:
                     prototype.grammar = await self._compiled(complete.constraint, toolset)
@@ -143,6 +145,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     request.input, kind, target, room=room, toolset=_toolset(request.input)
                 )
                 prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
+                prototype.active_from = await self._active_from(target, prompt_ids)
                 prototype.labels = label_ids
                 prototype.priority = request.priority
                 return Prepared(request=prototype, labels=labels)
@@ -235,6 +238,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         ids = await self._parts.prompts.token_ids(message, kind, target, toolset)
         validate.check_length(ids, self._parts.limits, room=room)
         return ids
+
+    async def _active_from(self, target: Target, prompt_ids: Sequence[int]) -> int:
+        """Return the first position that the adapter computes.
+
+        Raises:
+            InvalidRequest: it is an aLoRA and the prompt lacks its invocation. PEFT would leave the adapter
+                off then; here nobody is answered by the bare base who has named an adapter.
+        """
+        start = active_from(prompt_ids, target.invocation)
+        if start is None:
+            text = await self._parts.prompts.text(target.invocation)
+            raise InvalidRequest(
+                f"the prompt lacks the invocation {text[:200]!r} (tokens {list(target.invocation[:32])}) of "
+                f"'{target.name}@{target.version}', an aLoRA that is on from there and would never be. Put it "
+                "where the adapter is to begin, such as at the prompt's end.",
+                field="input",
+            )
+        return start
 
     def _request(
         self, prompt_ids: Sequence[int], sampling: Sampling, arrived_s: float, context: Context

@@ -23,7 +23,7 @@ from lorary.server.tools.template import AUTO, ToolTemplate
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from lorary.registry.manifest import Task
+    from lorary.registry.manifest import Method, Task
     from lorary.server.composition import Part
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
     from lorary.server.rollout.splits import Trial
@@ -45,6 +45,7 @@ class Target:
     ``parts`` are a composition's. Its digest is its own, ``resolved`` is None, and ``rank`` is the sum.
 
     Attributes:
+        invocation: an aLoRA's tokens, which its prompts must hold.
         trial: the canary whose calls this one is among.
         is_canary: whether the canary answers it.
         is_shadowed: whether the canary gets a copy of it.
@@ -58,9 +59,15 @@ class Target:
     resolved: Any = None
     parts: tuple[Part, ...] = ()
     rank: int = 0
+    invocation: tuple[int, ...] = ()
     trial: Trial | None = None
     is_canary: bool = False
     is_shadowed: bool = False
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether it is the bare base up to its invocation (aLoRA): no change of weights computes that."""
+        return bool(self.invocation)
 
     @property
     def lead(self) -> str:
@@ -87,8 +94,7 @@ class Targets:
         self._base = base
         self._fingerprint = fingerprint
         self._pool = ThreadPoolExecutor(NUM_REGISTRY_THREADS, thread_name_prefix="lorary-registry")
-        # Task and rank.
-        self._tasks: OrderedDict[str, tuple[Task, int]] = OrderedDict()
+        self._tasks: OrderedDict[str, tuple[Task, Method]] = OrderedDict()
         self._said: set[str] = set()
         self._follow: Callable[[str, str | None], Awaitable[Target]] | None = None
 
@@ -145,7 +151,7 @@ class Targets:
         """Return a version as the target of ``ref``; raises as ``lookup``."""
         if resolved.deprecated:
             self._say_deprecated(resolved)
-        task, rank = await self._task(resolved)
+        task, method = await self._task(resolved)
         return Target(
             ref=ref,
             name=resolved.name,
@@ -153,7 +159,8 @@ class Targets:
             digest=resolved.digest,
             task=task,
             resolved=resolved,
-            rank=rank,
+            rank=method.rank,
+            invocation=method.invocation_tokens,
         )
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
@@ -176,12 +183,12 @@ class Targets:
             resolved.deprecated,
         )
 
-    async def _task(self, resolved: Any) -> tuple[Task, int]:
+    async def _task(self, resolved: Any) -> tuple[Task, Method]:
         known = self._tasks.get(resolved.digest)
         if known is None:
             manifest = await self.run(self._registry.manifest, resolved)
             self._check_base(resolved, manifest)
-            known = self._tasks[resolved.digest] = (manifest.task, manifest.method.rank)
+            known = self._tasks[resolved.digest] = (manifest.task, manifest.method)
             if len(self._tasks) > MAX_CACHED_TASKS:
                 self._tasks.popitem(last=False)
         else:

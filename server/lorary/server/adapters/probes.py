@@ -17,6 +17,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lorary.errors import CorruptArtifact
+from lorary.registry.invocation import active_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -60,6 +61,11 @@ def usable_probes(
             and max(ids) < vocab_size
             and all(math.isfinite(logit) for logit in probe.top_logits)
         )
+        if is_right and active_from(probe.token_ids, manifest.method.invocation_tokens) is None:
+            raise CorruptArtifact(
+                f"golden probe {i} of '{manifest.name}@{manifest.version}' lacks the adapter's invocation, so "
+                "it says nothing about the adapter. Train or push the adapter again."
+            )
         if not is_right:
             raise CorruptArtifact(
                 f"golden probe {i} of '{manifest.name}@{manifest.version}' is none of a base with "

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from lorary.errors import CorruptArtifact, LoraryError, Unavailable
+from lorary.registry.invocation import active_from
 from lorary.server.adapters.probes import divergence, divergence_limit, usable_probes
 from lorary.server.adapters.quarantine import Quarantine
 from lorary.server.engine.request import Request, Sampling
@@ -78,6 +79,15 @@ class _ProbeLease:
         """Do nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """What is asked of a version: its probes, which all hold its invocation, and the most nats it may be off."""
+
+    probes: tuple[GoldenProbe, ...]
+    invocation: tuple[int, ...]
+    limit: float
+
+
 @dataclass(slots=True, eq=False)
 class _Run:
     """One version's probes under way; guarded by the verifier's lock, ``ended`` apart.
@@ -90,8 +100,7 @@ class _Run:
     """
 
     resolved: Resolved
-    probes: tuple[GoldenProbe, ...]
-    limit: float
+    replay: _Replay
     on_end: Callable[[_Run], None]
     num_open: int
     divergences: list[float] = field(default_factory=list)
@@ -102,10 +111,10 @@ class _Run:
         """What follows from the answers."""
         mean = sum(self.divergences) / len(self.divergences)
         return Verdict(
-            state="passed" if mean <= self.limit else "failed",
+            state="passed" if mean <= self.replay.limit else "failed",
             divergence=mean,
-            limit=self.limit,
-            num_probes=len(self.probes),
+            limit=self.replay.limit,
+            num_probes=len(self.replay.probes),
         )
 
 
@@ -173,12 +182,12 @@ class Verifier:
         """
         if self._mode != "enforce" or self._has_passed(resolved.digest):
             return
-        probes, limit = self._probes(resolved)
-        if not probes:
+        replay = self._replay(resolved)
+        if not replay.probes:
             self._publish(resolved, Verdict(state="no probes"))
             return
         ended = threading.Event()
-        run = self._start(resolved, probes, limit, entry, lambda _: ended.set())
+        run = self._start(resolved, replay, entry, lambda _: ended.set())
         ended.wait()
         if run.error is not None:
             raise Unavailable(
@@ -195,8 +204,8 @@ class Verifier:
         if self._mode != "warn" or self.verdict(resolved.digest) is not None:
             return
         try:
-            probes, limit = self._probes(resolved)
-            lease = acquire(resolved) if probes else None
+            replay = self._replay(resolved)
+            lease = acquire(resolved) if replay.probes else None
         except LoraryError as error:
             if isinstance(error, CorruptArtifact):
                 self._publish(resolved, Verdict(state="failed"))
@@ -208,9 +217,7 @@ class Verifier:
             # Evicted or unloaded in the meantime; its next load comes here again.
             lease.release()
         else:
-            self._start(
-                resolved, probes, limit, lease.entry, lambda run: self._on_warned(run, lease)
-            )
+            self._start(resolved, replay, lease.entry, lambda run: self._on_warned(run, lease))
 
     def on_load_error(self, resolved: Resolved, error: LoraryError) -> None:
         """With ``enforce``, quarantine a version whose content is damaged or not what it claims."""
@@ -265,24 +272,25 @@ class Verifier:
         verdict = self.verdict(digest)
         return verdict is not None and verdict.state != "failed"
 
-    def _probes(self, resolved: Resolved) -> tuple[tuple[GoldenProbe, ...], float]:
+    def _replay(self, resolved: Resolved) -> _Replay:
         manifest = self._manifest(resolved)
         probes = usable_probes(manifest, vocab_size=self._vocab_size, max_context=self._max_context)
-        return probes, divergence_limit((*self._kinds, manifest.base.quantization))
+        limit = divergence_limit((*self._kinds, manifest.base.quantization))
+        return _Replay(probes, manifest.method.invocation_tokens, limit)
 
     def _start(
         self,
         resolved: Resolved,
-        probes: tuple[GoldenProbe, ...],
-        limit: float,
+        replay: _Replay,
         entry: PoolEntry,
         on_end: Callable[[_Run], None],
     ) -> _Run:
         """Submit all probes; ``on_end`` is called once, whatever comes of them."""
         assert self._submit is not None
-        run = _Run(resolved, probes, limit, on_end, num_open=len(probes))
+        probes = replay.probes
+        run = _Run(resolved, replay, on_end, num_open=len(probes))
         for i, probe in enumerate(probes):
-            # Named as no other: nothing that was cached for the version is read in place of its pages.
+            # Named and salted as no other: nothing that was cached is read in place of the version's pages.
             name = f"probe/{secrets.token_hex(8)}"
             with self._lock:
                 self._pending[name] = (run, probe)
@@ -298,6 +306,8 @@ class Verifier:
                         keep_prefix=False,
                         arrived_s=time.monotonic(),
                         deadline_s=time.monotonic() + PROBE_DEADLINE_S,
+                        salt=name,
+                        active_from=active_from(probe.token_ids, replay.invocation) or 0,
                     )
                 )
             except LoraryError as error:

@@ -119,7 +119,11 @@ class _Rows:
         self.positions += positions
         self.cache_positions += range(first_cache, first_cache + len(tokens))
         self.slots += [sequence.slot] * len(tokens)
-        self.entries += [sequence.entry] * len(tokens)
+        # Positions ascend, or all lie behind the prompt.
+        num_base = 0
+        if positions and positions[0] < sequence.request.active_from:
+            num_base = min(sequence.request.active_from - positions[0], len(tokens))
+        self.entries += [None] * num_base + [sequence.entry] * (len(tokens) - num_base)
 
 
 def build_batch(

@@ -3,7 +3,9 @@
 A block is ``BLOCK`` positions of one sequence, in every layer. Blocks that are full are kept in a tree,
 one for each adapter's digest (keys and values depend on the adapter) and tenant (how soon an answer
 comes would tell one what another has asked): a path from its root spells the
-tokens that its blocks hold. A new prompt walks down as far as it agrees and uses those blocks as its
+tokens that its blocks hold. An aLoRA begins in the base's tree: its blocks that end before its
+invocation are the base's, shared with the base and all aLoRAs; those behind are its own, and only for an
+invocation at this very position, even where the tokens are the same. A new prompt walks down as far as it agrees and uses those blocks as its
 own beginning, together with everybody else who does; from a block that it agrees with in part it takes
 a copy of that part (copy on write). Nobody writes into a block of the tree beyond what its node names.
 
@@ -23,10 +25,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorary.server.engine.request import BASE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from collections.abc import Sequence as Tokens
 
+    from lorary.server.engine.request import Owner, Request
     from lorary.server.engine.sequence import Sequence
 
 BLOCK = 32
@@ -47,28 +52,53 @@ class Node:
     Attributes:
         block: the block; -1 for a root.
         tokens: what it holds, at most ``BLOCK``; fewer only in a leaf.
-        children: the nodes behind it by their tokens.
-        tails: the same, oldest first, by the beginnings of their tokens.
+        children: the nodes behind it by their owners and tokens.
+        tails: the same, oldest first, by whose beginnings they have, and the beginnings of their tokens.
+        owner: whose keys and values it ends with.
+        num_base: how many of its positions, from the first on, are the base's.
         scope: a root's.
         num_users: running sequences whose path leads through it.
     """
 
-    __slots__ = ("block", "children", "num_users", "parent", "scope", "tails", "tokens")
+    __slots__ = (
+        "block",
+        "children",
+        "num_base",
+        "num_users",
+        "owner",
+        "parent",
+        "scope",
+        "tails",
+        "tokens",
+    )
 
     def __init__(
         self,
         block: int,
         tokens: tuple[int, ...],
         parent: Node | None,
+        *,
+        owner: Owner = BASE,
+        num_base: int = 0,
         scope: tuple[str, str] = ("", ""),
     ) -> None:
         self.scope = scope
+        self.owner = owner
+        self.num_base = num_base
         self.block = block
         self.tokens = tokens
         self.parent = parent
-        self.children: dict[tuple[int, ...], Node] = {}
-        self.tails: dict[tuple[int, ...], list[Node]] = {}
+        self.children: dict[tuple[Owner, tuple[int, ...]], Node] = {}
+        self.tails: dict[tuple[Owner, tuple[int, ...]], list[Node]] = {}
         self.num_users = 0
+
+    @property
+    def tail_keys(self) -> list[tuple[Owner, tuple[int, ...]]]:
+        """Where its parent lists it among its tails: the block of an invocation also begins as the base's."""
+        owners = [self.owner]
+        if self.owner != BASE and self.num_base >= _TAIL:
+            owners.append(BASE)
+        return [(owner, self.tokens[:_TAIL]) for owner in owners]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +156,16 @@ class Blocks:
         # Log probabilities of a prompt need its rows, which keys and values are no substitute for.
         if not self.share or sequence.request.sampling.prompt_logprobs is not None:
             return Shared()
-        scope, tokens = sequence.request.scope, sequence.token_ids
+        request, tokens = sequence.request, sequence.token_ids
         # The last token is always read: its logits choose the next one.
         limit = len(tokens) - 1
-        shared = self._walk(scope, tokens, limit)
+        shared = self._walk(request, tokens, limit)
         coming = 0
         for other in running:
-            if other.request.scope != scope:
+            most = min(limit, request.same_until(other.request))
+            if not most:
                 continue
-            same = common_length(other.token_ids, tokens, limit)
+            same = common_length(other.token_ids, tokens, most)
             there = min(same, other.num_computed)
             if there > shared.length and there // BLOCK == len(shared.path):
                 source = other.blocks[len(shared.path)]
@@ -145,27 +176,35 @@ class Blocks:
             return None
         return shared if shared.length >= LEAST_SHARED else Shared()
 
-    def _walk(self, scope: tuple[str, str], tokens: list[int], limit: int) -> Shared:
-        node = self._roots.get(scope)
+    def _walk(self, request: Request, tokens: list[int], limit: int) -> Shared:
+        node = self._roots.get(request.scope)
         path: list[Node] = []
         while node is not None:
             start = len(path) * BLOCK
             child = None
-            if start + BLOCK <= limit:
-                child = node.children.get(tuple(tokens[start : start + BLOCK]))
+            stop = start + BLOCK
+            if stop <= limit:
+                child = node.children.get((_owner(request, stop), tuple(tokens[start:stop])))
             if child is None:
-                return self._with_tail(node, path, tokens[start:limit])
+                return self._with_tail(node, path, request, tokens[start:limit])
             path.append(child)
             node = child
         return Shared()
 
-    def _with_tail(self, node: Node, path: list[Node], rest: list[int]) -> Shared:
+    def _with_tail(self, node: Node, path: list[Node], request: Request, rest: list[int]) -> Shared:
         """Add the child that agrees with ``rest`` the longest, among the newest that do at all."""
         source, tail = -1, 0
-        for child in node.tails.get(tuple(rest[:_TAIL]), ())[-_LOOKED_AT:]:
-            same = common_length(child.tokens, rest, BLOCK - 1)
-            if same > tail:
-                source, tail = child.block, same
+        own, front = request.owner, tuple(rest[:_TAIL])
+        num_base = request.num_base - len(path) * BLOCK
+        # Only an aLoRA has more than one owner's blocks in its tree.
+        for owner in (own, BASE) if request.active_from else (own,):
+            for child in node.tails.get((owner, front), ())[-_LOOKED_AT:]:
+                most = BLOCK - 1
+                if child.owner != own:
+                    most = min(most, child.num_base, num_base)
+                same = common_length(child.tokens, rest, most)
+                if same > tail:
+                    source, tail = child.block, same
         return Shared(tuple(path), source, tail)
 
     def take(
@@ -238,15 +277,24 @@ class Blocks:
 
     def _child(self, sequence: Sequence, tokens: tuple[int, ...]) -> Node:
         """Return the node behind a sequence's path, made of the sequence's own block if it is new."""
-        scope = sequence.request.scope
-        parent = sequence.path[-1] if sequence.path else self._roots.get(scope)
+        request = sequence.request
+        parent = sequence.path[-1] if sequence.path else self._roots.get(request.scope)
         if parent is None:
-            parent = self._roots[scope] = Node(-1, (), None, scope)
-        node = parent.children.get(tokens)
+            parent = self._roots[request.scope] = Node(-1, (), None, scope=request.scope)
+        start = len(sequence.path) * BLOCK
+        owner = _owner(request, start + len(tokens))
+        node = parent.children.get((owner, tokens))
         if node is None:
-            node = Node(sequence.blocks[len(sequence.path)], tokens, parent)
-            parent.children[tokens] = node
-            parent.tails.setdefault(tokens[:_TAIL], []).append(node)
+            node = Node(
+                sequence.blocks[len(sequence.path)],
+                tokens,
+                parent,
+                owner=owner,
+                num_base=min(max(request.num_base - start, 0), len(tokens)),
+            )
+            parent.children[owner, tokens] = node
+            for key in node.tail_keys:
+                parent.tails.setdefault(key, []).append(node)
             self._num_idle += 1
             self._idle_leaves[node] = None
         return node
@@ -275,17 +323,23 @@ class Blocks:
     def _forget(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None, "a root has no block to give"
-        del parent.children[node.tokens]
-        tails = parent.tails[node.tokens[:_TAIL]]
-        tails.remove(node)
-        if not tails:
-            del parent.tails[node.tokens[:_TAIL]]
+        del parent.children[node.owner, node.tokens]
+        for key in node.tail_keys:
+            tails = parent.tails[key]
+            tails.remove(node)
+            if not tails:
+                del parent.tails[key]
         if parent.children:
             return
         if parent.parent is None:
             del self._roots[parent.scope]
         elif not parent.num_users:
             self._idle_leaves[parent] = None
+
+
+def _owner(request: Request, stop: int) -> Owner:
+    """Return whose keys and values a block of the request ends with, if it ends before ``stop``."""
+    return BASE if stop <= request.num_base else request.owner
 
 
 def blocks_for(num_positions: int) -> int:

@@ -7,6 +7,7 @@ the last of which has ``finish`` or ``error`` set.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from lorary.server.adapters.segments import PoolEntry
 
 FinishReason = Literal["stop", "length", "scored"]
+
+Owner = tuple[str, int]
+"""Whose keys and values they are: a digest, and the position from which on it is active."""
+BASE: Owner = ("", 0)
+"""The bare base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +148,8 @@ class Request:
     ``grammar`` is ``sampling.constraint``, compiled. ``arrived_s`` and ``deadline_s`` are values of
     ``time.monotonic()``. A higher ``priority`` gets a place sooner. ``account`` is the digest whose share of
     the server pays for it; empty: the lease's. Without ``keep_prefix`` its keys and values are nobody's
-    once it has ended; else they are shared between requests of the same ``salt`` only.
+    once it has ended; else they are shared between requests of the same ``salt`` only. The adapter is on
+    from position ``active_from`` of the prompt; what is before is the bare base's (aLoRA, ``invocation``).
     """
 
     request_id: str
@@ -158,11 +165,28 @@ class Request:
     arrived_s: float = 0.0
     deadline_s: float | None = None
     salt: str = ""
+    active_from: int = 0
 
     @property
     def scope(self) -> tuple[str, str]:
-        """Requests of equal scope have equal keys and values for equal tokens, and may know it."""
-        return (self.lease.digest, self.salt)
+        """Requests of equal scope may share a beginning: who computes the first position, and the salt."""
+        return ("" if self.active_from else self.lease.digest, self.salt)
+
+    @property
+    def owner(self) -> Owner:
+        """Whose keys and values are those from ``active_from`` on."""
+        return (self.lease.digest, self.active_from)
+
+    @property
+    def num_base(self) -> int:
+        """How many positions, from the first on, the bare base computes; all of a request to it."""
+        return self.active_from if self.lease.digest else sys.maxsize
+
+    def same_until(self, other: Request) -> int:
+        """Return up to which position equal tokens have equal keys and values, and both may know it."""
+        if self.salt != other.salt:
+            return 0
+        return sys.maxsize if self.owner == other.owner else min(self.num_base, other.num_base)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -180,7 +204,11 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """How one answer ended: the reason, the whole text, counts, and durations in nanoseconds."""
+    """How one answer ended: the reason, the whole text, counts, and durations in nanoseconds.
+
+    ``cached_tokens`` of the prompt were not read again; ``cached_base_tokens`` of them stand before an
+    aLoRA's invocation.
+    """
 
     reason: FinishReason
     text: str
@@ -194,6 +222,7 @@ class Finish:
     decode_ns: int
     label_logprobs: tuple[float, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    cached_base_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
