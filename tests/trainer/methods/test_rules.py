@@ -54,6 +54,7 @@ def test_every_name_has_rules_code_and_a_row_in_the_docs() -> None:
         ({"delta_start": 5}, "for delta-lora, and method.name is lora"),
         ({"name": "pissa", "delta_ratio": 1.0}, "for delta-lora"),
         ({"target_rank": 2}, "for adalora"),
+        ({"invocation": "judge"}, "for alora"),
         ({"name": "pissa", "rank_spread": 1.0}, "for eva"),
         ({"name": "olora", "svd_iterations": 0}, "for pissa"),
         ({"name": "delta-lora", "delta_ratio": -1.0}, "between 0 and 100"),
@@ -94,7 +95,8 @@ def test_one_optimizer_at_a_time(make_recipe: Callable[..., Recipe]) -> None:
 def test_every_method_is_weighed_without_its_base(
     make_recipe: Callable[..., Recipe], name: str
 ) -> None:
-    estimate = estimate_memory(prepare(make_recipe(method={"name": name})))
+    own = {"invocation": "assistant\n"} if name == "alora" else {}
+    estimate = estimate_memory(prepare(make_recipe(method={"name": name, **own})))
     assert estimate.total > 0
 
 

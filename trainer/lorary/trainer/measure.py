@@ -24,7 +24,9 @@ from lorary.registry import Manifest, Registry
 from lorary.registry.folder import CONFIG_FILE, read_bytes, scan_folder
 from lorary.registry.manifest import SERVED_KINDS, Metrics
 from lorary.trainer.data import load_splits
+from lorary.trainer.encoding import Encoder
 from lorary.trainer.kinds import kind_of
+from lorary.trainer.methods.alora import check_prompts
 from lorary.trainer.metrics import metrics_of
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.recipe import DataRecipe, Recipe, TaskRecipe
@@ -228,6 +230,7 @@ def measure(
 
     Raises:
         InvalidRequest: an exam has no rows, or a row does not fit its template.
+        InvalidRecipe: an adapter is an aLoRA, and a row's prompt lacks its invocation.
         CorruptArtifact: PEFT cannot read an adapter.
         ConfigError, MissingDependency: the base cannot be loaded so.
     """
@@ -247,6 +250,14 @@ def measure(
             replace(one, recipe=with_served_template(one.recipe, builder, one.examples))
             for one in exams
         ]
+    for subject in subjects:
+        invocation = subject.manifest.method.invocation_tokens
+        if invocation:
+            # PEFT would leave the adapter off, and the base's figures would stand under its name.
+            text = tokenizer.decode(list(invocation))
+            for exam in exams:
+                encoder = Encoder(builder, exam.recipe.task.to_manifest())
+                check_prompts(map(encoder.prompt, exam.examples), text, invocation)
     before: dict[str, Evaluation] = {}
     for subject, wrapped in attached(loaded.model, subjects):
         for exam in exams:

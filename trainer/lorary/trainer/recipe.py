@@ -169,6 +169,8 @@ class MethodRecipe:
     """Module name endings, or ``all-linear``: every linear layer but the output head."""
     optimizer: rules.OptimizerName = "auto"
     """auto is lora-fa and lora-plus for the methods of these names, and ``training.optimizer`` for the others, as adamw is."""
+    invocation: str = ""
+    """For alora: the text from which on the adapter is on; every prompt holds it, as tokens of its own."""
     lr_ratio: float = 0.0
     """For the optimizer lora-plus: learning rate of B over that of A; 0 means 16."""
     delta_start: int = 0

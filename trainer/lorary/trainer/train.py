@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ from lorary.trainer.data import Splits, data_facts, load_splits
 from lorary.trainer.encoding import Encoder
 from lorary.trainer.kinds import Kind, kind_of
 from lorary.trainer.meter import peak_memory_bytes
+from lorary.trainer.methods.alora import check_prompts, check_rows, invocation_ids
 from lorary.trainer.methods.rules import check_plan
 from lorary.trainer.metrics import metrics_of
 from lorary.trainer.optimizers import check_optimizer
@@ -45,7 +47,7 @@ from lorary.trainer.token_store import row_lengths
 from lorary.trainer.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -71,6 +73,7 @@ class Prepared:
     train_rows: Sequence[Any]
     validation_rows: Sequence[Any]
     num_too_long: int
+    invocation: tuple[int, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -116,6 +119,13 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
     train_rows, too_long = kind.encode(splits.train)
     validation_rows, too_long_too = kind.encode(splits.validation, is_held_out=True)
     kind.check(splits.test)
+    invocation: tuple[int, ...] = ()
+    if recipe.method.name == "alora":
+        text = recipe.method.invocation
+        invocation = invocation_ids(text, builder, pad_id=int(tokenizer.pad_token_id))
+        rows: Iterable[Any] = itertools.chain(train_rows, validation_rows)
+        check_rows(rows, text, invocation)
+        check_prompts(map(Encoder(builder, kind.task).prompt, splits.test), text, invocation)
     return Prepared(
         recipe=recipe,
         base=base,
@@ -126,6 +136,7 @@ def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
         train_rows=train_rows,
         validation_rows=validation_rows,
         num_too_long=too_long + too_long_too,
+        invocation=invocation,
     )
 
 
@@ -293,6 +304,7 @@ def fit_adapter(
             rows=run.train_rows,
             max_steps=training.max_steps,
             task_type=run.kind.peft_task,
+            invocation=run.invocation,
             heads=tuple(heads),
         ),
     )

@@ -8,6 +8,7 @@ from lorary.errors import InvalidRecipe
 from lorary.trainer.fast_lora import speed_up
 from lorary.trainer.heads import widen_heads
 from lorary.trainer.methods.adalora import AdaLora
+from lorary.trainer.methods.alora import Alora
 from lorary.trainer.methods.delta import DeltaLora
 from lorary.trainer.methods.eva import Eva
 from lorary.trainer.methods.full import Full
@@ -31,6 +32,7 @@ METHODS: Final[Mapping[MethodName, type[Attached]]] = {
     "lora": Attached,
     "qlora": Attached,
     "rslora": RsLora,
+    "alora": Alora,
     "dora": Dora,
     "pissa": Pissa,
     "olora": Olora,

@@ -33,6 +33,7 @@ class Setting:
         rows: the training rows; EVA reads some.
         max_steps: optimizer steps of the whole run; AdaLoRA plans with them.
         task_type: name of the ``peft.TaskType``.
+        invocation: aLoRA's tokens.
         heads: full names of modules that are trained whole, in float32, and saved with the adapter.
     """
 
@@ -40,6 +41,7 @@ class Setting:
     rows: Sequence[Row] = ()
     max_steps: int = 1
     task_type: str = "CAUSAL_LM"
+    invocation: tuple[int, ...] = ()
     heads: tuple[str, ...] = ()
 
 

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from lorary.trainer.recipe import MethodRecipe, Recipe
 
 MethodName = Literal[
-    "lora", "qlora", "rslora", "dora", "pissa", "olora", "eva", "loftq", "lora-fa", "lora-plus",
-    "vera", "adalora", "delta-lora", "full",
+    "lora", "qlora", "rslora", "alora", "dora", "pissa", "olora", "eva", "loftq", "lora-fa",
+    "lora-plus", "vera", "adalora", "delta-lora", "full",
 ]  # fmt: skip
 OptimizerName = Literal["auto", "adamw", "lora-fa", "lora-plus"]
 Quantization = Literal["none", "int8", "nf4"]
 _ANY: Final[tuple[Quantization, ...]] = ("none", "int8", "nf4")
 
 OPTIONS: Final = (
-    *("lr_ratio", "delta_start", "delta_ratio", "target_rank", "rank_spread", "svd_iterations"),
+    *("invocation", "lr_ratio", "delta_start", "delta_ratio", "target_rank", "rank_spread"),
+    "svd_iterations",
 )
 """Keys of ``method`` that belong to some methods only."""
 
@@ -80,6 +81,12 @@ RULES: Final[Mapping[MethodName, Rules]] = {
     ),
     "rslora": Rules(
         what="LoRA with `s = alpha / sqrt(rank)`", paper="2312.03732", default_alpha="sixteen"
+    ),
+    "alora": Rules(
+        what="LoRA that is off until `invocation` stands in the prompt; before it is the base",
+        paper="2504.12397",
+        options=frozenset({"invocation"}),
+        causal_only="only what answers a prompt has something before it",
     ),
     "dora": Rules(
         what="`W + s B A`, each row scaled to a learned length",
@@ -230,7 +237,8 @@ def check_plan(recipe: Recipe) -> None:
     """Check ``method`` against ``training`` and ``task``.
 
     Raises:
-        InvalidRecipe: Delta-LoRA would begin after the last step; LoRA-FA or LoRA+ with an optimizer
+        InvalidRecipe: an aLoRA without an invocation, with packed rows or checkpoints of activations; Delta-LoRA would begin after the
+            last step; LoRA-FA or LoRA+ with an optimizer
             that is not theirs; a task that the method has no form for.
     """
     own, plain = recipe.method.resolved_optimizer, recipe.training.optimizer
@@ -243,6 +251,22 @@ def check_plan(recipe: Recipe) -> None:
         raise InvalidRecipe(
             f"method.name is {recipe.method.name} with task.kind {recipe.task.kind}: {why}. Use lora."
         )
+    if recipe.method.name == "alora":
+        if not recipe.method.invocation:
+            raise InvalidRecipe(
+                "method.invocation is empty with alora: the adapter would never be on. Name the text that "
+                "turns it on, such as the end of task.template."
+            )
+        if recipe.training.packing:
+            raise InvalidRecipe(
+                "training.packing is set with alora: PEFT looks for one invocation in a row, and a packed row "
+                "has one for each of its samples. Leave it out."
+            )
+        if recipe.training.gradient_checkpointing:
+            raise InvalidRecipe(
+                "training.gradient_checkpointing is set with alora: PEFT 0.21 loses track of the invocations "
+                "at the first validation (a forward pass without a backward one). Leave it out."
+            )
     start, steps = recipe.method.delta_start, recipe.training.max_steps
     if recipe.method.name == "delta-lora" and start >= steps:
         raise InvalidRecipe(
