@@ -30,12 +30,14 @@ class Member:
         rank: of every layer.
         seed: of its numbers.
         targets: last parts of the names of the layers it changes; empty: every linear layer.
+        invocation: an aLoRA's tokens; none for an adapter that is always on.
     """
 
     name: str
     rank: int
     seed: int
     targets: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 def fill(
@@ -74,6 +76,7 @@ def write_adapter(base: Base, folder: Path, member: Member) -> None:
         lora_alpha=2 * member.rank,
         target_modules=sorted(targets),
         task_type="CAUSAL_LM",
+        alora_invocation_tokens=list(member.invocation) or None,
     )
     config.save_pretrained(str(folder))
 

@@ -27,11 +27,15 @@ class Call:
 
 @dataclass(slots=True)
 class Trace:
-    """One answer: when it was asked for and when each token came, in ``time.perf_counter``."""
+    """One answer: when it was asked for and when each token came, in ``time.perf_counter``.
+
+    ``num_cached`` tokens of its prompt were not read again, where the contender tells.
+    """
 
     sent_s: float
     token_ids: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
+    num_cached: int = 0
 
 
 class Contender(Protocol):

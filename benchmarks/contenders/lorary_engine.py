@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.workload import Call, Contender, Trace
 from lorary.bases.load import load_model, load_tokenizer
+from lorary.registry.invocation import active_from
 from lorary.server import interpreter
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.assemble import EngineLimits, assemble
@@ -94,6 +95,7 @@ class LoraryEngine(Contender):
                 trace.token_ids += output.token_ids
                 trace.token_s += [at_s] * len(output.token_ids)
                 if output.finish is not None:
+                    trace.num_cached = output.finish.cached_tokens
                     num_open -= 1
                     for call in waiting:
                         self._send(call, sampling, traces)
@@ -118,9 +120,18 @@ class LoraryEngine(Contender):
                 sampling=sampling,
                 lease=self._lease(call.adapter),
                 arrived_s=time.monotonic(),
+                active_from=self._active_from(call),
             )
         )
         return request_id
+
+    def _active_from(self, call: Call) -> int:
+        if call.adapter is None:
+            return 0
+        method = self._registry.manifest(self._registry.resolve(call.adapter)).method
+        start = active_from(call.prompt_ids, method.invocation_tokens)
+        assert start is not None, f"a prompt without the invocation of {call.adapter}"
+        return start
 
     def _lease(self, adapter: str | None) -> Lease:
         if adapter is None:

@@ -1,0 +1,231 @@
+"""The order of events of ``reuse``, and its table."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import options, report
+from benchmarks.harness.machine import head, result_path
+from benchmarks.harness.threads import pin_threads
+from benchmarks.kept import Kept, Quiet
+from benchmarks.markdown import origin, row
+from benchmarks.synthetic import RANK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from benchmarks.contenders.lorary_engine import LoraryEngine
+
+NAME = "reuse"
+ALORA, COLD, LORA = "aLoRA", "aLoRA, prefix cache off", "LoRA"
+WAYS = (ALORA, COLD, LORA)
+ANSWER_TOKENS, VERDICT_TOKENS = 64, 16
+FIRST_TOKEN = 1000
+"""Any word; documents begin with it, and a repeated one with another."""
+QUIET = 0.1
+"""Most cores that others may use on average."""
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(
+    judges: Annotated[int, typer.Option(min=1, help="Adapters after the base.")] = 4,
+    document_tokens: options.PromptTokens = 1000,
+    documents: Annotated[int, typer.Option(min=1, help="Pipelines of each way.")] = 5,
+    base: options.Base = options.BASE,
+    threads: options.Threads = 0,
+    tolerate_load: options.TolerateLoad = False,
+    retries: options.Retries = options.RETRIES,
+    out: options.Out = None,
+    table: options.Table = False,
+) -> None:
+    """Judge documents with several adapters."""
+    if table:
+        options.show(NAME, out, section)
+        return
+    setup = {
+        "base": base,
+        "dtype": "bfloat16",
+        "threads": pin_threads(threads),
+        "rank": RANK,
+        "judges": judges,
+        "document_tokens": document_tokens,
+        "documents": documents,
+    }
+    path = out or result_path(NAME)
+    kept = Kept(
+        path,
+        head(NAME, setup),
+        Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load),
+    )
+    with tempfile.TemporaryDirectory(prefix="lorary-reuse-") as scratch:
+        texts, invocations, engines = _stage(Path(scratch), base, setup)
+        try:
+            for number, text in enumerate(texts):
+                for way in WAYS:
+                    # Counted, so that nothing of an attempt before is in the cache.
+                    firsts = itertools.count(FIRST_TOKEN)
+                    engine = engines[way]
+                    kept.measure(partial(_pipeline, engine, way, number, text, invocations, firsts))
+        finally:
+            for engine in engines.values():
+                engine.close()
+    console.print(f"records: {path}")
+    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
+    if not kept.is_complete:
+        console.print("some pipelines met a busy machine; wait, or --tolerate-load")
+        raise typer.Exit(1)
+
+
+def _stage(
+    scratch: Path, name: str, setup: dict[str, Any]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], dict[str, LoraryEngine]]:
+    """Return documents, the judges' invocations, and an engine for each way with its judges resident."""
+    import torch
+
+    from benchmarks.contenders.lorary_engine import LoraryEngine
+    from benchmarks.library import Member, adapter_bytes, fill
+    from benchmarks.setup import TEXT
+    from benchmarks.workload import Prompts
+    from lorary.bases import find_base
+    from lorary.bases.load import load_tokenizer
+    from lorary.registry import Registry
+    from lorary.server.engine.assemble import EngineLimits
+
+    base = find_base(name)
+    tokenizer = load_tokenizer(base)
+    count = setup["judges"]
+    invocations = [
+        tuple(tokenizer.encode(f"<|im_end|>\n<|im_start|>judge {i}\n")) for i in range(count)
+    ]
+    registry = Registry.open(scratch / "registry", create=True)
+    members = [
+        Member(judge_name(way, i), RANK, i, invocation=invocations[i] if way == ALORA else ())
+        for way in (ALORA, LORA)
+        for i in range(count)
+    ]
+    with console.status("making adapters"):
+        fill(registry, base, members, scratch / "folder")
+    context = setup["document_tokens"] + ANSWER_TOKENS + VERDICT_TOKENS + 64
+    engines = {}
+    for way in WAYS:
+        engine = LoraryEngine(
+            base,
+            registry,
+            dtype=torch.bfloat16,
+            limits=EngineLimits(
+                max_batch=4,
+                max_context=context,
+                adapter_memory_bytes=count * adapter_bytes(base, RANK),
+                prefix_cache=way != COLD,
+                draft_rows=0,
+            ),
+        )
+        engine.prepare([judge_name(way, i) for i in range(count)])
+        engines[way] = engine
+    texts = Prompts(tokenizer, TEXT).take(
+        setup["documents"], setup["document_tokens"], random.Random(0)
+    )
+    return texts, invocations, engines
+
+
+def judge_name(way: str, index: int) -> str:
+    """Return what the registry calls a judge; with and without the prefix cache it is the same one."""
+    return f"{'lora' if way == LORA else 'alora'}-{index}"
+
+
+def _pipeline(
+    engine: LoraryEngine,
+    way: str,
+    number: int,
+    document: tuple[int, ...],
+    invocations: Sequence[tuple[int, ...]],
+    firsts: Iterator[int],
+) -> dict[str, Any]:
+    """Ask the base over a document behind the next of ``firsts``, then every judge, one after the other."""
+    from benchmarks.workload import Call
+
+    text = (next(firsts), *document)
+    (answer,) = engine.run(
+        [Call(prompt_ids=text, adapter=None)], concurrency=1, new_tokens=ANSWER_TOKENS
+    )
+    judged = (*text, *answer.token_ids)
+    ttft_ms, num_read, tokens = [], [], []
+    for i, invocation in enumerate(invocations):
+        call = Call(prompt_ids=(*judged, *invocation), adapter=judge_name(way, i))
+        (verdict,) = engine.run([call], concurrency=1, new_tokens=VERDICT_TOKENS)
+        ttft_ms.append(round(1e3 * (verdict.token_s[0] - verdict.sent_s), 2))
+        num_read.append(len(call.prompt_ids) - verdict.num_cached)
+        tokens.append(verdict.token_ids)
+    return {
+        "kind": "pipeline",
+        "way": way,
+        "document": number,
+        "answer_ttft_ms": round(1e3 * (answer.token_s[0] - answer.sent_s), 2),
+        "ttft_ms": ttft_ms,
+        "seconds": round(verdict.token_s[-1] - answer.sent_s, 4),
+        "num_read": num_read,
+        "answer": answer.token_ids,
+        "verdicts": tokens,
+    }
+
+
+def table_of(records: Sequence[dict[str, Any]]) -> str:
+    """Return a row for each way as Markdown."""
+    found = [r for r in records if r["kind"] == "pipeline" and r["accepted"]]
+    lines = [
+        row(["judges", "tokens a judge reads", "first token of a judge, ms", "whole pipeline, ms"]),
+        row(["---", "---:", "---:", "---:"]),
+    ]
+    for way in WAYS:
+        own = [r for r in found if r["way"] == way]
+        if own:
+            read = statistics.median(n for r in own for n in r["num_read"])
+            ttft = statistics.median(ms for r in own for ms in r["ttft_ms"])
+            whole = 1e3 * statistics.median(r["seconds"] for r in own)
+            lines.append(row([way, f"{read:.0f}", f"{ttft:.0f}", f"{whole:.0f}"]))
+    same, compared = same_verdicts(found)
+    return "\n".join(
+        [*lines, "", f"Equal verdict tokens with and without reuse: {same} of {compared}."]
+    )
+
+
+def same_verdicts(records: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Return how many tokens of aLoRAs' verdicts are the same with and without reuse, and of how many.
+
+    Of documents over which the base answered the same, for verdicts over different answers differ.
+    """
+    by_way = {(r["way"], r["document"]): r for r in records}
+    same = compared = 0
+    for (way, document), warm in by_way.items():
+        cold = by_way.get((COLD, document))
+        if way != ALORA or cold is None or warm["answer"] != cold["answer"]:
+            continue
+        for ours, theirs in zip(warm["verdicts"], cold["verdicts"], strict=True):
+            compared += len(theirs)
+            same += sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return same, compared
+
+
+def section(path: Path) -> str:
+    """Return what stands between the markers."""
+    records = report.read(path)
+    setup = records[0]["setup"]
+    return "\n".join(
+        [
+            f"{origin(records[0])}; documents of {setup['document_tokens']} tokens, an answer of "
+            f"{ANSWER_TOKENS} by the base, {setup['judges']} judges of rank {setup['rank']} on every linear "
+            f"layer with verdicts of {VERDICT_TOKENS}, all in {setup['dtype']}; medians over "
+            f"{setup['documents']} documents. Records: `benchmarks/results/{path.name}`.",
+            "",
+            table_of(records),
+        ]
+    )
