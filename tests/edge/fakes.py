@@ -58,6 +58,7 @@ from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
+    from lorary.registry.aliases import AliasMove
     from lorary.server.adapters.verification import Verdict
     from lorary.server.ports import Observer
 
@@ -126,6 +127,12 @@ class FakeRegistry:
         self, name: str, alias: str, version: int | None, *, expect: Any, reason: str, actor: str
     ) -> None:
         raise AssertionError("the fakes' aliases do not move")
+
+    def rollback(self, name: str, alias: str, *, expect: Any, reason: str, actor: str) -> None:
+        raise AssertionError("the fakes' aliases do not move")
+
+    def log(self, name: str) -> tuple[AliasMove, ...]:
+        return ()
 
     def trouble(self) -> str:
         return str(self.broken or "")

@@ -211,7 +211,9 @@ def test_a_move_to_the_same_place_is_not_logged(filled: Registry) -> None:
 def test_rollback_goes_back_one_move_at_a_time(filled: Registry) -> None:
     for version in (1, 2, 3):
         filled.set_alias("a", "prod", version)
-    assert filled.rollback("a", "prod", reason="errors").to_version == 2
+    with pytest.raises(Conflict, match="points at version 3, not at version 2"):
+        filled.rollback("a", "prod", expect=2)
+    assert filled.rollback("a", "prod", expect=3, reason="errors").to_version == 2
     assert filled.rollback("a", "prod").to_version == 1
     with pytest.raises(AdapterNotFound, match="from the beginning"):
         filled.rollback("a", "prod")

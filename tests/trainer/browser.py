@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import re
-import shutil
 import subprocess
 import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pytest
+from tests.devtools import find_browser
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _CONSOLE = re.compile(r":CONSOLE[^\]]*\] (.*)")
 # The page is looked at from the outside, through a frame: its own policy forbids scripts.
 _FRAME = """<!doctype html><link rel="icon" href="data:,"><iframe src="PAGE" width="1000" height="800"></iframe>
@@ -58,13 +55,7 @@ class Opened:
 
 def open_page(path: Path) -> Opened:
     """Open a page of a folder, and wait for its pictures; needs a Chromium or Chrome."""
-    browser = next(filter(None, map(shutil.which, _NAMES)), None)
-    if browser is None:
-        reason = (
-            "NO BROWSER: no page was opened, and nothing is known of what a person would see. "
-            "Install one: apt-get install chromium"
-        )
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    browser = find_browser()
     (path.parent / "frame.html").write_text(_FRAME.replace("PAGE", path.name))
     handler = partial(_Quiet, directory=str(path.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

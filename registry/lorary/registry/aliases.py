@@ -176,12 +176,21 @@ def compared(move: AliasMove, state: Mapping[str, int], expect: int | Unset | No
         Conflict: it is elsewhere.
     """
     current = state.get(move.alias)
+    check_expected(move.alias, current, expect)
+    return dataclasses.replace(move, from_version=current)
+
+
+def check_expected(alias: str, current: int | None, expect: int | Unset | None) -> None:
+    """Check that an alias is where its mover expects it.
+
+    Raises:
+        Conflict: it is elsewhere.
+    """
     if not isinstance(expect, Unset) and current != expect:
         raise Conflict(
-            f"alias '{move.alias}' points at {_shown(current)}, not at {_shown(expect)}: "
+            f"alias '{alias}' points at {_shown(current)}, not at {_shown(expect)}: "
             "somebody moved it first, and nothing was changed. Look at the log and retry."
         )
-    return dataclasses.replace(move, from_version=current)
 
 
 def replay(moves: Iterable[AliasMove]) -> dict[str, int]:

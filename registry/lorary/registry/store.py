@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Final, Self
 
 from lorary.errors import AdapterNotFound, CorruptArtifact, InvalidRef, InvalidRequest, Refused
-from lorary.registry.aliases import UNSET, AliasMove, MoveKind, Unset, before
+from lorary.registry.aliases import (
+    UNSET,
+    AliasMove,
+    MoveKind,
+    Unset,
+    before,
+    check_expected,
+)
 from lorary.registry.audit import AuditEvent
 from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
@@ -331,24 +338,41 @@ class Registry:
             force=force,
         )
 
-    def rollback(self, name: str, alias: str, *, reason: str = "", actor: str = "") -> AliasMove:
+    def rollback(
+        self,
+        name: str,
+        alias: str,
+        *,
+        expect: int | Unset = UNSET,
+        reason: str = "",
+        actor: str = "",
+    ) -> AliasMove:
         """Return an alias to where it pointed before its last move; again, and it goes further back.
 
         While it has a canary, that is what the last move began: the canary ends, the alias stays.
 
+        Args:
+            name: the adapter.
+            alias: which alias.
+            expect: where the alias must point before, else nothing changes.
+            reason: for the log.
+            actor: who; the system's user if empty.
+
         Raises:
             AdapterNotFound: no such adapter or alias, or nothing to return to.
-            Conflict: somebody moved the alias meanwhile.
+            Conflict: the alias is not where ``expect`` says, or somebody moved it meanwhile.
             Refused: the alias is protected, and there is no reason.
         """
         _check_movable(alias)
         self._resolver.known(name)
         split = self.rollouts.of(name, alias)
         if split is not None:
+            check_expected(alias, split.version, expect)
             return self.rollouts.stop(
                 name, alias, expect=split, reason=reason, actor=actor, kind="rollback"
             )
         current, previous = before(self._store.alias_moves(name), alias)
+        check_expected(alias, current, expect)
         return self._move(
             name, alias, previous, expect=current, reason=reason, actor=actor, kind="rollback"
         )

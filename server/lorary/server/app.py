@@ -188,9 +188,20 @@ class Server:
     async def _start_http(self) -> str:
         """Open the HTTP door; return its address."""
         from lorary.server.http.app import build_app
+        from lorary.server.http.console.routes import console_routes
         from lorary.server.http.listener import Listener
 
-        config, core = self._config, self._core
+        config, core, host = self._config, self._core, self._config.http_address
+        console = []
+        if config.has_console:
+            console = console_routes(
+                core.control,
+                core.parts,
+                core.backend.registry,
+                host=host,
+                max_body=config.max_message,
+                guard=core.guard,
+            )
         app = build_app(
             core.inference,
             core.control,
@@ -199,9 +210,9 @@ class Server:
             is_ready=lambda: self._is_ready,
             has_failed=lambda: core.failure is not None,
             guard=core.guard,
+            console=console,
         )
         self._http = Listener(app, config.tls)
-        host = config.http_address
         try:
             port = await self._http.start(host, config.http_port or 0)
         except OSError as error:

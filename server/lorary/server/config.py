@@ -149,6 +149,11 @@ class ServerConfig:
     http_host: str | None = _option(
         None, "Address that --http-port listens on; by default that of --host."
     )
+    console: bool | None = _option(
+        None,
+        "Serve the console, a web page, at /console of the HTTP door; by default on a loopback host, or "
+        "with --access.",
+    )
     insecure_bind: bool = _option(
         False, "Allow a host that is not loopback without TLS, or without --access."
     )
@@ -325,6 +330,11 @@ class ServerConfig:
             raise ConfigError(
                 f"--http-host is '{self.http_host}' and there is no --http-port; name one."
             )
+        if self.console and self.http_port is None:
+            raise ConfigError(
+                "--console was given without --http-port, which opens the door that it is behind. Name a "
+                "port, or leave it out."
+            )
         if self.quantize_plan is not None and self.quantize != "auto":
             raise ConfigError(
                 f"--quantize {self.quantize} and --quantize-plan '{self.quantize_plan}' were both "
@@ -366,6 +376,13 @@ class ServerConfig:
     def http_address(self) -> str:
         """The address that the HTTP door listens on, where there is one."""
         return self.http_host or self.host
+
+    @property
+    def has_console(self) -> bool:
+        """Whether the HTTP door has the console, where there is one."""
+        if self.console is None:
+            return self.access is not None or is_loopback(self.http_address)
+        return self.console
 
     @property
     def has_reflection(self) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from lorary.registry.aliases import AliasMove
     from lorary.registry.splits import Split
     from lorary.server.calls import Calls
     from lorary.server.ports import RegistryLike, ResidencyLike, ResidentLike, VersionLike
@@ -122,12 +123,14 @@ class ControlService(control_pb2_grpc.ControlServicer):
                     await context.write(describe.event(event))
 
     async def SetAlias(  # noqa: N802
-        self, request: pb.SetAliasRequest, context: Context
+        self, request: pb.SetAliasRequest, context: Context | None
     ) -> pb.SetAliasResponse:
         """Move an alias in the registry, and here as soon as the version is loaded."""
         expect: Any = UNSET
         if request.HasField("expect_version"):
             expect = request.expect_version or None
+        # Here, for the registry's threads do not know whose call it is.
+        actor = tenant_name() or request.actor or server_name()
         move = await self._targets.run(
             lambda: self._registry.set_alias(
                 request.name,
@@ -135,10 +138,32 @@ class ControlService(control_pb2_grpc.ControlServicer):
                 request.version or None,
                 expect=expect,
                 reason=request.reason,
-                actor=tenant_name() or request.actor or server_name(),
+                actor=actor,
             )
         )
-        await self._rollout.follower.look(request.name)
+        return await self._moved(request.name, move)
+
+    async def roll_back(
+        self, name: str, alias: str, *, expect_version: int, reason: str
+    ) -> pb.SetAliasResponse:
+        """Return an alias to where it pointed before, as ``SetAlias``; or end its canary.
+
+        Raises:
+            AdapterNotFound: there is no such adapter or alias, or nothing to return to.
+            Conflict: the alias is not at ``expect_version``.
+            Refused: it is protected, and there is no reason.
+        """
+        actor = tenant_name() or server_name()
+        move = await self._targets.run(
+            lambda: self._registry.rollback(
+                name, alias, expect=expect_version, reason=reason, actor=actor
+            )
+        )
+        return await self._moved(name, move)
+
+    async def _moved(self, name: str, move: AliasMove) -> pb.SetAliasResponse:
+        """Follow a move at once, and tell it."""
+        await self._rollout.follower.look(name)
         return pb.SetAliasResponse(
             from_version=move.from_version or 0, to_version=move.to_version or 0
         )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from lorary.errors import LoraryError
+    from lorary.registry.aliases import AliasMove
     from lorary.registry.manifest import BaseIdentity, Method, Task
     from lorary.registry.splits import Split
     from lorary.server.adapters.verification import Verdict
@@ -147,6 +148,18 @@ class RegistryLike(Protocol):
         self, name: str, alias: str, version: int | None, *, expect: Any, reason: str, actor: str
     ) -> Any:
         """Point an alias at a version, or remove it; see ``lorary.registry.store``."""
+        ...
+
+    def rollback(self, name: str, alias: str, *, expect: Any, reason: str, actor: str) -> Any:
+        """Return an alias to where it pointed before its last move; see ``lorary.registry.store``."""
+        ...
+
+    def log(self, name: str) -> Sequence[AliasMove]:
+        """Return the moves of all aliases of an adapter, oldest first.
+
+        Raises:
+            AdapterNotFound: no such adapter.
+        """
         ...
 
     def list(self) -> Sequence[VersionLike]:

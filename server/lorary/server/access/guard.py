@@ -7,7 +7,7 @@ tomorrow, or a path that is spelled in another way, is closed until somebody ope
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
@@ -25,7 +25,7 @@ from lorary.server.status import clip
 from lorary.v1 import control_pb2, inference_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from lorary.server.access.grants import GrantsFile, Tenant
@@ -164,21 +164,37 @@ class AccessInterceptor(Around):
         if method not in OPEN | USERS | ADMINS:
             raise AccessDenied(f"'{clip(method, 100)}' is open to nobody on this server.")
         is_admins = method in ADMINS
-        outcome = "ok"
-        try:
-            with self._guard.admitted(tenant, role="admin" if is_admins else "user"):
-                yield
-        except LoraryError as error:
-            outcome = type(error).__name__
-            raise
-        except BaseException:
-            outcome = "failed"
-            raise
-        finally:
-            if is_admins:
-                told = str(request) if isinstance(request, Message) else "a stream"
-                said = clip(" ".join(told.split()), MAX_AUDIT_CHARS)
-                audit.info("%s: %s {%s}: %s", tenant.name, method, said, outcome)
+        line = audited(
+            tenant, method, lambda: str(request) if isinstance(request, Message) else "a stream"
+        )
+        with (
+            line if is_admins else nullcontext(),
+            self._guard.admitted(tenant, role="admin" if is_admins else "user"),
+        ):
+            yield
+
+
+@contextmanager
+def audited(tenant: Tenant, method: str, told: Callable[[], str]) -> Iterator[None]:
+    """Leave a line of what somebody asked for that only admins may, and of how it ended.
+
+    Args:
+        tenant: who.
+        method: of which call.
+        told: returns what was asked; called at the end, when all of it has been read.
+    """
+    outcome = "ok"
+    try:
+        yield
+    except LoraryError as error:
+        outcome = type(error).__name__
+        raise
+    except BaseException:
+        outcome = "failed"
+        raise
+    finally:
+        said = clip(" ".join(told().split()), MAX_AUDIT_CHARS)
+        audit.info("%s: %s {%s}: %s", tenant.name, method, said, outcome)
 
 
 def _authorization(context: Context) -> str | None:

@@ -21,6 +21,12 @@ def tenant_name() -> str:
     return "" if tenant is None else tenant.name
 
 
+def is_admin() -> bool:
+    """Whether the current call may see and change what concerns all tenants."""
+    tenant = current.get()
+    return tenant is None or tenant.role == "admin"
+
+
 def may_use(adapter: str) -> bool:
     """Whether the current call may see an adapter of this name."""
     tenant = current.get()

@@ -8,6 +8,7 @@ POST    /tokenize, /detokenize  as vLLM has them
 GET     /health                 200 while the process can answer at all
 GET     /ready                  200 while it wants new calls; 503 while it drains
 GET     /metrics                what --metrics-port serves
+…       /console/…              a page for people, with --console (``console.routes``)
 ======  ======================  ===============================================================
 """
 
@@ -30,7 +31,7 @@ from lorary.server.http.problems import problem
 from lorary.server.http.tokens import Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from starlette.requests import Request
 
@@ -49,6 +50,7 @@ def build_app(
     is_ready: Callable[[], bool],
     has_failed: Callable[[], bool],
     guard: Guard | None = None,
+    console: Sequence[Route] = (),
 ) -> Starlette:
     """Return the HTTP door as an ASGI application.
 
@@ -60,6 +62,7 @@ def build_app(
         is_ready: whether new calls are wanted.
         has_failed: whether the engine broke.
         guard: asks who calls; None asks nobody. With one, metrics are left to their own port.
+        console: the routes of the console, where there is to be one.
     """
     metrics, facts, prompts = parts.metrics, parts.facts, parts.prompts
 
@@ -96,6 +99,7 @@ def build_app(
             Route("/health", health),
             Route("/ready", ready),
             *([] if guard is not None else [Route("/metrics", scrape)]),
+            *console,
         ],
         exception_handlers={HTTPException: _refused},
     )

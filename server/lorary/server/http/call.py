@@ -12,22 +12,23 @@ import json
 import logging
 import secrets
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorary.errors import outcome
 from lorary.server import status
+from lorary.server.access.guard import audited
 from lorary.server.http.body import parse_object
 from lorary.server.http.problems import Problem, problem, problem_of
 from lorary.server.interceptors import REQUEST_ID_KEY, is_valid_request_id, set_request_id
 from lorary.server.service import ADAPTER_KEY, DIGEST_KEY, VERSION_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
     from starlette.types import Receive, Scope, Send
 
+    from lorary.server.access.grants import Role
     from lorary.server.access.guard import Guard
     from lorary.server.interceptors import CallMetrics
 
@@ -58,10 +59,16 @@ class HttpCall:
     def __init__(self, scope: Scope, send: Send, *, members: Mapping[str, Any]) -> None:
         self.members = members
         self.path: Mapping[str, str] = scope.get("path_params", {})
+        self._headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
         self.is_started = False
         self._send = send
         self._facts: tuple[tuple[str, str], ...] = ()
         self._sent_s = 0.0
+
+    def header(self, name: str) -> str:
+        """Return a header of the request, by its name in lower case; empty where it has none."""
+        wanted = name.encode()
+        return next((v.decode("latin-1") for k, v in self._headers if k.lower() == wanted), "")
 
     # -- facts about the answer, as the service keeps them ---------------------------------------
 
@@ -158,6 +165,7 @@ class Endpoint:
         metrics: who counts it.
         max_body: largest body accepted, in bytes; 0 for methods without one.
         guard: asks who calls; None asks nobody.
+        role: whom it is for. What an admin's call with a body asks for leaves a line of the audit log.
     """
 
     def __init__(
@@ -168,8 +176,10 @@ class Endpoint:
         *,
         max_body: int = 0,
         guard: Guard | None = None,
+        role: Role = "user",
     ) -> None:
         self._guard = guard
+        self._role: Role = role
         self._name = name
         self._handler = handler
         self._metrics = metrics
@@ -184,7 +194,7 @@ class Endpoint:
         given = headers.get(b"x-request-id", "")
         set_request_id(call, given if is_valid_request_id(given) else secrets.token_hex(8))
         try:
-            with self._admitted(headers.get(b"authorization")):
+            with self._admitted(headers.get(b"authorization"), call):
                 if self._max_body:
                     raw = await _read(receive, headers.get(b"content-length", ""), self._max_body)
                     call.members = parse_object(raw, headers.get(b"content-type", ""))
@@ -211,11 +221,20 @@ class Endpoint:
         finally:
             self._metrics.on_call(self._name, code, time.monotonic() - started)
 
-    def _admitted(self, authorization: str | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _admitted(self, authorization: str | None, call: HttpCall) -> Iterator[None]:
         """Find out who calls, before anything of the body is read."""
         if self._guard is None:
-            return nullcontext()
-        return self._guard.admitted(self._guard.identify(authorization), role="user")
+            yield
+            return
+        tenant = self._guard.identify(authorization)
+        is_audited = self._role == "admin" and self._max_body > 0
+        line = audited(tenant, self._name, lambda: encode(call.members).decode())
+        with (
+            line if is_audited else nullcontext(),
+            self._guard.admitted(tenant, role=self._role),
+        ):
+            yield
 
 
 async def _read(receive: Receive, declared: str, limit: int) -> bytes:

@@ -40,9 +40,9 @@ class Models:
         models = [self._model(self._facts.base)]
         for name, group in itertools.groupby(listed, key=lambda adapter: adapter.name):
             versions = list(group)
-            models.append(self._model(name, {"versions": [_version(v) for v in versions]}))
+            models.append(self._model(name, {"versions": [version_of(v) for v in versions]}))
             models += [
-                self._model(f"{name}@{alias}", _version(version))
+                self._model(f"{name}@{alias}", version_of(version))
                 for version in versions
                 for alias in version.aliases
             ]
@@ -77,7 +77,8 @@ class Models:
         }
 
 
-def _version(adapter: control_pb2.Adapter) -> dict[str, Any]:
+def version_of(adapter: control_pb2.Adapter) -> dict[str, Any]:
+    """Return what any caller who may use a version is told of it."""
     return {
         "version": adapter.version,
         "digest": adapter.digest,
