@@ -54,6 +54,7 @@ TESTS = {
         "tests/trainer/test_evaluate.py",
         "tests/trainer/test_bootstrap.py",
         "tests/trainer/test_eval_cli.py",
+        "tests/trainer/test_tasks.py",
     ),
     "report": ("tests/trainer/test_report.py",),
     "provenance": ("tests/trainer/test_reproduce.py",),

@@ -132,7 +132,14 @@ def target_modules(modules: Mapping[str, Any], card: BaseCard) -> list[str]:
     return sorted(lasts if meant == set(modules) else modules)
 
 
-def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: str) -> str:
+def content_digest(
+    *,
+    base_fingerprint: str,
+    task: Task,
+    config: str,
+    tensors: str,
+    tasks: Mapping[str, Task] | None = None,
+) -> str:
     """Return the identity of a version's content.
 
     Args:
@@ -140,14 +147,17 @@ def content_digest(*, base_fingerprint: str, task: Task, config: str, tensors: s
         task: how text becomes a prompt, and what answers mean.
         config: hex sha256 of the canonical ``adapter_config.json``.
         tensors: hex sha256 of the canonical ``adapter_model.safetensors``.
+        tasks: of an adapter for several tasks, all of them by name.
     """
-    identity = {
+    identity: dict[str, Any] = {
         "identity_version": _IDENTITY_VERSION,
         "base": base_fingerprint,
         "task": dataclasses.asdict(task),
         CONFIG_FILE: config,
         TENSORS_FILE: tensors,
     }
+    if tasks:
+        identity["tasks"] = {name: dataclasses.asdict(one) for name, one in tasks.items()}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
     return f"sha256:{hashlib.sha256(canonical).hexdigest()}"
 
@@ -160,4 +170,5 @@ def digest_of(manifest: Manifest) -> str:
         task=manifest.task,
         config=sha256s.get(CONFIG_FILE, ""),
         tensors=sha256s.get(TENSORS_FILE, ""),
+        tasks=manifest.tasks,
     )

@@ -72,7 +72,11 @@ def manifest(info: VersionInfo, described: Manifest, report: str = "") -> Table:
         "modules": ", ".join(method.target_modules),
         "task": task.kind,
         "labels": ", ".join(task.labels),
-        "template": json.dumps(task.template, ensure_ascii=False) if task.template else "",
+        "template": _quoted(task.template),
+        "tasks": "\n".join(
+            f"{name} ({one.kind}) {_quoted(one.template)}".rstrip()
+            for name, one in described.tasks.items()
+        ),
         "metrics": _all_metrics(described.metrics),
         "report": report,
         "data": json.dumps(described.data, ensure_ascii=False) if described.data else "",
@@ -246,6 +250,10 @@ def _conversion(found: Conversion | None) -> str:
     if found is None or (found.source == "LORA" and not found.max_error):
         return ""
     return f"from {found.source}, relative error {found.max_error:.2g}"
+
+
+def _quoted(template: str | None) -> str:
+    return json.dumps(template, ensure_ascii=False) if template else ""
 
 
 def _primary(metrics: Metrics | None) -> str:

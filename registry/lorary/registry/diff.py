@@ -10,7 +10,7 @@ from typing import Any
 
 from lorary.registry.blobs import Progress
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, read_bytes
-from lorary.registry.manifest import Manifest, Metrics
+from lorary.registry.manifest import Manifest, Metrics, Task
 from lorary.registry.refs import AdapterRef, parse_ref, parse_selector
 from lorary.registry.results import Resolved
 from lorary.registry.store import Registry
@@ -135,7 +135,12 @@ def _base(manifest: Manifest) -> dict[str, Any]:
 
 
 def _task(manifest: Manifest) -> dict[str, Any]:
-    task = manifest.task
+    """Return the facts about the task, and where there are several about each of them."""
+    each = {name: _task_facts(task) for name, task in manifest.tasks.items()}
+    return _task_facts(manifest.task) | ({"tasks": each} if each else {})
+
+
+def _task_facts(task: Task) -> dict[str, Any]:
     return {
         "kind": task.kind,
         "template": task.template,

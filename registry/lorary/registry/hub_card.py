@@ -14,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from lorary.registry.folder import CONFIG_FILE, README_FILE, REPORT_FOLDER, REPORT_PAGE
-from lorary.registry.manifest import LOWER_IS_BETTER, Manifest, Metrics, TaskKind
+from lorary.registry.manifest import Manifest, Metrics, TaskKind, is_lower_better
 
 TAG: Final = "lorary"
 """By which a Hub finds the adapters of registries among an owner's models."""
@@ -130,7 +130,7 @@ def _table(metrics: Metrics) -> list[str]:
         f"| {' | '.join(['---'] * len(head))} |",
     ]
     for kind, value in sorted(metrics.adapter.items()):
-        name = f"{kind} (lower is better)" if kind in LOWER_IS_BETTER else kind
+        name = f"{kind} (lower is better)" if is_lower_better(kind) else kind
         cells = [name, str(metrics.base.get(kind, "")), str(value)]
         sure = metrics.uncertainty.get(kind)
         if has_gains:

@@ -45,7 +45,7 @@ is below 1, nearly always below 0.3; a scale applied twice, or an alpha of anoth
 LOWER_IS_BETTER = frozenset(
     {"perplexity", "ece", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score"}
 )
-"""Metrics that fall as a model gets better."""
+"""Metrics that fall as a model gets better; ask ``is_lower_better``, which knows tasks, too."""
 _MAX_NUMBER = 1e300
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -60,6 +60,11 @@ TaskKind = Literal[
 ]
 SERVED_KINDS: Final[tuple[TaskKind, ...]] = ("generation", "classification")
 """What servers serve: answers of a causal language model. The others are kept, and loaded by PEFT."""
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a metric falls as a model gets better; of one of several tasks, ``task/metric``, too."""
+    return metric.rpartition("/")[2] in LOWER_IS_BETTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +171,11 @@ class Uncertainty:
 class Metrics:
     """Held-out figures of base and adapter on the same ``num_examples``.
 
-    Higher is better, but for those of ``LOWER_IS_BETTER``.
+    Higher is better, but for those of ``is_lower_better``. An adapter that was trained for several tasks
+    has the figures of all of them as ``task/metric``, each over its own task's examples.
 
     Attributes:
-        primary: the metric that stands for all in lists.
+        primary: the metric that stands for all in lists; of several tasks, the first one's.
         num_examples: how many were held out.
         base: figures of the base; empty where it was not measured.
         adapter: figures of the adapter.
@@ -241,11 +247,16 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A version's description. ``name``, ``version``, ``digest``, ``files`` are set by ``push``."""
+    """A version's description. ``name``, ``version``, ``digest``, ``files`` are set by ``push``.
+
+    ``tasks`` are those of an adapter that was trained for several at once, by name; ``task`` is then what they
+    have in common, and has no template unless all have the same one.
+    """
 
     base: BaseIdentity
     method: Method
     task: Task
+    tasks: dict[str, Task] = field(default_factory=dict)
     metrics: Metrics | None = None
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

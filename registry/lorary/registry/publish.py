@@ -115,6 +115,7 @@ def stage_version(
             task=manifest.task,
             config=sha256s[CONFIG_FILE],
             tensors=sha256s[TENSORS_FILE],
+            tasks=manifest.tasks,
         ),
         files=entries,
         accepted=accepted,

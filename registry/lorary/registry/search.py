@@ -26,7 +26,7 @@ from lorary.registry.store import Registry
 TEXTS: Final[dict[str, Callable[[VersionInfo, Manifest], Sequence[str]]]] = {
     "name": lambda info, _: [info.name],
     "base": lambda info, _: [info.base_name, info.base_fingerprint],
-    "task": lambda info, _: [info.task_kind],
+    "task": lambda info, manifest: [info.task_kind, *manifest.tasks],
     "method": lambda _, manifest: [manifest.method.name],
     "alias": lambda info, _: info.aliases,
     "label": lambda _, manifest: manifest.task.labels,

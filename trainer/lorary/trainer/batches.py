@@ -11,10 +11,13 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorary.trainer.token_store import row_lengths
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lorary.trainer.encoding import Row
+    from lorary.trainer.kinds.kind import TokenRow
 
 IGNORED = -100
 # Rows are shuffled, cut into pools of this many batches, and sorted by length within a pool: large
@@ -45,6 +48,19 @@ def plan_batches(
         plan += batches
         epoch += 1
     return plan[:num_batches]
+
+
+def plan_rows(
+    rows: Sequence[TokenRow], *, batch_size: int, num_batches: int, seed: int
+) -> list[list[int]]:
+    """Return what ``plan_batches`` does; rows of several tasks (``tasks.mix``) have a plan of their own."""
+    plan = getattr(rows, "plan", None)
+    if plan is not None:
+        found: list[list[int]] = plan(batch_size=batch_size, num_batches=num_batches, seed=seed)
+        return found
+    return plan_batches(
+        row_lengths(rows), batch_size=batch_size, num_batches=num_batches, seed=seed
+    )
 
 
 T = TypeVar("T")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorary.trainer.recipe import Recipe
+    from lorary.trainer.tasks.recipe import TasksRecipe
 
 MARKER = "lorary.json"
 _FORMAT_VERSION = 2
@@ -35,7 +36,10 @@ _FREE_TRAINING_KEYS = ("trackers",)
 
 
 def run_identity(
-    recipe: Recipe, base_fingerprint: str, data_fingerprint: str, num_processes: int = 1
+    recipe: Recipe | TasksRecipe,
+    base_fingerprint: str,
+    data_fingerprint: str,
+    num_processes: int = 1,
 ) -> str:
     """Return ``sha256:`` over everything that decides the loss curve."""
     decisive: dict[str, Any] = {
@@ -43,6 +47,8 @@ def run_identity(
     }
     for key in _FREE_TRAINING_KEYS:
         del decisive["training"][key]
+    for task in decisive.get("tasks", {}).values():
+        del task["metric"]
     decisive |= {
         "base": base_fingerprint,
         "data": data_fingerprint,

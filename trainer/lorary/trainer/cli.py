@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorary.errors import MissingDependency
+from lorary.errors import InvalidRequest, MissingDependency
 from lorary.registry.cli_support import console, print_json, run, table
 from lorary.trainer import processes
 from lorary.trainer.figures_table import figures_table
-from lorary.trainer.recipe_file import load_recipe, recipe_dict
+from lorary.trainer.recipe_file import load_any_recipe
+from lorary.trainer.tasks.recipe import TasksRecipe, about_task, recipes_of
 from lorary.trainer.threads import use_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorary.registry import Manifest
+    from lorary.trainer.progress import Reporter
+    from lorary.trainer.recipe import Recipe
+    from lorary.trainer.tasks.separate import SeparateResult
     from lorary.trainer.train import Prepared
 
 app = typer.Typer(
@@ -84,7 +90,7 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter, measure it against its base, and write a PEFT folder with a manifest."""
-    checked = load_recipe(recipe, overrides or [])
+    checked = load_any_recipe(recipe, overrides or [])
     folder = output or Path("runs") / checked.name
     use_threads(threads)
     missing = [name for name in ("torch", "transformers", "peft") if not find_spec(name)]
@@ -94,26 +100,29 @@ def train(
         )
     from lorary.trainer.output import check_output
     from lorary.trainer.progress import Reporter
-    from lorary.trainer.train import assist, prepare, read_runs
+    from lorary.trainer.train import assist
     from lorary.trainer.train import train as train_adapter
 
     reporter = Reporter()
     if show_preview:
-        from lorary.trainer.preview import preview
-
-        found = preview(checked, reporter)
-        if as_json:
-            print_json(found.as_json())
-        else:
-            for part in found.renderables():
-                console().print(part)
+        _preview(recipes_of(checked), reporter, as_json=as_json)
         return
+    is_separate = isinstance(checked, TasksRecipe) and checked.adapters == "separate"
     if dry_run:
-        from lorary.trainer.forecast import forecast
+        planned = recipes_of(checked) if is_separate else {"": checked}
+        _plan(planned, folder, beside or [], reporter, as_json=as_json)
+        return
+    if isinstance(checked, TasksRecipe) and is_separate:
+        from lorary.trainer.tasks.separate import train_separate
 
-        prepared = prepare(checked, reporter)
-        read_runs(prepared, beside or [])
-        _print_plan(prepared, folder, forecast(prepared, reporter), as_json=as_json)
+        if beside:
+            raise InvalidRequest(
+                "--beside is for a run of its own, and adapters: separate makes several; run each task "
+                "from its own recipe to compare it.",
+                field="beside",
+            )
+        result = train_separate(checked, folder, resume=resume, force=force, reporter=reporter)
+        _print_separate(result, as_json=as_json)
         return
     if not processes.is_first():
         assist(checked, folder, resume=resume, force=force)
@@ -125,16 +134,64 @@ def train(
     _print_result(manifest, folder, as_json=as_json)
 
 
-def _print_plan(
-    prepared: Prepared, folder: Path, forecast: dict[str, Any], *, as_json: bool
+def _preview(recipes: Mapping[str, Recipe], reporter: Reporter, *, as_json: bool) -> None:
+    """Print the rows of each task."""
+    from lorary.trainer.preview import preview
+
+    found = {}
+    for name, one in recipes.items():
+        with about_task(name):
+            found[name] = preview(one, reporter)
+    if as_json:
+        shown = {name: one.as_json() for name, one in found.items()}
+        print_json(shown.get("", {"tasks": shown}))
+        return
+    screen = console()
+    for name, one in found.items():
+        if name:
+            screen.rule(name, align="left")
+        for part in one.renderables():
+            screen.print(part)
+
+
+def _plan(
+    recipes: Mapping[str, Recipe | TasksRecipe],
+    folder: Path,
+    beside: list[Path],
+    reporter: Reporter,
+    *,
+    as_json: bool,
 ) -> None:
-    """Print what a run would do and take."""
+    """Print what each run would do and take."""
+    from lorary.trainer.forecast import forecast
+    from lorary.trainer.train import prepare, read_runs
+
+    found = {}
+    for name, one in recipes.items():
+        with about_task(name):
+            prepared = prepare(one, reporter)
+            read_runs(prepared, beside)
+            found[name] = (prepared, forecast(prepared, reporter))
+    plans = {}
+    for name, (prepared, forecasted) in found.items():
+        place = folder.with_name(f"{folder.name}-{name}") if name else folder
+        facts = _plan_facts(prepared, place)
+        plans[name] = {"plan": facts, "forecast": forecasted, "recipe": prepared.recorded()}
+        if not as_json:
+            _print_plan(prepared.recipe.name, facts, forecasted)
+    if as_json:
+        print_json(plans.get("", {"tasks": plans}))
+
+
+def _plan_facts(prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """Return what a run would do."""
     from lorary.trainer.token_store import row_lengths
 
     splits, recipe = prepared.splits, prepared.recipe
-    facts: dict[str, Any] = {
+    return {
         "base": prepared.base.name,
         "fingerprint": prepared.base.card.fingerprint,
+        **_tasks_facts(prepared),
         "train": len(prepared.train_rows),
         "validation": len(prepared.validation_rows),
         "test": len(splits.test),
@@ -143,15 +200,27 @@ def _print_plan(
         "steps": recipe.training.max_steps,
         "output": str(folder),
     }
-    if as_json:
-        print_json({"plan": facts, "forecast": forecast, "recipe": recipe_dict(recipe)})
-        return
+
+
+def _tasks_facts(prepared: Prepared) -> dict[str, str]:
+    """Return what share of a run's batches each of several tasks has."""
+    shares = getattr(prepared.train_rows, "shares", {})
+    if not shares:
+        return {}
+    counts = {name: len(part.train_rows) for name, part in prepared.parts.items()}
+    shown = [
+        f"{name} {counts[name]} rows, {share:.1%} of batches" for name, share in shares.items()
+    ]
+    return {"tasks": "; ".join(shown)}
+
+
+def _print_plan(name: str, facts: dict[str, Any], forecasted: dict[str, Any]) -> None:
+    """Print what a run would do and take."""
     from lorary.trainer.forecast import forecast_rows
 
-    facts |= forecast_rows(forecast)
-    rows = table("what", "value", title=f"{recipe.name}: nothing was trained or written")
-    for name, value in facts.items():
-        rows.add_row(name, str(value))
+    rows = table("what", "value", title=f"{name}: nothing was trained or written")
+    for what, value in (facts | forecast_rows(forecasted)).items():
+        rows.add_row(what, str(value))
     console().print(rows)
 
 
@@ -171,8 +240,23 @@ def _print_result(manifest: Manifest, folder: Path, *, as_json: bool) -> None:
             f"{uncut['kept_share']:.1%} of its change, which takes rank {uncut['rank_90']:g} for 90 %",
             highlight=False,
         )
+    if manifest.tasks:
+        from lorary.trainer.report import read_forgetting
+
+        console().print(read_forgetting(folder / "report").rendered())
     name = manifest.training["recipe"]["name"]
     console().print(f"next: registry push {folder} {name} --alias prod", highlight=False)
+
+
+def _print_separate(result: SeparateResult, *, as_json: bool) -> None:
+    """Print each adapter on each task, and what to do next."""
+    if as_json:
+        print_json({"forgetting": result.table.as_json(), "tasks": result.manifests})
+        return
+    console().print(result.table.rendered())
+    for name, folder in result.folders.items():
+        adapter = result.manifests[name].training["recipe"]["name"]
+        console().print(f"next: registry push {folder} {adapter} --alias prod", highlight=False)
 
 
 def main() -> None:

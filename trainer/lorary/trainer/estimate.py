@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer import grouped_attention
-from lorary.trainer.batches import plan_batches
+from lorary.trainer.batches import plan_rows
 from lorary.trainer.head import head_reads
 from lorary.trainer.meter import memory_bytes, peak_memory_bytes
 from lorary.trainer.optimizers import OPTIMIZERS
@@ -237,8 +237,8 @@ def _longest_batch(run: Prepared, num_steps: int) -> list[Row]:
 
 def _plan(run: Prepared, num_steps: int) -> list[list[int]]:
     training = run.recipe.training
-    return plan_batches(
-        row_lengths(run.train_rows),
+    return plan_rows(
+        run.train_rows,
         batch_size=training.batch_size,
         num_batches=num_steps * training.gradient_accumulation,
         seed=training.seed,

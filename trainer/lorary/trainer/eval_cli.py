@@ -11,7 +11,7 @@ import typer
 from lorary.errors import InvalidRequest, MissingDependency
 from lorary.registry.address import DEFAULT_REGISTRY
 from lorary.registry.cli_options import JsonOption, RegistryOption
-from lorary.registry.cli_support import console, print_json, run, table, warn
+from lorary.registry.cli_support import console, print_json, run, warn
 from lorary.trainer.threads import use_threads
 
 if TYPE_CHECKING:
@@ -169,14 +169,14 @@ def _exams(
     subjects: Sequence[Subject], data: Sequence[Path], columns: dict[str, str]
 ) -> list[Exam]:
     """Return what to measure with; a name stands for one exam."""
-    from lorary.trainer.measure import exam_of, own_exam
+    from lorary.trainer.measure import exams_of, own_exams
 
     if not data:
         if columns:
             raise InvalidRequest("--column is for rows given with --data.", field="column")
-        exams = [own_exam(subject) for subject in subjects]
+        exams = [exam for subject in subjects for exam in own_exams(subject)]
     else:
-        exams = [exam_of(path, subjects[0], columns) for path in data]
+        exams = [exam for path in data for exam in exams_of(path, subjects[0], columns)]
     names = [exam.name for exam in exams]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
@@ -227,6 +227,7 @@ def _dtype(asked: str, device: str) -> Any:
 def _print(results: Sequence[Measured]) -> None:
     """Print one table of all figures, or of primary figures where there are several adapters."""
     from lorary.trainer.figures_table import figures_table
+    from lorary.trainer.forgetting import ForgettingTable
 
     screen = console()
     adapters = list(dict.fromkeys(one.adapter for one in results))
@@ -238,31 +239,8 @@ def _print(results: Sequence[Measured]) -> None:
             )
             screen.print(figures_table(one.metrics, title))
         return
-    screen.print(_matrix(results, adapters))
-
-
-def _matrix(results: Sequence[Measured], adapters: Sequence[str]) -> Any:
-    """Return each adapter (row) on each task (column): the figure, and the change from the base's."""
-    from lorary.trainer.figures_table import COLOURS, verdict
-
-    exams = list(dict.fromkeys(one.exam for one in results))
-    cells = {(one.adapter, one.exam): one.metrics for one in results}
-    first = {exam: cells[adapters[0], exam] for exam in exams}
-    rows = table(
-        "adapter",
-        *(f"{exam} ({first[exam].primary})" for exam in exams),
-        title=f"each adapter on each task, and what it changes of base {results[0].base}",
-    )
-    rows.add_row("(base)", *(f"{m.base[m.primary]:.3f}" for m in first.values()))
-    for adapter in adapters:
-        shown = []
-        for exam in exams:
-            metrics = cells[adapter, exam]
-            value, before = metrics.adapter[metrics.primary], metrics.base[metrics.primary]
-            colour = COLOURS[verdict(metrics, metrics.primary)]
-            shown.append(f"{value:.3f} [{colour}]({value - before:+.3f})[/]")
-        rows.add_row(adapter, *shown)
-    return rows
+    measured = ((one.adapter, one.exam, one.metrics) for one in results)
+    screen.print(ForgettingTable.of(results[0].base, measured).rendered())
 
 
 def _check(results: Sequence[Measured], requirements: Sequence[Requirement]) -> None:

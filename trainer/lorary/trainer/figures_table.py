@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorary.registry.cli_support import table
-from lorary.registry.manifest import LOWER_IS_BETTER
+from lorary.registry.manifest import is_lower_better
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,7 @@ def figures_table(metrics: Metrics, title: str) -> Table:
         columns.append(f"{'difference' if has_base else 'interval'}, {metrics.confidence:.0%}")
     rows = table(*columns, title=title)
     for name, value in metrics.adapter.items():
-        cells = [f"{name} ↓" if name in LOWER_IS_BETTER else name]
+        cells = [f"{name} ↓" if is_lower_better(name) else name]
         if has_base:
             cells.append(f"{metrics.base[name]:.3f}" if name in metrics.base else "-")
         cells.append(f"{value:.3f}")
@@ -46,7 +46,7 @@ def verdict(metrics: Metrics, name: str) -> str:
     low, high = found.difference.low, found.difference.high
     if low <= 0 <= high:
         return "unsure"
-    return "better" if (low > 0) != (name in LOWER_IS_BETTER) else "worse"
+    return "better" if (low > 0) != is_lower_better(name) else "worse"
 
 
 def _interval_cell(metrics: Metrics, name: str) -> str:

@@ -19,7 +19,7 @@ from transformers import (
 
 from lorary.errors import Cancelled, CorruptArtifact, StorageError, TrainingFailed
 from lorary.trainer import processes
-from lorary.trainer.batches import PlannedRows, plan_batches
+from lorary.trainer.batches import PlannedRows, plan_rows
 from lorary.trainer.checkpoints import step_of
 from lorary.trainer.loop import LoraTrainer
 from lorary.trainer.meter import StepMeter
@@ -105,8 +105,8 @@ def fit(
     stopped_at = stopped_early_at(resume_from, training.patience) if resume_from else None
     max_steps = stopped_at or training.max_steps
     batches_a_step = training.gradient_accumulation * processes.num_processes()
-    plan = plan_batches(
-        lengths,
+    plan = plan_rows(
+        train_rows,
         batch_size=training.batch_size,
         num_batches=max_steps * batches_a_step,
         seed=training.seed,

@@ -30,9 +30,10 @@ from lorary.trainer.methods.alora import check_prompts
 from lorary.trainer.metrics import metrics_of
 from lorary.trainer.quiet import quiet_libraries
 from lorary.trainer.recipe import DataRecipe, Recipe, TaskRecipe
-from lorary.trainer.recipe_file import build_recipe, load_recipe
+from lorary.trainer.recipe_file import build_any_recipe, load_any_recipe
 from lorary.trainer.served_template import with_served_template
 from lorary.trainer.sources import read_examples, resolve_shape
+from lorary.trainer.tasks.recipe import recipes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lorary.trainer.evaluate import Evaluation
     from lorary.trainer.examples import Example
     from lorary.trainer.progress import Reporter
+    from lorary.trainer.tasks.recipe import TasksRecipe
 
 _RECIPES = (".yaml", ".yml")
 
@@ -119,29 +121,41 @@ def open_subject(ref: str, registry: str) -> Subject:
     )
 
 
-def own_exam(subject: Subject) -> Exam:
-    """Return the task that an adapter was trained for, with the rows that its recipe held out.
+def own_exams(subject: Subject) -> list[Exam]:
+    """Return the tasks that an adapter was trained for, nearly always one, with the rows that were held out.
 
     Raises:
         InvalidRequest: the manifest has no recipe that this Lorary reads.
         InvalidRecipe, MissingDependency: its data cannot be read here.
     """
-    recipe = _own_recipe(subject)
+    data = subject.manifest.data
+    return [
+        _own_exam(
+            f"{subject.ref}:{task}" if task else subject.ref,
+            recipe,
+            data.get("tasks", {}).get(task, {}) if task else data,
+        )
+        for task, recipe in recipes_of(_own_recipe(subject)).items()
+    ]
+
+
+def _own_exam(name: str, recipe: Recipe, data: Mapping[str, Any]) -> Exam:
+    """Return one task with its held-out rows; ``data`` is what the manifest says of them."""
     splits = load_splits(recipe)
-    known = subject.manifest.data.get("fingerprint")
+    known = data.get("fingerprint")
     note = ""
     if known is not None and known != splits.fingerprint:
         note = (
-            f"the data of {subject.ref} is no longer what it was trained on: its held-out rows are "
+            f"the data of {name} is no longer what it was trained on: its held-out rows are "
             "others, and it may have seen some of them"
         )
-    return Exam(name=subject.ref, recipe=recipe, examples=splits.test, note=note)
+    return Exam(name=name, recipe=recipe, examples=splits.test, note=note)
 
 
-def exam_of(data: Path, subject: Subject, columns: Mapping[str, str]) -> Exam:
-    """Return the exam that a recipe or a file of rows describes.
+def exams_of(data: Path, subject: Subject, columns: Mapping[str, str]) -> list[Exam]:
+    """Return the exams that a recipe or a file of rows describes, one for each task.
 
-    A recipe (.yaml) brings its own task and holds out its own rows. A file of rows is taken whole, with
+    A recipe (.yaml) brings its own tasks and holds out its own rows. A file of rows is taken whole, with
     the task of ``subject``.
 
     Raises:
@@ -149,8 +163,16 @@ def exam_of(data: Path, subject: Subject, columns: Mapping[str, str]) -> Exam:
         InvalidRequest: the subject has no task template.
     """
     if data.suffix in _RECIPES:
-        recipe = resolve_shape(load_recipe(data))
-        return Exam(name=recipe.name, recipe=recipe, examples=load_splits(recipe).test)
+        named = load_any_recipe(data)
+        recipes = {task: resolve_shape(one) for task, one in recipes_of(named).items()}
+        return [
+            Exam(
+                name=f"{named.name}:{task}" if task else named.name,
+                recipe=one,
+                examples=load_splits(one).test,
+            )
+            for task, one in recipes.items()
+        ]
     recipe = _recipe_for(subject, data, columns)
     examples = tuple(read_examples(recipe.data))
     labels = recipe.task.labels
@@ -160,7 +182,7 @@ def exam_of(data: Path, subject: Subject, columns: Mapping[str, str]) -> Exam:
             f"'{data}' has the label '{unknown[0]}', which is not one of {subject.ref}'s: "
             f"{', '.join(labels)}."
         )
-    return Exam(name=data.name, recipe=recipe, examples=examples)
+    return [Exam(name=data.name, recipe=recipe, examples=examples)]
 
 
 def adjusted(exam: Exam, *, limit: int, **evaluation: Any) -> Exam:
@@ -210,7 +232,7 @@ def measure(
     exams: Sequence[Exam],
     *,
     base: Base,
-    quantization: Quantization | None,
+    quantization: Quantization | Mapping[str, Quantization] | None,
     dtype: Any,
     device: str,
     seed: int,
@@ -222,7 +244,7 @@ def measure(
         subjects: adapters of ``base``.
         exams: each with its rows.
         base: loaded once.
-        quantization: of the base; ``None`` is what the first adapter was trained on.
+        quantization: of the base, or of each of its layers; ``None`` is what the first adapter was trained on.
         dtype: torch dtype of what is not quantized.
         device: a torch device.
         seed: of the resamples.
@@ -298,7 +320,7 @@ def load_for(
     subjects: Sequence[Subject],
     base: Base,
     *,
-    quantization: Quantization | None,
+    quantization: Quantization | Mapping[str, Quantization] | None,
     dtype: Any,
     device: str,
 ) -> Loaded:
@@ -311,11 +333,16 @@ def load_for(
     model = load_model(
         base, quantization=kept, dtype=dtype, device=device, attn_implementation="sdpa"
     )
-    return Loaded(model=model, tokenizer=load_tokenizer(base), quantization=kept)
+    named = kept if isinstance(kept, str) else "by a plan"
+    return Loaded(model=model, tokenizer=load_tokenizer(base), quantization=named)
 
 
 def _load_kind(
-    recipe: Recipe, base: Base, quantization: Quantization | None, dtype: Any, device: str
+    recipe: Recipe,
+    base: Base,
+    quantization: Quantization | Mapping[str, Quantization] | None,
+    dtype: Any,
+    device: str,
 ) -> Loaded:
     """Load a base under the head of a kind that servers do not serve.
 
@@ -378,7 +405,7 @@ def _attach(model: Any, subject: Subject) -> Any:
         raise CorruptArtifact(f"PEFT cannot load {subject.ref}: {error}") from error
 
 
-def _own_recipe(subject: Subject) -> Recipe:
+def _own_recipe(subject: Subject) -> Recipe | TasksRecipe:
     raw = subject.manifest.training.get("recipe")
     if not isinstance(raw, dict):
         raise InvalidRequest(
@@ -387,7 +414,7 @@ def _own_recipe(subject: Subject) -> Recipe:
             field="data",
         )
     try:
-        return build_recipe(raw)
+        return build_any_recipe(raw)
     except LoraryError as error:
         raise InvalidRequest(
             f"the recipe in the manifest of {subject.ref} is not one that this Lorary reads: {error} "
@@ -402,6 +429,12 @@ def _recipe_for(subject: Subject, data: Path, columns: Mapping[str, str]) -> Rec
     task = subject.manifest.task
     if isinstance(subject.manifest.training.get("recipe"), dict):
         own = _own_recipe(subject)
+        if not isinstance(own, Recipe):
+            raise InvalidRequest(
+                f"{subject.ref} has several tasks ({', '.join(own.tasks)}), so whose rows '{data}' has is "
+                "not known. Name a recipe, whose task is used, with --data.",
+                field="data",
+            )
         return replace(own, data=replace(source, shape=own.data.shape))
     if task.template is None:
         raise InvalidRequest(

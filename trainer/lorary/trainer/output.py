@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lorary.bases.load import load_model
 from lorary.errors import AlreadyExists, StorageError
 from lorary.registry.manifest import BaseIdentity, GoldenProbe, Manifest
-from lorary.trainer.metrics import metrics_of
 from lorary.trainer.quiet import quiet_libraries
-from lorary.trainer.recipe_file import recipe_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorary.bases import Base
-    from lorary.trainer.evaluate import Evaluation
-    from lorary.trainer.recipe import Recipe
+    from lorary.registry.manifest import Metrics
+    from lorary.trainer.train import Prepared
 
 NUM_TOP_LOGITS = 16
 _PACKAGES = (
@@ -144,17 +142,15 @@ def next_logits(
 
 
 def build_manifest(
-    recipe: Recipe,
-    base: Base,
+    run: Prepared,
     *,
     method: Any,
     probes: tuple[GoldenProbe, ...],
-    before: Evaluation | None,
-    after: Evaluation,
-    data: dict[str, Any],
+    metrics: Metrics,
     training: dict[str, Any],
 ) -> Manifest:
     """Return the manifest of a finished run; name, version and digest are the registry's to give."""
+    recipe, base = run.recipe, run.base
     return Manifest(
         base=BaseIdentity(
             name=base.name,
@@ -164,11 +160,12 @@ def build_manifest(
             quantization=recipe.method.base_quantization,
         ),
         method=method,
-        task=recipe.task.to_manifest(),
-        metrics=metrics_of(recipe, before, after, recipe.training.seed),
-        data=data,
+        task=run.task,
+        tasks=run.tasks,
+        metrics=metrics,
+        data=run.data_facts(),
         training={
-            "recipe": recipe_dict(recipe),
+            "recipe": run.recorded(),
             "seed": recipe.training.seed,
             "versions": {name: version(name) for name in _PACKAGES},
             "python": platform.python_version(),

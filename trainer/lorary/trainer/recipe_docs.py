@@ -1,6 +1,6 @@
 """The table of recipe keys in docs/recipes.md, generated from the classes that define them.
 
-``python -m lorary.trainer.recipe_docs`` prints it; a test holds the document to it.
+``python -m lorary.trainer.recipe_docs`` prints both tables; a test holds the document to them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,34 @@ import typing
 from typing import Any
 
 from lorary.trainer.recipe import Recipe
+from lorary.trainer.tasks.recipe import TaskEntry, TasksRecipe
 
 
 def key_table() -> str:
     """Return one Markdown table of every key, its type, default and meaning."""
+    return _table(_rows(Recipe, ""))
+
+
+def tasks_key_table() -> str:
+    """Return the table of the keys that recipes with several tasks have besides."""
+    known = {spec.name for spec in dataclasses.fields(Recipe)}
+    hints, meanings = typing.get_type_hints(TasksRecipe), _meanings(TasksRecipe)
+    rows = [
+        (spec.name, _kind(hints[spec.name]), _default(spec), meanings[spec.name])
+        for spec in dataclasses.fields(TasksRecipe)
+        if spec.name not in known
+    ]
+    hints, meanings = typing.get_type_hints(TaskEntry), _meanings(TaskEntry)
+    rows += [
+        (f"tasks.NAME.{spec.name}", _kind(hints[spec.name]), _default(spec), meanings[spec.name])
+        for spec in dataclasses.fields(TaskEntry)
+    ]
+    return _table(rows)
+
+
+def _table(rows: list[tuple[str, str, str, str]]) -> str:
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for key, kind, default, meaning in _rows(Recipe, ""):
-        lines.append(f"| `{key}` | {kind} | {default} | {meaning} |")
+    lines += [f"| `{key}` | {kind} | {value} | {meaning} |" for key, kind, value, meaning in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -40,12 +61,15 @@ def _rows(cls: type[Any], prefix: str) -> list[tuple[str, str, str, str]]:
 def _kind(hint: Any) -> str:
     """Name a type as a person writing YAML would."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return "group of keys"
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in args)
     if origin is tuple:
         return "list of text" if args[0] is str else f"list of {_kind(args[0])}"
     if origin is dict:
-        return "group of lists or ranges" if args[1] is Any else "group of text"
+        names = {str: "group of text", TaskEntry: "group of tasks"}
+        return names.get(args[1], "group of lists or ranges")
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     return names[hint]
 
@@ -58,6 +82,8 @@ def _default(spec: dataclasses.Field[Any]) -> str:
         return "required"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if dataclasses.is_dataclass(value):
+        return "theirs"
     if isinstance(value, tuple):
         return f"`[{', '.join(value)}]`"
     return f"`{value}`" if value not in ("", {}) else "empty"
@@ -77,4 +103,4 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(key_table())
+    sys.stdout.write(f"{key_table()}\n{tasks_key_table()}")

@@ -12,23 +12,43 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from lorary.errors import InvalidRecipe
-from lorary.trainer.recipe import Recipe
+from lorary.trainer.recipe import DataRecipe, MethodRecipe, Recipe
+from lorary.trainer.tasks.recipe import TasksRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _MAX_BYTES = 1 << 20
+# What only recipes with several tasks have, and what these have once in every task.
+_OF_SEVERAL = ("tasks", "adapters", "temperature")
+_OF_EACH = ("task", "data")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe with one task.
 
     Args:
         path: a YAML file.
         overrides: ``key.subkey=value``, the value in YAML; later ones win.
 
     Raises:
-        InvalidRecipe: no such file, not YAML, an unknown or missing key, a wrong type or range.
+        InvalidRecipe: no such file, not YAML, an unknown or missing key, a wrong type or range, or
+            several tasks.
+    """
+    recipe = load_any_recipe(path, overrides)
+    if isinstance(recipe, TasksRecipe):
+        raise InvalidRecipe(
+            f"recipe '{path}' has several tasks, which lorary train and lorary eval take; give each of "
+            "them a recipe of its own here."
+        )
+    return recipe
+
+
+def load_any_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | TasksRecipe:
+    """Read and check a recipe, of several tasks where it has the key ``tasks``.
+
+    Raises:
+        InvalidRecipe: as ``load_recipe``, but for several tasks.
     """
     try:
         raw = path.read_bytes()
@@ -44,19 +64,44 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InvalidRecipe(f"recipe '{path}' is not a mapping of keys; see docs/recipes.md.")
     for override in overrides:
         _apply(tree, override)
-    recipe = build_recipe(tree)
-    if recipe.method.quantization_plan:
-        plan = str((path.parent / recipe.method.quantization_plan).resolve())
-        method = dataclasses.replace(recipe.method, quantization_plan=plan)
-        recipe = dataclasses.replace(recipe, method=method)
-    if recipe.data.path and recipe.data.source != "hub":
-        data_path = str((path.parent / recipe.data.path).resolve())
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_path))
+    recipe = build_any_recipe(tree)
+    folder = path.parent
+    if isinstance(recipe, Recipe):
+        return dataclasses.replace(
+            recipe,
+            method=_method_from(folder, recipe.method),
+            data=_data_from(folder, recipe.data),
+        )
+    tasks = {
+        name: dataclasses.replace(entry, data=_data_from(folder, entry.data))
+        for name, entry in recipe.tasks.items()
+    }
+    return dataclasses.replace(recipe, method=_method_from(folder, recipe.method), tasks=tasks)
+
+
+def build_any_recipe(tree: Mapping[str, Any]) -> Recipe | TasksRecipe:
+    """Build a recipe of one task or several from plain data; raises what ``load_any_recipe`` raises."""
+    if not any(key in tree for key in _OF_SEVERAL):
+        return build_recipe(tree)
+    misplaced = next((key for key in _OF_EACH if key in tree), None)
+    if misplaced is not None:
+        given = next(key for key in _OF_SEVERAL if key in tree)
+        raise InvalidRecipe(
+            f"the recipe has '{misplaced}' beside '{given}', which is for several tasks; put it into "
+            f"each of them, as tasks.NAME.{misplaced}."
+        )
+    if "search" in tree:
+        raise InvalidRecipe(
+            "the recipe has 'search' and several tasks; a search is judged by the loss of one. Search in "
+            "a recipe of its own, and write what was found here."
+        )
+    recipe = _build(TasksRecipe, tree, "")
+    assert isinstance(recipe, TasksRecipe)
     return recipe
 
 
 def build_recipe(tree: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from plain data; raises what ``load_recipe`` raises."""
+    """Build a recipe with one task from plain data; raises what ``load_recipe`` raises."""
     recipe = _build(Recipe, tree, "")
     assert isinstance(recipe, Recipe)
     if recipe.search.space:
@@ -66,12 +111,27 @@ def build_recipe(tree: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain data, which ``build_recipe`` reads back."""
+def recipe_dict(recipe: Recipe | TasksRecipe) -> dict[str, Any]:
+    """Return the recipe as plain data, which ``build_any_recipe`` reads back."""
     plain = dataclasses.asdict(recipe)
     result = _plain(plain)
     assert isinstance(result, dict)
     return result
+
+
+def _method_from(folder: Path, method: MethodRecipe) -> MethodRecipe:
+    """Return the method with its plan as seen from a recipe's folder."""
+    if not method.quantization_plan:
+        return method
+    plan = str((folder / method.quantization_plan).resolve())
+    return dataclasses.replace(method, quantization_plan=plan)
+
+
+def _data_from(folder: Path, data: DataRecipe) -> DataRecipe:
+    """Return the data with its file as seen from a recipe's folder."""
+    if not data.path or data.source == "hub":
+        return data
+    return dataclasses.replace(data, path=str((folder / data.path).resolve()))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -148,9 +208,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise InvalidRecipe(f"{where} is {value!r}; it must be a group of keys.")
-        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _convert_entry(args[1], v, f"{where}.{k}") for k, v in value.items()}
     assert not isinstance(hint, types.UnionType), "recipes have no optional fields"
     return _scalar(hint, value, where)
+
+
+def _convert_entry(hint: Any, value: Any, where: str) -> Any:
+    """Convert a named value; what is wrong inside a group is said with its name."""
+    try:
+        return _convert(hint, value, where)
+    except InvalidRecipe as error:
+        if where in str(error):
+            raise
+        raise InvalidRecipe(f"{where}: {error}") from error
 
 
 def _scalar(hint: type[Any], value: Any, where: str) -> Any:

@@ -21,6 +21,7 @@ from lorary.bases.load import default_dtype, load_tokenizer
 from lorary.errors import InvalidRecipe, InvalidRequest
 from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer import processes
+from lorary.trainer.answered import Answered, figures_of, uncut_figures_of
 from lorary.trainer.checkpoints import identity_of, newest_checkpoint, run_identity, step_of
 from lorary.trainer.data import Splits, data_facts, load_splits
 from lorary.trainer.encoding import Encoder
@@ -28,7 +29,6 @@ from lorary.trainer.kinds import Kind, kind_of
 from lorary.trainer.meter import peak_memory_bytes
 from lorary.trainer.methods.alora import check_prompts, check_rows, invocation_ids
 from lorary.trainer.methods.rules import check_plan
-from lorary.trainer.metrics import metrics_of
 from lorary.trainer.optimizers import check_optimizer
 from lorary.trainer.output import (
     build_manifest,
@@ -40,6 +40,8 @@ from lorary.trainer.packing import check_isolation
 from lorary.trainer.progress import Reporter
 from lorary.trainer.provenance import golden_logits, hardware, loss_curve, uncut_facts
 from lorary.trainer.quantplan.use import plan_facts
+from lorary.trainer.recipe import Recipe
+from lorary.trainer.recipe_file import recipe_dict
 from lorary.trainer.report import write_report
 from lorary.trainer.served_template import with_served_template
 from lorary.trainer.sources import resolve_shape
@@ -52,12 +54,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lorary.registry.manifest import Manifest
+    from lorary.registry.manifest import Manifest, Task
     from lorary.trainer.evaluate import Evaluation
     from lorary.trainer.fit import Fit
     from lorary.trainer.methods.method import Attached
-    from lorary.trainer.recipe import Recipe
     from lorary.trainer.report.ranks import OtherRun
+    from lorary.trainer.tasks.recipe import TasksRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,39 +80,72 @@ class Prepared:
     @property
     def identity(self) -> str:
         """What a checkpoint must match to be resumed."""
-        # The recipe names a plan's file; what counts is what is in it.
-        plan = plan_facts(self.kind.formats)
         return run_identity(
             self.recipe,
-            f"{self.base.card.fingerprint} {plan}" if plan else self.base.card.fingerprint,
-            self.splits.fingerprint,
+            base_identity(self.base.card.fingerprint, plan_facts(self.kind.formats)),
+            self.data_fingerprint,
             processes.num_processes(),
         )
 
+    @property
+    def parts(self) -> Mapping[str, Prepared]:
+        """What is measured: the run of each task by its name; ``""`` where there is one task."""
+        return {"": self}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """What models answered to the test examples: base, published adapter, and what was trained if that is more."""
+    @property
+    def task(self) -> Task:
+        """What the manifest says the adapter does."""
+        return self.recipe.task.to_manifest()
 
-    before: Evaluation | None
-    after: Evaluation
-    uncut: Evaluation | None = None
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """What it does, by name, where it does several things."""
+        return {}
+
+    @property
+    def data_fingerprint(self) -> str:
+        """``sha256:`` of all data."""
+        return self.splits.fingerprint
+
+    def data_facts(self) -> dict[str, Any]:
+        """Return what the manifest says about the data."""
+        return data_facts(self.splits, self.recipe, self.num_too_long)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the recipe as the manifest has it."""
+        return recipe_dict(self.recipe)
 
 
-def prepare(recipe: Recipe, reporter: Reporter | None = None) -> Prepared:
+def base_identity(fingerprint: str, plan: Mapping[str, Any]) -> str:
+    """Return what identifies a base as it is trained on: a plan's file has a name, what counts is what is in it."""
+    return f"{fingerprint} {plan}" if plan else fingerprint
+
+
+def prepare(
+    recipe: Recipe | TasksRecipe, reporter: Reporter | None = None, base: Base | None = None
+) -> Prepared:
     """Find the base, read and split the data, tokenize; loads no weights, writes no output.
+
+    Args:
+        recipe: of one task, or of several for a shared adapter.
+        reporter: where progress goes.
+        base: the recipe's, where it was found before.
 
     Raises:
         InvalidRecipe: the data does not fit the recipe, or the device cannot do what it says.
         BaseNotFound, MissingDependency: the base, the data or a tracker is not here.
     """
     say = (reporter or Reporter(quiet=True)).note
+    if not isinstance(recipe, Recipe):
+        from lorary.trainer.tasks.shared import prepare_shared  # is made of runs of this module
+
+        return prepare_shared(recipe, reporter)
     recipe = resolve_shape(resolve_auto(recipe))
     check_plan(recipe)
     check_optimizer(recipe.training)
     check_trackers(recipe.training.trackers)
     kind_class = kind_of(recipe)
-    base = find_base(recipe.base, progress=say)
+    base = base or find_base(recipe.base, progress=say)
     tokenizer = load_tokenizer(base, needs_end=kind_class.needs_end)
     builder = PromptBuilder(tokenizer)
     splits = load_splits(recipe)
@@ -179,7 +214,7 @@ def resolve_auto(recipe: Recipe) -> Recipe:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | TasksRecipe,
     output: Path,
     *,
     resume: bool = False,
@@ -191,7 +226,7 @@ def train(
     """Train, evaluate and write an adapter.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; of several tasks for a shared adapter.
         output: folder to make; it appears only when everything in it is done.
         resume: go on from the newest checkpoint of the same recipe, base and data.
         force: replace an earlier output; with ``resume``, go on from a checkpoint of another recipe,
@@ -209,7 +244,7 @@ def train(
     check_output(output, force=force)
     run = prepare(recipe, reporter)
     others = read_runs(run, beside)
-    checkpoints = _checkpoints_of(output)
+    checkpoints = checkpoints_of(output)
     resume_from = (
         newest_checkpoint(checkpoints, run.identity, allow_other=force) if resume else None
     )
@@ -219,8 +254,7 @@ def train(
     reporter.note(_headline(run))
     method, fitted = fit_adapter(run, output, resume_from, reporter)
     fitted_at = time.monotonic()
-    uncut = _cut(run, method, reporter) if method.is_cut_afterwards else None
-    after, before = _evaluate(run, method.model, reporter)
+    answered = _answers(run, method, reporter)
     evaluated_at = time.monotonic()
     manifest: list[Manifest] = []
 
@@ -238,15 +272,16 @@ def train(
             "num_trainable": fitted.num_trainable,
             **(origin or {}),
         }
-        results = Results(before=before, after=after, uncut=uncut)
-        manifest.append(_fill(run, folder, method, fitted, results, facts, others))
+        manifest.append(_fill(run, folder, method, fitted, answered, facts, others))
 
     write_output(output, fill)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return manifest[0]
 
 
-def assist(recipe: Recipe, output: Path, *, resume: bool = False, force: bool = False) -> None:
+def assist(
+    recipe: Recipe | TasksRecipe, output: Path, *, resume: bool = False, force: bool = False
+) -> None:
     """Train beside the process that runs ``train``, which evaluates and writes; see ``processes``.
 
     Raises:
@@ -256,11 +291,12 @@ def assist(recipe: Recipe, output: Path, *, resume: bool = False, force: bool = 
     run = prepare(recipe, quiet)
     resume_from = None
     if resume:
-        resume_from = newest_checkpoint(_checkpoints_of(output), run.identity, allow_other=force)
+        resume_from = newest_checkpoint(checkpoints_of(output), run.identity, allow_other=force)
     fit_adapter(run, output, resume_from, quiet)
 
 
-def _checkpoints_of(output: Path) -> Path:
+def checkpoints_of(output: Path) -> Path:
+    """Return where the checkpoints of the run that makes ``output`` are."""
     return output.with_name(f"{output.name}.checkpoints")
 
 
@@ -316,7 +352,7 @@ def fit_adapter(
         run.recipe,
         train_rows=run.train_rows,
         validation_rows=run.validation_rows,
-        checkpoints=_checkpoints_of(output),
+        checkpoints=checkpoints_of(output),
         identity=run.identity,
         resume_from=resume_from,
         reporter=reporter,
@@ -325,28 +361,36 @@ def fit_adapter(
     return method, fitted
 
 
-def _cut(run: Prepared, method: Attached, reporter: Reporter) -> Evaluation:
-    """Measure what was trained, then leave in the model what will be published of it."""
+def _answers(run: Prepared, method: Attached, reporter: Reporter) -> dict[str, Answered]:
+    """Measure the adapter and the base under it on the test examples of each task.
+
+    Where more was trained than is published, that is measured first, and then cut.
+    """
+    uncut: dict[str, Evaluation] = {}
+    if method.is_cut_afterwards:
+        uncut = {
+            name: _evaluate(part, method.model, reporter, "what was trained", name)
+            for name, part in run.parts.items()
+        }
+        reporter.note(f"finding the best adapter of rank {run.recipe.method.rank} in every layer")
+        method.cut()
+    answered = {}
+    for name, part in run.parts.items():
+        after = _evaluate(part, method.model, reporter, "adapter", name)
+        before = None
+        if not part.recipe.evaluation.skip_base:
+            with method.model.disable_adapter():
+                before = _evaluate(part, method.model, reporter, "base", name)
+        answered[name] = Answered.of(part.recipe, part.splits, before, after, uncut.get(name))
+    return answered
+
+
+def _evaluate(run: Prepared, model: Any, reporter: Reporter, who: str, task: str) -> Evaluation:
+    """Measure a model as it is on the test examples of one task."""
     test = run.splits.test
-    with reporter.phase("evaluating what was trained", len(test)) as advance:
-        found: Evaluation = run.kind.evaluate(method.model, test, lambda count: advance(count, ""))
-    reporter.note(f"finding the best adapter of rank {run.recipe.method.rank} in every layer")
-    method.cut()
+    with reporter.phase(f"evaluating {who}{f' on {task}' if task else ''}", len(test)) as advance:
+        found: Evaluation = run.kind.evaluate(model, test, lambda count: advance(count, ""))
     return found
-
-
-def _evaluate(
-    run: Prepared, model: Any, reporter: Reporter
-) -> tuple[Evaluation, Evaluation | None]:
-    """Measure the adapter, then the base under it, on the test examples."""
-    test = run.splits.test
-    with reporter.phase("evaluating adapter", len(test)) as advance:
-        after = run.kind.evaluate(model, test, lambda count: advance(count, ""))
-    if run.recipe.evaluation.skip_base:
-        return after, None
-    with model.disable_adapter(), reporter.phase("evaluating base", len(test)) as advance:
-        before = run.kind.evaluate(model, test, lambda count: advance(count, ""))
-    return after, before
 
 
 def _fill(
@@ -354,7 +398,7 @@ def _fill(
     folder: Path,
     method: Attached,
     fitted: Fit,
-    results: Results,
+    answered: Mapping[str, Answered],
     facts: dict[str, Any],
     others: Sequence[OtherRun],
 ) -> Manifest:
@@ -363,20 +407,16 @@ def _fill(
 
     from lorary.trainer.report.inside import look_inside
 
-    recipe, task = run.recipe, run.recipe.task.to_manifest()
-    before, after = results.before, results.after
-    uncut = None
-    if results.uncut is not None:
-        uncut = metrics_of(recipe, results.uncut, after, recipe.training.seed)
+    recipe = run.recipe
+    uncut = uncut_figures_of(answered)
+    if uncut is not None:
         facts["uncut"] = uncut_facts(uncut, method.model)
     facts["conversion_error"] = method.save(folder, run.base)
-    num_probes = recipe.evaluation.num_golden_probes if run.kind.has_probes else 0
-    probed = run.splits.test[:num_probes]
     quantization, device = run.kind.formats, recipe.training.device
     probes = golden_probes(
         folder,
         run.base,
-        [Encoder(run.builder, task).prompt(example) for example in probed],
+        _probed(run),
         quantization=quantization,
         device=device,
     )
@@ -395,13 +435,10 @@ def _fill(
         **plan_facts(quantization),
     }
     manifest = build_manifest(
-        recipe,
-        run.base,
+        run,
         method=method.describe(),
         probes=probes,
-        before=before,
-        after=after,
-        data=data_facts(run.splits, recipe, run.num_too_long),
+        metrics=figures_of(answered),
         training={**facts, **made},
     )
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
@@ -409,19 +446,29 @@ def _fill(
         folder / "report",
         recipe=recipe,
         manifest=manifest,
-        splits=run.splits,
+        answered=answered,
         history=fitted.history,
         best_step=fitted.best_step,
-        before=before,
-        after=after,
         inside=look_inside(
-            run, method.model, before, after, folder / "adapter_model.safetensors", others
+            run, method.model, answered, folder / "adapter_model.safetensors", others
         )
         if recipe.evaluation.report
         else None,
         uncut=uncut,
     )
     return manifest
+
+
+def _probed(run: Prepared) -> list[list[int]]:
+    """Return the held-out prompts that servers replay, as many of each task."""
+    if not run.kind.has_probes:
+        return []
+    num_probes = -(-run.recipe.evaluation.num_golden_probes // len(run.parts))
+    return [
+        Encoder(part.builder, part.task).prompt(example)
+        for part in run.parts.values()
+        for example in part.splits.test[:num_probes]
+    ]
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:

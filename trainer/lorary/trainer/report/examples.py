@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorary.registry.manifest import LOWER_IS_BETTER
+from lorary.registry.manifest import is_lower_better
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def compare_examples(
     gains = [
         a - b for a, b in zip(_known(adapter, after, test), _known(base, before, test), strict=True)
     ]
-    if metric in LOWER_IS_BETTER:
+    if is_lower_better(metric):
         gains = [-gain for gain in gains]
     order = sorted(range(len(test)), key=lambda i: -abs(gains[i]))
     groups: dict[str, list[Pair]] = {"won": [], "lost": [], "same": []}

@@ -11,27 +11,33 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
-from lorary.registry.manifest import LOWER_IS_BETTER
+from lorary.registry.manifest import is_lower_better
 from lorary.trainer.data import StreamedExamples
 from lorary.trainer.figures_table import verdict
-from lorary.trainer.recipe_file import recipe_dict
+from lorary.trainer.report.examples import compare_examples
 from lorary.trainer.report.ranks import ranks_by_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorary.registry.manifest import Interval, Manifest, Metrics
+    from lorary.trainer.answered import Answered
     from lorary.trainer.data import Splits
+    from lorary.trainer.forgetting import ForgettingTable
     from lorary.trainer.recipe import Recipe
-    from lorary.trainer.report.examples import Outcomes
     from lorary.trainer.report.inside import Inside
     from lorary.trainer.report.weights import ModuleChange
 
 TEMPLATE = "page.html"
+FORGETTING_TEMPLATE = "forgetting.html"
+# Between them is the forgetting table, if there is one.
+_MARKS = ("<!-- each adapter on each task -->", "<!-- end of each adapter on each task -->")
+# What the files of each section's pictures begin with; they are drawn in the order in which they are shown.
 _SECTIONS = {
-    "curves": ("loss_curve.png", "schedule.png"),
-    "labels": ("confusion.png", "reliability.png"),
-    "weights": ("weight_change.png", "effective_rank.png", "singular_values.png"),
+    "curves": ("loss_curve", "schedule"),
+    "labels": ("confusion", "reliability"),
+    "attention": ("attention-",),
+    "weights": ("weight_change", "effective_rank", "singular_values"),
 }
 _MAX_TEXT = 600
 _UNKNOWN = ("words", "answer", "labels")
@@ -55,11 +61,11 @@ def render(
     *,
     recipe: Recipe,
     manifest: Manifest,
-    splits: Splits,
+    answered: Mapping[str, Answered],
     figures: Sequence[Figure],
-    outcomes: Outcomes,
     inside: Inside,
-    uncut: Metrics | None = None,
+    uncut: Metrics | None,
+    forgetting: ForgettingTable | None,
 ) -> str:
     """Return the page: one file of HTML that loads nothing and runs nothing.
 
@@ -68,35 +74,33 @@ def render(
     """
     metrics = manifest.metrics
     assert metrics is not None
-    by_file = {figure.file: figure for figure in figures}
     sections = {
-        name: [by_file[file] for file in files if file in by_file]
-        for name, files in _SECTIONS.items()
+        name: [figure for figure in figures if figure.file.startswith(starts)]
+        for name, starts in _SECTIONS.items()
     }
-    sections["attention"] = [one for one in figures if one.file.startswith("attention-")]
-    source = (importlib.resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     shown = recipe.evaluation.num_report_examples
-    return environment.from_string(source).render(
+    return _template(TEMPLATE).render(
         recipe=recipe,
         manifest=manifest,
         metrics=metrics,
-        headline=_headline(metrics),
+        kinds=", ".join(dict.fromkeys(one.recipe.task.kind for one in answered.values())),
+        headlines=[
+            f"{name}: {_headline(one.metrics)}" if name else _headline(one.metrics)
+            for name, one in answered.items()
+        ],
         rows=_metric_rows(metrics),
         uncut={} if uncut is None else {row["name"]: row for row in _metric_rows(uncut)},
+        forgetting=_between_marks(forgetting),
         sections=sections,
-        outcomes=outcomes,
-        groups={name: pairs[:shown] for name, pairs in outcomes.groups.items()},
-        counts={name: len(pairs) for name, pairs in outcomes.groups.items()},
+        examples=[_shown_examples(name, one, shown) for name, one in answered.items()],
+        has_examples=shown > 0,
         shorten=_shorten,
         weight_facts=_weight_facts(inside.weights),
         ranks=_rank_rows(manifest, inside),
         has_overlaps=any(inside.overlaps),
         has_cut=any(one.published_rank is not None for one in inside.weights),
         data_facts=_plain_facts(manifest.data),
-        parts=_parts(splits),
+        parts=[part for name, one in answered.items() for part in _parts(one.splits, name)],
         lock={
             "base": f"{manifest.base.name}, {manifest.base.architecture}",
             "base fingerprint": manifest.base.fingerprint,
@@ -109,8 +113,43 @@ def render(
             ),
             "written": manifest.created_at,
         },
-        recipe_yaml=yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True),
+        recipe_yaml=yaml.safe_dump(
+            manifest.training["recipe"], sort_keys=False, allow_unicode=True
+        ),
     )
+
+
+def with_forgetting(page: str, table: ForgettingTable) -> str:
+    """Return a page with this table where ``render`` left room for one."""
+    before, _, rest = page.partition(_MARKS[0])
+    _, _, after = rest.partition(_MARKS[1])
+    return f"{before}{_between_marks(table)}{after}"
+
+
+def _between_marks(table: ForgettingTable | None) -> str:
+    shown = _template(FORGETTING_TEMPLATE).render(table=table) if table else ""
+    return f"{_MARKS[0]}\n{shown}\n{_MARKS[1]}"
+
+
+def _template(name: str) -> jinja2.Template:
+    source = (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source)
+
+
+def _shown_examples(task: str, answered: Answered, num_shown: int) -> dict[str, Any]:
+    """Return the first pairs of each group of one task, and how many there are."""
+    outcomes = compare_examples(
+        answered.splits.test, answered.before, answered.after, answered.metrics.primary
+    )
+    return {
+        "task": task,
+        "metric": outcomes.metric,
+        "groups": {name: pairs[:num_shown] for name, pairs in outcomes.groups.items()},
+        "counts": {name: len(pairs) for name, pairs in outcomes.groups.items()},
+    }
 
 
 def _headline(metrics: Metrics) -> str:
@@ -148,7 +187,7 @@ def _metric_rows(metrics: Metrics) -> list[dict[str, str]]:
         change = f"{metrics.adapter[name] - metrics.base[name]:+.4g}" if has_base else "-"
         rows.append(
             {
-                "name": f"{name} ↓" if name in LOWER_IS_BETTER else name,
+                "name": f"{name} ↓" if is_lower_better(name) else name,
                 "base": f"{metrics.base[name]:.4g}" if has_base else "-",
                 "base_interval": _interval(sure.base if sure else None),
                 "adapter": f"{metrics.adapter[name]:.4g}",
@@ -211,7 +250,7 @@ def _rank_rows(manifest: Manifest, inside: Inside) -> list[dict[str, str]]:
     ]
 
 
-def _parts(splits: Splits) -> list[dict[str, str]]:
+def _parts(splits: Splits, task: str) -> list[dict[str, str]]:
     """Return counts, lengths and labels of each part of the data.
 
     Of what does not fit in memory only the count: anything else would read it all once more.
@@ -221,8 +260,9 @@ def _parts(splits: Splits) -> list[dict[str, str]]:
         examples = getattr(splits, name)
         if not len(examples):
             continue
+        known = {"name": f"{task}: {name}" if task else name, "count": f"{len(examples):,}"}
         if isinstance(examples, StreamedExamples):
-            rows.append({"name": name, "count": f"{len(examples):,}"} | dict.fromkeys(_UNKNOWN, ""))
+            rows.append(known | dict.fromkeys(_UNKNOWN, ""))
             continue
         words = sorted(len(example.text.split()) for example in examples)
         answers = sorted(len(example.target.split()) for example in examples)
@@ -234,8 +274,7 @@ def _parts(splits: Splits) -> list[dict[str, str]]:
         labels = ", ".join(f"{label} {count}" for label, count in top[:8]) if len(top) <= 20 else ""
         rows.append(
             {
-                "name": name,
-                "count": f"{len(examples):,}",
+                **known,
                 "words": _spread(words),
                 "answer": _spread(answers),
                 "labels": labels,

@@ -23,7 +23,7 @@ from lorary.errors import IncompatibleAdapter, InvalidRequest
 from lorary.registry.store import Registry
 from lorary.trainer.provenance import hardware, loss_curve
 from lorary.trainer.quantplan.use import plan_facts
-from lorary.trainer.recipe_file import build_recipe
+from lorary.trainer.recipe_file import build_any_recipe
 from lorary.trainer.reproduce.compare import (
     Comparison,
     compare_curves,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lorary.registry.manifest import Manifest
     from lorary.trainer.progress import Reporter
     from lorary.trainer.recipe import Recipe
+    from lorary.trainer.tasks.recipe import TasksRecipe
 
 MOVABLE = ("base", "data.path", "method.quantization_plan", "training.device")
 """Keys that say where something is, and not what is done; the fingerprints prove that it is the same."""
@@ -103,7 +104,7 @@ def reproduce(
     check_inputs(run, manifest)
     with tempfile.TemporaryDirectory(prefix="lorary-reproduce-") as scratch:
         fresh = output or Path(scratch) / "run"
-        again = train(run.recipe, fresh, reporter=reporter)
+        again = train(recipe, fresh, reporter=reporter)
         comparisons = [
             *compare_curves(_curve(manifest, folder), _curve(again, fresh), tolerance),
             *compare_metrics(manifest, again, tolerance),
@@ -118,7 +119,7 @@ def reproduce(
     )
 
 
-def recipe_of(manifest: Manifest, moved: Mapping[str, str]) -> Recipe:
+def recipe_of(manifest: Manifest, moved: Mapping[str, str]) -> Recipe | TasksRecipe:
     """Return the recipe that a manifest records, with things that lie elsewhere now.
 
     Raises:
@@ -132,15 +133,21 @@ def recipe_of(manifest: Manifest, moved: Mapping[str, str]) -> Recipe:
             "nothing to run again"
         )
     tree = copy.deepcopy(tree)
+    # Of several tasks each has a place of its own.
+    each = [f"tasks.{name}.data.path" for name in tree.get("tasks", ())]
+    movable = [*each, *(key for key in MOVABLE if not (each and key == "data.path"))]
     for key, value in moved.items():
-        if key not in MOVABLE:
+        if key not in movable:
             raise InvalidRequest(
-                f"--set {key} would change what is trained; only {', '.join(MOVABLE)} may be set",
+                f"--set {key} would change what is trained; only {', '.join(movable)} may be set",
                 field=key,
             )
-        group, _, name = key.rpartition(".")
-        (tree[group] if group else tree)[name] = value
-    return build_recipe(tree)
+        *groups, name = key.split(".")
+        node = tree
+        for group in groups:
+            node = node[group]
+        node[name] = value
+    return build_any_recipe(tree)
 
 
 def check_inputs(run: Prepared, manifest: Manifest) -> None:
@@ -156,14 +163,14 @@ def check_inputs(run: Prepared, manifest: Manifest) -> None:
             f"trained on '{manifest.base.name}' with {_short(manifest.base.fingerprint)}"
         )
     recorded = str(manifest.data.get("fingerprint", "none"))
-    if run.splits.fingerprint != recorded:
+    if run.data_fingerprint != recorded:
         sizes = ", ".join(
             f"{len(getattr(run.splits, part))} {part} examples (then {then})"
             for part in ("train", "validation", "test")
             if (then := manifest.data.get(f"num_{part}")) != len(getattr(run.splits, part))
         )
         differences.append(
-            f"the data has fingerprint {_short(run.splits.fingerprint)}, and was {_short(recorded)} then"
+            f"the data has fingerprint {_short(run.data_fingerprint)}, and was {_short(recorded)} then"
             + (f": {sizes}" if sizes else ", with as many examples but not the same")
         )
     plan = plan_facts(run.kind.formats).get("quantization_plan")
