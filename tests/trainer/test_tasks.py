@@ -204,9 +204,7 @@ def test_a_shared_run_is_resumed_and_reproduced_bit_by_bit(
 def test_separate_adapters_are_ordinary_runs_and_measured_on_each_others_tasks(
     make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, tiny_base: Path
 ) -> None:
-    recipe = make_recipe(
-        adapters="separate", training__max_steps=30, tasks__verdict__data__num_validation=0
-    )
+    recipe = make_recipe(adapters="separate", training__max_steps=40, training__eval_every=20)
     result = train_separate(recipe, tmp_path / "run", reporter=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run-subject", "run-verdict"]
     alone = train(recipe.recipes()["subject"], tmp_path / "alone", reporter=quiet)

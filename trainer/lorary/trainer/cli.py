@@ -109,7 +109,9 @@ def train(
         return
     is_separate = isinstance(checked, TasksRecipe) and checked.adapters == "separate"
     if dry_run:
-        planned = recipes_of(checked) if is_separate else {"": checked}
+        planned: Mapping[str, Recipe | TasksRecipe] = (
+            recipes_of(checked) if is_separate else {"": checked}
+        )
         _plan(planned, folder, beside or [], reporter, as_json=as_json)
         return
     if isinstance(checked, TasksRecipe) and is_separate:
