@@ -18,7 +18,9 @@ from lorary.trainer import fit as fit_module
 from lorary.trainer.cli import app
 from lorary.trainer.encoding import Row
 from lorary.trainer.eval_cli import app as eval_app
+from lorary.trainer.forgetting import ForgettingTable
 from lorary.trainer.recipe_file import build_any_recipe, load_recipe, recipe_dict
+from lorary.trainer.report import add_forgetting
 from lorary.trainer.reproduce.run import reproduce
 from lorary.trainer.tasks.mix import MixedRows, shares_of, take_turns
 from lorary.trainer.tasks.recipe import TasksRecipe
@@ -36,16 +38,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 WHO = "<|im_start|>user\nin {{ text }}<|im_end|>\n<|im_start|>assistant\n"
-NAMES = ("verdict", "subject")
+NAMES = ("verdict", "verb")
 
 
 @pytest.fixture(scope="module")
 def tree(tiny_base: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Is it good or bad, and what is it about: a label, and a word that is generated."""
-    subjects = tmp_path_factory.mktemp("data") / "subjects.jsonl"
-    pairs = itertools.product(SUBJECTS, ("sat on", "ran in", "was not on"), SUBJECTS[:4])
-    rows = [{"text": f"the {a} {did} the {b}", "target": a} for a, did, b in pairs]
-    subjects.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Is it good or bad, and what is done: a label, and a word that is generated."""
+    verbs = tmp_path_factory.mktemp("data") / "verbs.jsonl"
+    pairs = itertools.product(SUBJECTS, ("sat on", "ran in"), SUBJECTS[:6])
+    rows = [{"text": f"the {a} {did} the {b}", "target": did[:3]} for a, did, b in pairs]
+    verbs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held = {"num_test": 12, "num_validation": 6, "max_similarity": 1.0}
     columns = {"text": "review", "target": "sentiment"}
     short = {"max_new_tokens": 4}
@@ -62,9 +64,9 @@ def tree(tiny_base: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
                 },
                 "data": {"source": "file", "path": str(reviews), "columns": columns, **held},
             },
-            "subject": {
+            "verb": {
                 "task": {"template": WHO, **short},
-                "data": {"source": "file", "path": str(subjects), **held},
+                "data": {"source": "file", "path": str(verbs), **held},
                 "metric": "exact_match",
             },
         },
@@ -77,7 +79,7 @@ def tree(tiny_base: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
             "dtype": "float32",
             "device": "cpu",
         },
-        "evaluation": {"report": False, "num_resamples": 100},
+        "evaluation": {"report": False, "num_resamples": 50, "num_golden_probes": 1},
     }
 
 
@@ -114,7 +116,7 @@ def test_batches_are_whose_share_it_is_and_every_row_comes_once_a_pass() -> None
         name: [Row(input_ids=(1,) * length, num_prompt=1) for length in range(2, 2 + size)]
         for name, size in (("large", 40), ("small", 10))
     }
-    mix = MixedRows(tasks=rows, shares=shares_of({"large": 40, "small": 10}, {}, 1.0))
+    mix = MixedRows(tasks=rows, shares={"large": 0.8, "small": 0.2})
     assert len(mix) == 50
     assert mix[41] is rows["small"][1]
     plan = mix.plan(batch_size=5, num_batches=20, seed=3)
@@ -142,24 +144,29 @@ def test_shares_are_by_size_by_temperature_or_as_given() -> None:
 def test_a_shared_adapter_learns_all_tasks_and_is_measured_on_each(
     make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, tiny_base: Path, capsys: Any
 ) -> None:
-    recipe = make_recipe(training__max_steps=60, training__eval_every=30, evaluation__report=True)
+    recipe = make_recipe(
+        training__max_steps=100,
+        training__eval_every=50,
+        evaluation__report=True,
+        evaluation__num_attention_maps=0,
+    )
     manifest = train(recipe, tmp_path / "out", reporter=quiet)
     assert manifest == Manifest.from_json((tmp_path / "out" / "manifest.json").read_bytes())
     assert {name: task.template for name, task in manifest.tasks.items()} == {
         "verdict": TEMPLATE,
-        "subject": WHO,
+        "verb": WHO,
     }
     assert (manifest.task.kind, manifest.task.template) == ("generation", None)
     assert manifest.metrics is not None
     assert manifest.metrics.primary == "verdict/accuracy"
     assert manifest.metrics.num_examples == 24
     assert manifest.metrics.adapter["verdict/accuracy"] == 1.0
-    assert manifest.metrics.adapter["subject/exact_match"] > 0.5
+    assert manifest.metrics.adapter["verb/exact_match"] > 0.5
     assert manifest.data["tasks"]["verdict"]["num_train"] == 92
     # The table is these figures, and lorary eval finds them again from the files.
     table = metrics_of(tmp_path / "out")["forgetting"]
     cells = table["adapters"]["tiny"]
-    assert cells["verdict"]["verdict"] == cells["subject"]["verdict"] == "better"
+    assert cells["verdict"]["verdict"] == cells["verb"]["verdict"] == "better"
     assert call(eval_app, tmp_path / "out", "--dtype", "float32", "--json") == 0
     for found in json.loads(capsys.readouterr().out)["results"]:
         task, metrics = found["exam"].rpartition(":")[2], found["metrics"]
@@ -168,18 +175,21 @@ def test_a_shared_adapter_learns_all_tasks_and_is_measured_on_each(
         assert table["tasks"][task]["base"] == metrics["base"][name]
         assert cells[task]["value"] == manifest.metrics.adapter[f"{task}/{name}"]
     page = (tmp_path / "out" / "report" / "report.html").read_text()
-    for part in ("Each adapter on each task", "subject/exact_match", "Of subject, by exact_match"):
+    for part in ("Each adapter on each task", "verb/exact_match", "Of verb, by exact_match"):
         assert part in page
     pictures = {path.name for path in (tmp_path / "out" / "report").glob("*-verdict.png")}
     assert pictures == {"confusion-verdict.png", "reliability-verdict.png"}
+    add_forgetting(tmp_path / "out" / "report", ForgettingTable.from_json(table))
+    assert (tmp_path / "out" / "report" / "report.html").read_text() == page, "in its place, once"
+    assert metrics_of(tmp_path / "out")["forgetting"] == table
     rows = (tmp_path / "out" / "report" / "examples.jsonl").read_text().splitlines()
-    assert Counter(json.loads(row)["task"] for row in rows) == {"verdict": 12, "subject": 12}
+    assert Counter(json.loads(row)["task"] for row in rows) == {"verdict": 12, "verb": 12}
     # One version, and another one where a template is another.
     registry = Registry.open(tmp_path / "registry", create=True)
     card = BaseCard.from_folder(tiny_base)
     first = registry.push(tmp_path / "out", "tiny", base=card)
     raw = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    raw["tasks"]["subject"]["template"] += "x"
+    raw["tasks"]["verb"]["template"] += "x"
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(raw))
     assert registry.push(tmp_path / "out", "tiny", base=card).digest != first.digest
 
@@ -198,7 +208,7 @@ def test_a_shared_run_is_resumed_and_reproduced_bit_by_bit(
     assert manifest.training["resumed_from"]["step"] == 3
     again = reproduce("it", tmp_path / "out", manifest, tolerance=0.0, reporter=quiet)
     assert again.is_bit_equal
-    assert "subject/exact_match of adapter" in {one.what for one in again.comparisons}
+    assert "verb/exact_match of adapter" in {one.what for one in again.comparisons}
 
 
 def test_separate_adapters_are_ordinary_runs_and_measured_on_each_others_tasks(
@@ -206,14 +216,14 @@ def test_separate_adapters_are_ordinary_runs_and_measured_on_each_others_tasks(
 ) -> None:
     recipe = make_recipe(adapters="separate", training__max_steps=40, training__eval_every=20)
     result = train_separate(recipe, tmp_path / "run", reporter=quiet)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-subject", "run-verdict"]
-    alone = train(recipe.recipes()["subject"], tmp_path / "alone", reporter=quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-verb", "run-verdict"]
+    alone = train(recipe.recipes()["verb"], tmp_path / "alone", reporter=quiet)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        files = [tmp_path / folder / name for folder in ("alone", "run-subject")]
+        files = [tmp_path / folder / name for folder in ("alone", "run-verb")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    assert alone.training["recipe"]["name"] == "tiny-subject"
+    assert alone.training["recipe"]["name"] == "tiny-verb"
     table = result.table.as_json()
-    assert [*table["adapters"]] == ["tiny-verdict", "tiny-subject"]
+    assert [*table["adapters"]] == ["tiny-verdict", "tiny-verb"]
     for name in NAMES:
         assert metrics_of(tmp_path / f"run-{name}")["forgetting"] == table
         own, metrics = table["adapters"][f"tiny-{name}"][name], result.manifests[name].metrics
@@ -221,15 +231,15 @@ def test_separate_adapters_are_ordinary_runs_and_measured_on_each_others_tasks(
         assert own["value"] == metrics.adapter[metrics.primary]
     # The oracle is PEFT alone: who was trained to judge is asked what it is about.
     rows = (tmp_path / "alone" / "report" / "examples.jsonl").read_text().splitlines()
-    right = {"verdict": 0, "subject": 0}
+    right = {"verdict": 0, "verb": 0}
     for row in map(json.loads, rows):
         for who in NAMES:
             text = _answer(tiny_base, tmp_path / f"run-{who}", row["inputs"]["text"])
             right[who] += text == row["target"]
     for who in NAMES:
-        value = table["adapters"][f"tiny-{who}"]["subject"]["value"]
+        value = table["adapters"][f"tiny-{who}"]["verb"]["value"]
         assert value == pytest.approx(right[who] / 12, abs=1e-4)
-    assert right["subject"] > 6 > right["verdict"], "it has forgotten, or never knew"
+    assert right["verb"] > 6 > right["verdict"], "it has forgotten, or never knew"
 
 
 def test_resuming_separate_adapters_trains_only_what_is_missing(
@@ -237,7 +247,7 @@ def test_resuming_separate_adapters_trains_only_what_is_missing(
 ) -> None:
     from tests.trainer.test_train import _StopAfter
 
-    recipe = make_recipe(adapters="separate", evaluation__report=True)
+    recipe = make_recipe(adapters="separate")
     with pytest.raises(InvalidRecipe, match="no task of 'tiny' is finished"):
         train_separate(recipe, tmp_path / "run", resume=True, reporter=quiet)
     runs: list[str] = []
@@ -245,9 +255,8 @@ def test_resuming_separate_adapters_trains_only_what_is_missing(
         patch.setattr("lorary.trainer.tasks.separate.train", _train_then_stop(runs, _StopAfter))
         with pytest.raises(Cancelled, match="stopped at step 3 of 6"):
             train_separate(recipe, tmp_path / "run", reporter=quiet)
-    assert runs == ["tiny-verdict", "tiny-subject"]
-    page = tmp_path / "run-verdict" / "report" / "report.html"
-    assert "Each adapter on each task" not in page.read_text()
+    assert runs == ["tiny-verdict", "tiny-verb"]
+    assert "forgetting" not in metrics_of(tmp_path / "run-verdict")
     kept = tmp_path / "run-verdict" / "adapter_model.safetensors"
     before = kept.stat()
     with pytest.raises(AlreadyExists, match="run-verdict' exists and is not what task 'verdict'"):
@@ -259,10 +268,8 @@ def test_resuming_separate_adapters_trains_only_what_is_missing(
         )
     result = train_separate(recipe, tmp_path / "run", resume=True, reporter=quiet)
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert result.manifests["subject"].training["resumed_from"]["step"] == 3
-    for _ in range(2):  # nothing left to train: measured again, in the same place of the page
-        assert page.read_text().count("Each adapter on each task") == 1
-        train_separate(recipe, tmp_path / "run", resume=True, reporter=quiet)
+    assert result.manifests["verb"].training["resumed_from"]["step"] == 3
+    assert metrics_of(tmp_path / "run-verdict")["forgetting"] == result.table.as_json()
     with pytest.raises(AlreadyExists, match="exists"):
         train_separate(recipe, tmp_path / "run", reporter=quiet)
 
@@ -278,12 +285,12 @@ def test_resuming_separate_adapters_trains_only_what_is_missing(
         ({"tasks": {}}, "tasks has 0 task"),
         ({"tasks__Verdict": {"data": {"source": "jupyter-fr"}}}, "called 'Verdict'"),
         ({"tasks__verdict__data__num_test": 0}, "tasks.verdict: data.num_test is 0"),
-        ({"tasks__subject__metric": "accuracy"}, "tasks.subject: evaluation.metric is accuracy"),
-        ({"tasks__subject__task__kind": "seq2seq"}, "a head of its own"),
-        ({"tasks__subject__weight": 2}, "tasks.verdict has no weight"),
+        ({"tasks__verb__metric": "accuracy"}, "tasks.verb: evaluation.metric is accuracy"),
+        ({"tasks__verb__task__kind": "seq2seq"}, "a head of its own"),
+        ({"tasks__verb__weight": 2}, "tasks.verdict has no weight"),
         ({"temperature": 0}, "temperature is 0"),
         (
-            {"temperature": 2, "tasks__subject__weight": 1, "tasks__verdict__weight": 1},
+            {"temperature": 2, "tasks__verb__weight": 1, "tasks__verdict__weight": 1},
             "decide alone",
         ),
         ({"evaluation__metric": "bleu"}, "set tasks.verdict.metric"),
@@ -305,7 +312,7 @@ def test_the_command_previews_plans_and_trains_several_tasks(
     text = (ROOT / "docs" / "training.md").read_text().partition("## Several tasks")[2]
     path = tmp_path / "critic.yaml"
     path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
-    for name, file in (("verdict", "reviews"), ("subject", "subjects")):
+    for name, file in (("verdict", "reviews"), ("verb", "verbs")):
         shutil.copy(tree["tasks"][name]["data"]["path"], tmp_path / f"{file}.jsonl")
     held = {"num_test": 12, "num_validation": 6, "max_similarity": 1.0}
     where = ["--output", tmp_path / "run", f"--set=base={tiny_base}", "--set=training.max_steps=2"]
@@ -319,14 +326,14 @@ def test_the_command_previews_plans_and_trains_several_tasks(
 
     found = json.loads(printed("--preview", "--json"))["tasks"]
     assert [found[name]["train"] for name in NAMES] == [92, 102]
-    assert "in the" in "".join(t["text"] for t in found["subject"]["examples"][0]["tokens"])
+    assert "in the" in "".join(t["text"] for t in found["verb"]["examples"][0]["tokens"])
     plan = json.loads(printed("--dry-run", "--json"))
     assert "verdict 92 rows, 33.3% of batches" in plan["plan"]["tasks"]
     assert recipe_dict(build_any_recipe(plan["recipe"])) == plan["recipe"]
     plans = json.loads(printed("--dry-run", "--json", *apart))["tasks"]
-    assert plans["subject"]["plan"]["output"].endswith("run-subject")
+    assert plans["verb"]["plan"]["output"].endswith("run-verb")
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"critic.yaml", "reviews.jsonl", "subjects.jsonl"}
+    assert left == {"critic.yaml", "reviews.jsonl", "verbs.jsonl"}
     shown = printed()
     assert "(base)" in shown
     assert "registry push" in shown
@@ -335,11 +342,11 @@ def test_the_command_previews_plans_and_trains_several_tasks(
     assert shown.count("registry push") == 2
     with pytest.raises(InvalidRecipe, match="several tasks, which lorary train"):
         load_recipe(path)
-    with pytest.raises(InvalidRecipe, match=r"tasks\.subject: .*no such file"):
-        call_strictly(path, "--set", "tasks.subject.data.path=none.jsonl")
+    with pytest.raises(InvalidRecipe, match=r"tasks\.verb: .*no such file"):
+        strictly(path, *where, "--set", "tasks.verb.data.path=none.jsonl")
 
 
-def call_strictly(*args: object) -> None:
+def strictly(*args: object) -> None:
     app([*map(str, args), "--dry-run"], standalone_mode=False)
 
 

@@ -149,10 +149,10 @@ def _preview(recipes: Mapping[str, Recipe], reporter: Reporter, *, as_json: bool
         print_json(shown.get("", {"tasks": shown}))
         return
     screen = console()
-    for name, one in found.items():
+    for name, seen in found.items():
         if name:
             screen.rule(name, align="left")
-        for part in one.renderables():
+        for part in seen.renderables():
             screen.print(part)
 
 
