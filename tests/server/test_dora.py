@@ -237,8 +237,8 @@ def test_churn_over_few_pages_stays_exact(
         assert tokens == peft_greedy(base, adapters.get(name), prompt, 6), name or "base"
 
 
-# As in test_engine_quantized, where the reasons are.
-TOLERANCE = {"nf4": 2e-2, "int8": 0.1}
+# As in test_engine_quantized, where the reasons are; PEFT's products with nf4 are in float32 here.
+TOLERANCE = {"nf4": 0.1, "int8": 0.1}
 
 
 def check_against_peft(
@@ -282,7 +282,15 @@ def test_over_a_base_that_bitsandbytes_quantized(
             find_base(base), quantization=quantization, dtype=torch.float32, device="cpu"
         )
 
-    check_against_peft(make(model=load()), adapters, load, TOLERANCE[quantization])
+    def kept_as_loaded() -> Any:
+        """PEFT dequantizes what a layer has laid out anew at its first product, and gets other weights."""
+        model = load()
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+    check_against_peft(make(model=load()), adapters, kept_as_loaded, TOLERANCE[quantization])
 
 
 def test_over_a_base_in_8_bits_of_ours(

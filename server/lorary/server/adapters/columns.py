@@ -11,6 +11,7 @@ is rounded, from the rounded weights, as PEFT does.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,7 @@ def column_scales(groups: Sequence[LoraGroup], adapter: LoadedAdapter) -> dict[s
 
 def _scales(group: LoraGroup, member: int, adapter: LoadedAdapter) -> torch.Tensor:
     module = group.spec.modules[member]
-    norms = _norms(group, member, *adapter.tensors[module])
+    norms = row_norms(group, member, *adapter.tensors[module])
     scales = adapter.magnitudes[module].to(norms) / norms
     if not scales.isfinite().all():
         row = int(scales.isfinite().logical_not().nonzero()[0])
@@ -57,7 +58,7 @@ def _scales(group: LoraGroup, member: int, adapter: LoadedAdapter) -> torch.Tens
     return scales
 
 
-def _norms(group: LoraGroup, member: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def row_norms(group: LoraGroup, member: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return |W + B A| of a member's rows, float32 [out]; a [r, in], b [out, r]."""
     first = sum(group.spec.out_features[:member])
     if group.packed is not None:
@@ -74,15 +75,26 @@ def _norms(group: LoraGroup, member: int, a: torch.Tensor, b: torch.Tensor) -> t
     return torch.cat(found)
 
 
+def _dequantized(data: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return a 4-bit weight [out, in] as it is multiplied, without changing it."""
+    from bitsandbytes import functional
+
+    if getattr(state, "packing_format_for_cpu", False):
+        # At its first product on a CPU a layer lays its weight out anew, which dequantizing knows nothing of.
+        scales = state.absmax.t().reshape(-1).float()
+        unpack = functional._convert_weight_packed_for_cpu_inverse
+        data, state = unpack(data, copy.copy(state))
+        state.absmax, state.nested = scales, False
+    whole: torch.Tensor = functional.dequantize_4bit(data, state)
+    return whole
+
+
 def _weight(layer: Any, module: str) -> torch.Tensor:
     """Return the weight [out, in] of a layer with a product of its own, in whatever dtype."""
     weight: torch.Tensor = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        whole: torch.Tensor = dequantize_4bit(weight.data, layer.weight.quant_state)
-        return whole
+        return _dequantized(weight.data, layer.weight.quant_state)
     if kind == "Int8Params":
         # The layer takes its weight's scales for itself at its first product.
         own = layer.weight.SCB
