@@ -10,7 +10,7 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorary.errors import ConfigError, CorruptArtifact
-from lorary.server.adapters.verification import Verdict
+from lorary.server.adapters.probe_runs import Verdict
 from lorary.server.app import check_ports_free
 from lorary.server.config import ServerConfig
 from lorary.v1 import control_pb2 as pb

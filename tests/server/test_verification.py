@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from lorary.server.adapters.verification import Verdict
+    from lorary.server.adapters.probe_runs import Verdict
 
 PROMPTS = ([5, 6, 7, 8, 9], [40, 41, 42], [90, 17, 18, 19, 20, 21, 22])
 HEALTHY = ("alpha", "bravo", "echo")
@@ -236,7 +236,7 @@ def test_probes_that_cannot_be_replayed_count_as_failed(
     for one in (world, strict):
         verifier = one.residency._verifier
         assert verifier is not None
-        monkeypatch.setattr(verifier, "_vocab_size", 10)
+        monkeypatch.setattr(verifier._runs, "_vocab_size", 10)
     resolved = world.registry.resolve("alpha")
     load(world, "alpha")
     wait_until(lambda: world.residency.verdict(resolved.digest) is not None)

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from lorary.server.adapters.load_times import Source
     from lorary.server.adapters.loader import LoadedAdapter
     from lorary.server.adapters.pool import AdapterPool
-    from lorary.server.adapters.verification import Verdict, Verifier
+    from lorary.server.adapters.probe_runs import Verdict
+    from lorary.server.adapters.verification import Verifier
 
 __all__ = [
     "AdapterLease",
