@@ -18,7 +18,7 @@ from lorary.server.engine import answering
 from lorary.server.engine import engine as engine_module
 from lorary.server.engine.assemble import EngineLimits, assemble
 from lorary.server.engine.detokenizer import TextStream
-from lorary.server.engine.request import Lease, Output, Request, Sampling
+from lorary.server.engine.request import Execution, Lease, Output, Request, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +54,7 @@ class Stepper:
         int8: 8-bit weights.
         max_rows: most sequences at once.
         adapter_memory_bytes: for adapters.
+        merge_memory_bytes: for a merged copy of one of them.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Stepper:
         int8: bool,
         max_rows: int,
         adapter_memory_bytes: int,
+        merge_memory_bytes: int = 0,
     ) -> None:
         self._registry = registry
         self._delivered: list[Output] = []
@@ -77,17 +79,20 @@ class Stepper:
                 max_batch=max_rows,
                 max_context=1024,
                 adapter_memory_bytes=adapter_memory_bytes,
+                merge_memory_bytes=merge_memory_bytes,
                 prefix_cache=False,
                 draft_rows=0,
             ),
             dtype=dtype,
             int8=int8,
             deliver=self._delivered.extend,
+            base_folder=base.path,
         )
         if assembled.fused is None:
             raise RuntimeError(f"the layers of '{base.name}' do not run natively on this machine")
         self.engine: Any = assembled.engine
         self._residency = assembled.residency
+        self.merging = assembled.merging
         # What the engine's own thread does first.
         self.engine._on_thread_start()
         self._open: list[str] = []
@@ -99,7 +104,12 @@ class Stepper:
             self._residency.load(self._registry.resolve(name))
 
     def start_rows(
-        self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], *, max_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapters: Sequence[str | None],
+        *,
+        max_tokens: int,
+        execution: Execution = "batched",
     ) -> None:
         """Submit one request per prompt; the next steps read the prompts."""
         for prompt, adapter in zip(prompts, adapters, strict=True):
@@ -111,7 +121,8 @@ class Stepper:
                     request_id=request_id,
                     prompt_ids=list(prompt),
                     sampling=Sampling(max_tokens=max_tokens, ignore_eos=True),
-                    lease=self._lease(adapter),
+                    lease=self._lease(adapter, execution),
+                    execution=execution,
                     arrived_s=time.monotonic(),
                 )
             )
@@ -176,15 +187,18 @@ class Stepper:
     def close(self) -> None:
         """Give everything back."""
         self.engine.shutdown()
+        if self.merging is not None:
+            self.merging.close()
         self._residency.close()
 
-    def _lease(self, adapter: str | None) -> Lease:
+    def _lease(self, adapter: str | None, execution: Execution) -> Lease:
         if adapter is None:
             return BaseLease()
-        lease = self._residency.acquire(self._registry.resolve(adapter))
+        resolved = self._registry.resolve(adapter)
+        lease = self._residency.acquire(resolved)
         if not lease.is_ready:
             raise RuntimeError(f"adapter '{adapter}' is not resident; load it first")
-        return lease
+        return lease if self.merging is None else self.merging.hold(resolved, lease, execution)
 
 
 def make_library(registry: Registry, base: Base, scratch: Path, count: int, rank: int) -> list[str]:

@@ -15,6 +15,7 @@ The tree::
     ├── Refused                            a rule of the registry is against it: a gate, a version in use
     ├── CorruptArtifact                    bytes differ from what was promised, or are not what they claim
     ├── IncompatibleAdapter (ValueError)   well formed, but not for this base or this server
+    │   └── NotMergeable                   this server serves it, but cannot fold it into the base's weights
     ├── RegistryUnavailable                the registry cannot be reached just now
     ├── AccessDenied                       credentials are not enough
     │   └── Unauthenticated                credentials are missing, or unknown
@@ -102,6 +103,10 @@ class CorruptArtifact(LoraryError):
 
 class IncompatibleAdapter(LoraryError, ValueError):
     """A well-formed adapter that this base or this server cannot carry."""
+
+
+class NotMergeable(IncompatibleAdapter):
+    """An adapter that this server serves, but cannot fold into its base's weights."""
 
 
 class RegistryUnavailable(LoraryError):
@@ -228,6 +233,7 @@ OUTCOMES: dict[type[LoraryError], Outcome] = {
     Refused: Outcome("FAILED_PRECONDITION", 4),
     CorruptArtifact: Outcome("DATA_LOSS", 5),
     IncompatibleAdapter: Outcome("FAILED_PRECONDITION", 9),
+    NotMergeable: Outcome("FAILED_PRECONDITION", 9),
     RegistryUnavailable: Outcome("UNAVAILABLE", 6),
     AccessDenied: Outcome("PERMISSION_DENIED", 7),
     Unauthenticated: Outcome("UNAUTHENTICATED", 7),

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from lorary.registry.aliases import AliasMove
-    from lorary.server.adapters.verification import Verdict
+    from lorary.server.adapters.probe_runs import Verdict
     from lorary.server.ports import Observer
 
 VOCAB = 1000
@@ -444,6 +444,7 @@ class FakeEngine:
                 decode_ns=4,
                 label_logprobs=scores,
                 prompt_logprobs=self._prompt_logprobs(request),
+                is_merged=request.execution == "merged",
             )
         return output
 
@@ -516,6 +517,7 @@ async def serving(
     limit: int = 64,
     registry: Any = None,
     residency: FakeResidency | None = None,
+    merging: Any = None,
     fingerprint: str = FINGERPRINT,
     **options: Any,
 ) -> AsyncIterator[Edge]:
@@ -549,6 +551,7 @@ async def serving(
         ),
         limits=Limits(max_context=CONTEXT, vocab_size=VOCAB),
         close=engine.shutdown,
+        merging=merging,
     )
     server = Server(config, backend, calls, metrics)
     addresses = await server.start()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorary.errors import LoraryError
     from lorary.server.adapters.composed import ComposedLease
     from lorary.server.adapters.verification import VerificationObserver
+    from lorary.server.engine.request import Execution
     from lorary.server.ports import ResidencyLike
 
 
@@ -93,6 +94,7 @@ class EngineWorld:
         int8: bool | frozenset[str] = False,
         dtype: torch.dtype = torch.float32,
         verification_observer: VerificationObserver | None = None,
+        weights_from: Path | None = None,
         **limits: Any,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,6 +115,7 @@ class EngineWorld:
             deliver=self.collector.deliver,
             engine_observer=self.collector,
             verification_observer=verification_observer,
+            base_folder=base if weights_from is None else weights_from,
         )
         self.engine, self.residency, self.lora = (
             assembled.engine,
@@ -122,6 +125,7 @@ class EngineWorld:
         self.fused = assembled.fused
         self.compositions = Compositions(cast("ResidencyLike", self.residency))
         self.grammars = assembled.grammars
+        self.merging = assembled.merging
         if start:
             self.engine.start()
         self._count = 0
@@ -136,6 +140,7 @@ class EngineWorld:
         deadline_s: float | None = None,
         labels: tuple[tuple[int, ...], ...] = (),
         weights: Mapping[str, float] | None = None,
+        execution: Execution = "batched",
         **sampling: Any,
     ) -> str:
         self._count += 1
@@ -151,6 +156,8 @@ class EngineWorld:
             assert found is not None, "the service refuses prompts without the invocation"
             start = found
             lease = self.residency.acquire(resolved)
+            if self.merging is not None:
+                lease = self.merging.hold(resolved, lease, execution)
         if weights:
             lease = self.compose(weights)
         self.engine.submit(
@@ -164,6 +171,7 @@ class EngineWorld:
                 grammar=grammar,
                 deadline_s=deadline_s,
                 active_from=start,
+                execution=execution,
             )
         )
         return request_id
@@ -178,6 +186,8 @@ class EngineWorld:
 
     def close(self) -> None:
         self.engine.shutdown()
+        if self.merging is not None:
+            self.merging.close()
         self.residency.close()
         self.grammars.close()
 

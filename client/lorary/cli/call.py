@@ -90,6 +90,12 @@ def call(
     key: Annotated[
         str, typer.Option("--key", help="Who calls: decides whether a canary answers.")
     ] = "",
+    execution: Annotated[
+        str,
+        typer.Option(
+            help="batched: beside the base; merged: folded into it, or refused; auto: the server's choice."
+        ),
+    ] = "auto",
     target: TargetOption = DEFAULT_TARGET,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
@@ -105,6 +111,7 @@ def call(
         **adapter_arguments(adapter),
         "priority": priority,
         "routing_key": key,
+        "execution": execution,
     }
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -239,6 +246,7 @@ def _answerer(receipt: Receipt) -> str:
 def _print_receipt(receipt: Receipt, num_tokens: int) -> None:
     name = f"{_answerer(receipt)} {receipt.digest[:19]}" if receipt.name else "base"
     name += " (canary)" if receipt.canary else ""
+    name += " (merged)" if receipt.is_merged else ""
     times = receipt.timings
     seconds = times.queue_s + times.prefill_s + times.decode_s
     tokens = f", {num_tokens} tokens" if num_tokens else ""

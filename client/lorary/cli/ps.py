@@ -155,6 +155,8 @@ def _adapters(adapters: tuple[AdapterInfo, ...]) -> Table | str:
     )
     for a in adapters:
         where = f"{a.residency}, pinned" if a.pinned else a.residency
+        if a.merged:
+            where += f", merged ({_merged(a)})"
         if a.quarantined:
             where = "quarantined"
         size = f"{a.device_bytes / 2**20:.1f}" if a.device_bytes else ""
@@ -176,6 +178,13 @@ def _adapters(adapters: tuple[AdapterInfo, ...]) -> Table | str:
             a.digest[:19],
         )
     return rows
+
+
+def _merged(adapter: AdapterInfo) -> str:
+    """Return the state of a merged copy, its size, and how many answers run on it."""
+    if not adapter.merged_bytes:
+        return adapter.merged
+    return f"{adapter.merged}, {adapter.merged_bytes / 2**20:.0f} MiB, {adapter.merged_running} running"
 
 
 def _verified(adapter: AdapterInfo) -> str:

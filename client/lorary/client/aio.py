@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from typing import Unpack
 
-    from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
+    from lorary.client.results import (
+        AdapterInfo,
+        Chunk,
+        Classification,
+        Execution,
+        ServerInfo,
+        Tokens,
+    )
 
 
 class AsyncClient(AsyncControlCalls):
@@ -116,6 +123,7 @@ class AsyncClient(AsyncControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
         **sampling: Unpack[m.GenerateOptions],
     ) -> GenerateResult:
@@ -135,6 +143,8 @@ class AsyncClient(AsyncControlCalls):
             request_id: an id for the server's log; the server makes one when empty.
             routing_key: who calls, such as a user's id: the same key gets the same version while an
                 alias has a canary. The request's id when empty.
+            execution: ``batched``: beside the base, in one batch with other adapters; ``merged``: folded into a
+                copy of the base's weights, or refused with the reason; ``auto``: as the server sees fit.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``, and ``ToolOptions`` for functions that may be called.
 
@@ -159,6 +169,7 @@ class AsyncClient(AsyncControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         (answer,) = await self._all(request, timeout_s)
         return answer
@@ -177,6 +188,7 @@ class AsyncClient(AsyncControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
         **sampling: Unpack[m.GenerateOptions],
     ) -> list[GenerateResult]:
@@ -194,6 +206,7 @@ class AsyncClient(AsyncControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         return await self._all(request, timeout_s)
 
@@ -210,6 +223,7 @@ class AsyncClient(AsyncControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
         **sampling: Unpack[m.GenerateOptions],
     ) -> AsyncIterator[Chunk | GenerateResult]:
@@ -239,6 +253,7 @@ class AsyncClient(AsyncControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         return self._stream(request, timeout_s)
 
@@ -256,6 +271,7 @@ class AsyncClient(AsyncControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
     ) -> Classification:
         """Return the probability of every label, in one pass over the input.
@@ -278,6 +294,7 @@ class AsyncClient(AsyncControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         return m.classification(await self._call(self._inference.Classify, request, timeout_s))
 

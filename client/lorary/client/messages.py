@@ -12,6 +12,7 @@ from lorary.client.results import (
     Chunk,
     Classification,
     ComposedAdapter,
+    Execution,
     FinishReason,
     GenerateResult,
     PositionLogprobs,
@@ -40,6 +41,11 @@ TOOL_MODES = {
     "required": inference_pb2.TOOL_MODE_REQUIRED,
 }
 
+EXECUTIONS = {
+    "auto": inference_pb2.EXECUTION_UNSPECIFIED,
+    "batched": inference_pb2.EXECUTION_BATCHED,
+    "merged": inference_pb2.EXECUTION_MERGED,
+}
 
 CONSTRAINTS = ("choice", "json_schema", "regex", "lark")
 """Options that say what an answer must be; at most one of them."""
@@ -223,6 +229,7 @@ def generate_request(
     adapters: Adapters = (),
     scale: float | None = None,
     routing_key: str = "",
+    execution: Execution = "auto",
 ) -> inference_pb2.GenerateRequest:
     """Return the request for ``n`` answers; raises as ``make_input`` and ``make_sampling``."""
     chosen = {**sampling, "n": n}
@@ -241,6 +248,7 @@ def generate_request(
         request_id=request_id,
         adapters=weighted(adapters),
         routing_key=routing_key,
+        execution=_execution(execution),
     )
     _set("priority", setattr, request, "priority", priority)
     if scale is not None:
@@ -260,6 +268,7 @@ def classify_request(
     adapters: Adapters = (),
     scale: float | None = None,
     routing_key: str = "",
+    execution: Execution = "auto",
 ) -> inference_pb2.ClassifyRequest:
     """Return the request for labels' probabilities; raises as ``make_input``."""
     request = inference_pb2.ClassifyRequest(
@@ -269,11 +278,25 @@ def classify_request(
         request_id=request_id,
         adapters=weighted(adapters),
         routing_key=routing_key,
+        execution=_execution(execution),
     )
     _set("priority", setattr, request, "priority", priority)
     if scale is not None:
         _set("scale", setattr, request, "scale", scale)
     return request
+
+
+def _execution(value: str) -> inference_pb2.Execution:
+    """Return the message's number; what the caller leaves to the server is not sent.
+
+    Raises:
+        InvalidRequest: it is none of the three.
+    """
+    if value not in EXECUTIONS:
+        raise InvalidRequest(
+            f"execution is {value!r}; it is one of {', '.join(EXECUTIONS)}.", field="execution"
+        )
+    return EXECUTIONS[value]
 
 
 def weighted(adapters: Adapters) -> list[inference_pb2.WeightedAdapter]:
@@ -389,6 +412,7 @@ def receipt(message: inference_pb2.Receipt) -> Receipt:
         quantization=message.quantization,
         request_id=message.request_id,
         canary=message.canary,
+        is_merged=message.execution == inference_pb2.EXECUTION_MERGED,
         timings=Timings(
             queue_s=timings.queue_ns / 1e9,
             adapter_load_s=timings.adapter_load_ns / 1e9,
@@ -453,6 +477,10 @@ def adapter_info(message: control_pb2.Adapter) -> AdapterInfo:
         last_used_s=message.last_used_unix_ms / 1000,
         canaries=tuple((c.alias, c.percent, c.shadow) for c in message.canaries),
         num_pages=message.num_pages,
+        merged=message.merged,
+        merged_bytes=message.merged_bytes,
+        merged_running=message.merged_running,
+        merged_divergence=message.merged_divergence,
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+Execution = Literal["auto", "batched", "merged"]
+"""How an adapter takes part: beside the base's products, folded into a copy of them, or as the server sees fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,8 @@ class Receipt:
     """What really answered. ``name``, ``version`` and ``digest`` are empty for the bare base.
 
     A composition's ``digest`` is ``mix:sha256:…``, computed from those of its ``parts`` and their weights.
-    ``canary`` says that the alias's canary answered, and not the version that it points at.
+    ``canary`` says that the alias's canary answered, and not the version that it points at; ``is_merged``
+    that the answer ended on merged weights.
     """
 
     ref: str
@@ -56,6 +59,7 @@ class Receipt:
     timings: Timings
     parts: tuple[ComposedAdapter, ...] = ()
     canary: bool = False
+    is_merged: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +196,13 @@ class AdapterInfo:
     """Aliases whose canary it is: alias, percent of calls, percent of copies."""
     num_pages: int = 0
     """Pages it takes on the device."""
+    merged: str = ""
+    """``building``, ``ready`` or ``leaving``: its merged copy; empty where there is none."""
+    merged_bytes: int = 0
+    merged_running: int = 0
+    """Answers that run on the merged copy, or wait for it."""
+    merged_divergence: float = 0.0
+    """Mean divergence of its probes on the merged copy, in nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Unpack
 
-    from lorary.client.results import AdapterInfo, Chunk, Classification, ServerInfo, Tokens
+    from lorary.client.results import (
+        AdapterInfo,
+        Chunk,
+        Classification,
+        Execution,
+        ServerInfo,
+        Tokens,
+    )
 
 
 class Client(ControlCalls):
@@ -115,6 +122,7 @@ class Client(ControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
         **sampling: Unpack[m.GenerateOptions],
     ) -> GenerateResult:
@@ -134,6 +142,8 @@ class Client(ControlCalls):
             request_id: an id for the server's log; the server makes one when empty.
             routing_key: who calls, such as a user's id: the same key gets the same version while an
                 alias has a canary. The request's id when empty.
+            execution: ``batched``: beside the base, in one batch with other adapters; ``merged``: folded into a
+                copy of the base's weights, or refused with the reason; ``auto``: as the server sees fit.
             timeout_s: deadline of this call; default: the client's.
             sampling: see ``SamplingOptions``, and ``ToolOptions`` for functions that may be called.
 
@@ -158,6 +168,7 @@ class Client(ControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         (answer,) = self._all(request, timeout_s)
         return answer
@@ -176,6 +187,7 @@ class Client(ControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
         **sampling: Unpack[m.GenerateOptions],
     ) -> list[GenerateResult]:
@@ -193,6 +205,7 @@ class Client(ControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         return self._all(request, timeout_s)
 
@@ -209,6 +222,7 @@ class Client(ControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
         **sampling: Unpack[m.GenerateOptions],
     ) -> Iterator[Chunk | GenerateResult]:
@@ -238,6 +252,7 @@ class Client(ControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         return self._stream(request, timeout_s)
 
@@ -255,6 +270,7 @@ class Client(ControlCalls):
         priority: int = 0,
         request_id: str = "",
         routing_key: str = "",
+        execution: Execution = "auto",
         timeout_s: float | None = None,
     ) -> Classification:
         """Return the probability of every label, in one pass over the input.
@@ -277,6 +293,7 @@ class Client(ControlCalls):
             adapters,
             scale,
             routing_key,
+            execution,
         )
         return m.classification(self._call(self._inference.Classify, request, timeout_s))
 

@@ -63,7 +63,7 @@ EVENT_KIND_REGISTRY_AWAY: EventKind
 EVENT_KIND_REGISTRY_BACK: EventKind
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "aliases", "residency", "pinned", "rank", "device_bytes", "num_running", "task", "verified", "verified_divergence", "verified_limit", "quarantined", "num_served", "last_used_unix_ms", "canaries", "num_pages")
+    __slots__ = ("name", "version", "digest", "aliases", "residency", "pinned", "rank", "device_bytes", "num_running", "task", "verified", "verified_divergence", "verified_limit", "quarantined", "num_served", "last_used_unix_ms", "canaries", "num_pages", "merged", "merged_bytes", "merged_running", "merged_divergence")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,10 @@ class Adapter(_message.Message):
     LAST_USED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     CANARIES_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
+    MERGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MERGED_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    MERGED_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -100,7 +104,11 @@ class Adapter(_message.Message):
     last_used_unix_ms: int
     canaries: _containers.RepeatedCompositeFieldContainer[CanaryShare]
     num_pages: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., rank: _Optional[int] = ..., device_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., task: _Optional[str] = ..., verified: _Optional[str] = ..., verified_divergence: _Optional[float] = ..., verified_limit: _Optional[float] = ..., quarantined: bool = ..., num_served: _Optional[int] = ..., last_used_unix_ms: _Optional[int] = ..., canaries: _Optional[_Iterable[_Union[CanaryShare, _Mapping]]] = ..., num_pages: _Optional[int] = ...) -> None: ...
+    merged: str
+    merged_bytes: int
+    merged_running: int
+    merged_divergence: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., rank: _Optional[int] = ..., device_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., task: _Optional[str] = ..., verified: _Optional[str] = ..., verified_divergence: _Optional[float] = ..., verified_limit: _Optional[float] = ..., quarantined: bool = ..., num_served: _Optional[int] = ..., last_used_unix_ms: _Optional[int] = ..., canaries: _Optional[_Iterable[_Union[CanaryShare, _Mapping]]] = ..., num_pages: _Optional[int] = ..., merged: _Optional[str] = ..., merged_bytes: _Optional[int] = ..., merged_running: _Optional[int] = ..., merged_divergence: _Optional[float] = ...) -> None: ...
 
 class CanaryShare(_message.Message):
     __slots__ = ("alias", "percent", "shadow")

@@ -14,6 +14,13 @@ class ToolMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOOL_MODE_AUTO: _ClassVar[ToolMode]
     TOOL_MODE_REQUIRED: _ClassVar[ToolMode]
 
+class Execution(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXECUTION_UNSPECIFIED: _ClassVar[Execution]
+    EXECUTION_AUTO: _ClassVar[Execution]
+    EXECUTION_BATCHED: _ClassVar[Execution]
+    EXECUTION_MERGED: _ClassVar[Execution]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -24,6 +31,10 @@ TOOL_MODE_UNSPECIFIED: ToolMode
 TOOL_MODE_NONE: ToolMode
 TOOL_MODE_AUTO: ToolMode
 TOOL_MODE_REQUIRED: ToolMode
+EXECUTION_UNSPECIFIED: Execution
+EXECUTION_AUTO: Execution
+EXECUTION_BATCHED: Execution
+EXECUTION_MERGED: Execution
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -169,7 +180,7 @@ class WeightedAdapter(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("adapter", "input", "sampling", "request_id", "priority", "adapters", "scale", "routing_key")
+    __slots__ = ("adapter", "input", "sampling", "request_id", "priority", "adapters", "scale", "routing_key", "execution")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +189,7 @@ class GenerateRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXECUTION_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     input: Input
     sampling: SamplingParams
@@ -186,7 +198,8 @@ class GenerateRequest(_message.Message):
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     scale: float
     routing_key: str
-    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ...) -> None: ...
+    execution: Execution
+    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ..., execution: _Optional[_Union[Execution, str]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -267,7 +280,7 @@ class ComposedAdapter(_message.Message):
     def __init__(self, ref: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("ref", "name", "version", "digest", "base_fingerprint", "quantization", "request_id", "timings", "parts", "canary")
+    __slots__ = ("ref", "name", "version", "digest", "base_fingerprint", "quantization", "request_id", "timings", "parts", "canary", "execution")
     REF_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +291,7 @@ class Receipt(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
+    EXECUTION_FIELD_NUMBER: _ClassVar[int]
     ref: str
     name: str
     version: int
@@ -288,7 +302,8 @@ class Receipt(_message.Message):
     timings: Timings
     parts: _containers.RepeatedCompositeFieldContainer[ComposedAdapter]
     canary: bool
-    def __init__(self, ref: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., request_id: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ..., canary: bool = ...) -> None: ...
+    execution: Execution
+    def __init__(self, ref: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., request_id: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[ComposedAdapter, _Mapping]]] = ..., canary: bool = ..., execution: _Optional[_Union[Execution, str]] = ...) -> None: ...
 
 class GenerateComplete(_message.Message):
     __slots__ = ("index", "text", "finish_reason", "matched_stop", "usage", "receipt", "prompt_logprobs", "tool_calls")
@@ -319,7 +334,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., complete: _Optional[_Union[GenerateComplete, _Mapping]] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("adapter", "input", "labels", "request_id", "priority", "adapters", "scale", "routing_key")
+    __slots__ = ("adapter", "input", "labels", "request_id", "priority", "adapters", "scale", "routing_key", "execution")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -328,6 +343,7 @@ class ClassifyRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXECUTION_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     input: Input
     labels: _containers.RepeatedScalarFieldContainer[str]
@@ -336,7 +352,8 @@ class ClassifyRequest(_message.Message):
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     scale: float
     routing_key: str
-    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ...) -> None: ...
+    execution: Execution
+    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ..., execution: _Optional[_Union[Execution, str]] = ...) -> None: ...
 
 class LabelScore(_message.Message):
     __slots__ = ("label", "probability", "logprob")

@@ -113,7 +113,38 @@ class BaseCard:
         return cls(**{**card, "name": name or path.resolve().name})
 
 
-def _compute(path: Path) -> dict[str, Any]:
+class StoredWeight(NamedTuple):
+    """Where the weight of a linear module lies in a base's files.
+
+    ``dtype`` is safetensors' name of it; ``is_transposed`` says that it is kept as [in, out].
+    """
+
+    file: Path
+    key: str
+    dtype: str
+    is_transposed: bool
+
+
+def stored_weights(path: Path) -> dict[str, StoredWeight]:
+    """Return where each linear module's weight lies, by the module's name in the live model.
+
+    Raises:
+        BaseNotFound, CorruptArtifact, StorageError: as ``BaseCard.from_folder``.
+    """
+    _, text_config, architecture = _config(path)
+    tensors = _tensors(path)
+    vocab_size = _size(text_config, path, "vocab_size")
+    _, sources, _ = _linear_modules(tensors, architecture, vocab_size)
+    is_transposed = architecture in _TRANSPOSED_ARCHITECTURES
+    found = {}
+    for module, key in sources.items():
+        file, info = tensors[key]
+        found[module] = StoredWeight(file, key, info.dtype, is_transposed)
+    return found
+
+
+def _config(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return ``config.json``, the part of it that is about the text model, and the architecture."""
     config = parse_json(_read(path / "config.json"), f"config.json of {path}")
     text_config = _text_config(config)
     architectures = config.get("architectures")
@@ -123,7 +154,11 @@ def _compute(path: Path) -> dict[str, Any]:
         or not isinstance(text_config, dict)
     ):
         raise CorruptArtifact(f"config.json of {path} names no architecture")
-    architecture = str(architectures[0])
+    return config, text_config, str(architectures[0])
+
+
+def _compute(path: Path) -> dict[str, Any]:
+    config, text_config, architecture = _config(path)
     tensors = _tensors(path)
     vocab_size = _size(text_config, path, "vocab_size")
     modules, sources, heads = _linear_modules(tensors, architecture, vocab_size)

@@ -99,6 +99,7 @@ def receipt(facts: ServerFacts, target: Target, request_id: str, finish: Finish)
         quantization=facts.quantization,
         request_id=request_id,
         canary=target.is_canary,
+        execution=pb.EXECUTION_MERGED if finish.is_merged else pb.EXECUTION_BATCHED,
         timings=pb.Timings(
             queue_ns=finish.queue_ns,
             adapter_load_ns=finish.adapter_load_ns,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         CompilerLike,
         Deliver,
         EngineLike,
+        MergingLike,
         Observer,
         PromptsLike,
         RegistryLike,
@@ -59,6 +60,7 @@ class Backend:
     facts: ServerFacts
     limits: Limits
     close: Callable[[], None]
+    merging: MergingLike | None = None
 
 
 def build_backend(
@@ -139,6 +141,8 @@ def build_backend(
         built.engine.shutdown()
         if warm is not None:
             warm.close()
+        if built.merging is not None:
+            built.merging.close()
         built.residency.close()
         built.grammars.close()
 
@@ -163,6 +167,7 @@ def build_backend(
         ),
         limits=limits,
         close=close,
+        merging=built.merging,
     )
 
 
@@ -208,6 +213,8 @@ def build_engine(
             pin_threads=config.pin_threads,
             verify=config.verify,
             quantization=quantization,
+            merge_memory_bytes=config.merge_memory,
+            merge_share=config.merge_share,
         ),
         dtype=dtype,
         int8=int8,
@@ -216,6 +223,8 @@ def build_engine(
         engine_observer=observer,
         residency_observer=observer,
         verification_observer=observer,
+        merge_observer=observer,
+        base_folder=base.path,
     )
 
 

@@ -76,4 +76,7 @@ serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defi
 serve.__annotations__ = {p.name: p.annotation for p in _parameters()}
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-app.command(name="serve")(serve)
+app.command(
+    name="serve",
+    epilog="Example: lorary serve --base smollm2-135m --merge-memory 512MiB --verify enforce",
+)(serve)

@@ -213,6 +213,21 @@ class ServerConfig:
         "serve it only once it has passed.",
         choices=("off", "warn", "enforce"),
     )
+    merge_memory: int = _option(
+        0,
+        "Device memory for a copy of the layers that one adapter changes, with the adapter folded in, such as "
+        "512MiB: calls may then ask for execution MERGED. 0 merges nothing.",
+        low=0,
+        high=2**44,
+        is_size=True,
+    )
+    merge_share: float = _option(
+        0.0,
+        "Part of all generated tokens from which on one adapter is merged unasked, for calls with execution "
+        "AUTO, such as 0.8; 0 never does it.",
+        low=0.0,
+        high=1.0,
+    )
     kv_memory: int = _option(
         0,
         "Device memory for keys and values, such as 4GiB; 0 takes what --max-batch answers of "
@@ -339,6 +354,11 @@ class ServerConfig:
             raise ConfigError(
                 f"--quantize {self.quantize} and --quantize-plan '{self.quantize_plan}' were both "
                 "given; the plan has a default of its own. Leave --quantize out."
+            )
+        if self.merge_share and not self.merge_memory:
+            raise ConfigError(
+                f"--merge-share is {self.merge_share:g} and --merge-memory is 0, so there is no room for a "
+                "merged copy. Give it as much as the base's layers take, or leave --merge-share out."
             )
         if self.warm_before_ready and self.state_dir is None:
             raise ConfigError(

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from lorary.registry.aliases import AliasMove
     from lorary.registry.splits import Split
     from lorary.server.calls import Calls
-    from lorary.server.ports import RegistryLike, ResidencyLike, ResidentLike, VersionLike
+    from lorary.server.ports import (
+        MergingLike,
+        RegistryLike,
+        ResidencyLike,
+        ResidentLike,
+        VersionLike,
+    )
     from lorary.server.rollout.build import Rollout
     from lorary.server.targets import Target, Targets
 
@@ -46,12 +52,14 @@ class ControlService(control_pb2_grpc.ControlServicer):
         targets: Targets,
         rollout: Rollout,
         calls: Calls,
+        merging: MergingLike | None = None,
     ) -> None:
         self._registry = registry
         self._residency = residency
         self._targets = targets
         self._rollout = rollout
         self._calls = calls
+        self._merging = merging
 
     async def ListAdapters(  # noqa: N802
         self, request: pb.ListAdaptersRequest, context: Context | None
@@ -189,6 +197,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         adapters.sort(key=lambda adapter: (adapter.name, adapter.version))
         for adapter in adapters:
             self._add_verdict(adapter)
+            self._add_merged(adapter)
             self._add_traffic(adapter, splits)
         follower = self._rollout.follower
         return pb.ListAdaptersResponse(
@@ -244,6 +253,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """Free a version once its running requests have ended, or end them."""
         target = await self._target(request.adapter)
         self._residency.unload(target.digest)
+        if self._merging is not None:
+            self._merging.drop(target.digest)
         if request.mode == pb.UNLOAD_MODE_FORCE:
             name = f"{target.name}@{target.version}"
             error = Unavailable(f"'{name}' was unloaded by force; ask again to load it anew.")
@@ -279,7 +290,18 @@ class ControlService(control_pb2_grpc.ControlServicer):
         if target.task is not None:
             adapter.task = target.task.kind
         self._add_verdict(adapter)
+        self._add_merged(adapter)
         return adapter
+
+    def _add_merged(self, adapter: pb.Adapter) -> None:
+        """Say whether a version is merged."""
+        merged = None if self._merging is None else self._merging.merged()
+        if merged is None or merged.digest != adapter.digest:
+            return
+        adapter.merged, adapter.merged_bytes = merged.state, merged.num_bytes
+        adapter.merged_running = merged.num_holders
+        if merged.verdict is not None:
+            adapter.merged_divergence = merged.verdict.divergence
 
     def _add_verdict(self, adapter: pb.Adapter) -> None:
         """Say what came of a version's golden probes."""

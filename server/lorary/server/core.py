@@ -66,7 +66,12 @@ class Core:
         self.guard = None if config.access is None else Guard(GrantsFile(config.access))
         self.rollout = build_rollout(backend, self._targets, calls, poll_s=config.alias_poll)
         self.control = ControlService(
-            backend.registry, backend.residency, self._targets, self.rollout, calls
+            backend.registry,
+            backend.residency,
+            self._targets,
+            self.rollout,
+            calls,
+            backend.merging,
         )
         self.health = AdapterHealth(self._targets, backend.residency, self.rollout.feed)
         self.rollout.follower.on_trouble = self.health.on_trouble
@@ -81,11 +86,12 @@ class Core:
             facts=backend.facts,
             limits=backend.limits,
             rollout=self.rollout,
+            merging=backend.merging,
         )
         self.inference = InferenceService(self.parts)
         self._stop_metrics: Callable[[], None] = lambda: None
         metrics.describe(backend.facts)
-        metrics.watch(backend.engine, backend.residency)
+        metrics.watch(backend.engine, backend.residency, backend.merging)
         metrics.registry.register(self.rollout.collector(config.tracked_adapters))
 
     def interceptors(self) -> tuple[Around, ...]:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lorary.errors import LoraryError
-    from lorary.server.adapters.verification import Verdict
+    from lorary.server.adapters.probe_runs import Verdict
     from lorary.server.answers import ServerFacts
     from lorary.server.engine.request import Finish, Output, StepStats
-    from lorary.server.ports import EngineLike, ResidencyLike
+    from lorary.server.ports import EngineLike, MergingLike, ResidencyLike
 
 DIVERGENCE_NATS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # vLLM's and SGLang's bounds joined at their low ends, so that small models show, too.
@@ -229,6 +229,24 @@ class ServerMetrics:
             buckets=DIVERGENCE_NATS,
             registry=r,
         )
+        merges = Counter(
+            "lorary_merges", "Merged copies that were asked for.", ["result"], registry=r
+        )
+        self._merges_ok, self._merges_refused = merges.labels("ok"), merges.labels("refused")
+        self._merge_seconds = Histogram(
+            "lorary_merge_seconds",
+            "From the start of a merge to its first use, probes included.",
+            buckets=LOAD_S,
+            registry=r,
+        )
+        self._unmerges = Counter(
+            "lorary_unmerges", "Merged copies that were let go of.", ["cause"], registry=r
+        )
+        for cause in ("idle", "memory", "replaced", "share", "unload"):
+            self._unmerges.labels(cause)
+        self._merged_tokens = Counter(
+            "lorary_merged_tokens", "Tokens generated on merged weights.", registry=r
+        )
         self.adapters = TopAdapters(num_tracked, registry=r)
 
     def describe(self, facts: ServerFacts) -> None:
@@ -245,9 +263,11 @@ class ServerMetrics:
             }
         )
 
-    def watch(self, engine: EngineLike, residency: ResidencyLike) -> None:
+    def watch(
+        self, engine: EngineLike, residency: ResidencyLike, merging: MergingLike | None = None
+    ) -> None:
         """Read these when Prometheus asks; once, when they exist."""
-        self.registry.register(StateCollector(self, engine, residency))
+        self.registry.register(StateCollector(self, engine, residency, merging))
 
     @property
     def last_step(self) -> StepStats | None:
@@ -278,6 +298,8 @@ class ServerMetrics:
         self._step_distinct.observe(stats.num_distinct_adapters)
         if stats.num_preempted:
             self._preemptions.inc(stats.num_preempted)
+        if stats.num_merged_rows:
+            self._merged_tokens.inc(stats.num_merged_rows)
         if stats.num_drafted_tokens:
             self._kept.inc(stats.num_kept_tokens)
             self._dropped.inc(stats.num_drafted_tokens - stats.num_kept_tokens)
@@ -309,6 +331,18 @@ class ServerMetrics:
     def on_evict(self, cause: str) -> None:
         """One adapter left the device."""
         self._evictions.labels(cause).inc()
+
+    def on_merge(self, name: str, seconds: float, error: LoraryError | None) -> None:
+        """One adapter is merged, or could not be."""
+        if error is not None:
+            self._merges_refused.inc()
+            return
+        self._merges_ok.inc()
+        self._merge_seconds.observe(seconds)
+
+    def on_unmerge(self, cause: str) -> None:
+        """One merged copy is let go of."""
+        self._unmerges.labels(cause).inc()
 
 
 class AnswerMeter:

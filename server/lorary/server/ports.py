@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from lorary.registry.aliases import AliasMove
     from lorary.registry.manifest import BaseIdentity, Method, Task
     from lorary.registry.splits import Split
-    from lorary.server.adapters.verification import Verdict
-    from lorary.server.engine.request import Constraint, Lease, Output, Request, StepStats
+    from lorary.server.adapters.probe_runs import Verdict
+    from lorary.server.engine.request import (
+        Constraint,
+        Execution,
+        Lease,
+        Output,
+        Request,
+        StepStats,
+    )
 
     Deliver = Callable[[list[Output]], None]
 
@@ -310,6 +317,56 @@ class ResidencyLike(Protocol):
         ...
 
 
+class MergedLike(Protocol):
+    """The merged copy of one adapter."""
+
+    @property
+    def digest(self) -> str:
+        """The version's digest."""
+        ...
+
+    @property
+    def state(self) -> str:
+        """``building``, ``ready`` or ``leaving``."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes; 0 while it is built."""
+        ...
+
+    @property
+    def num_holders(self) -> int:
+        """Answers that run on it, or wait for it."""
+        ...
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What came of its golden probes; None before they have run."""
+        ...
+
+
+class MergingLike(Protocol):
+    """Which adapter is merged; see ``lorary.server.adapters.merging``."""
+
+    def hold(self, resolved: Any, lease: Lease, execution: Execution) -> Lease:
+        """Return a lease for a request of this execution, in the place of one on its version.
+
+        Raises:
+            NotMergeable: the version cannot be merged here; ``lease`` is still the caller's.
+            Unavailable: not now. Likewise.
+        """
+        ...
+
+    def drop(self, digest: str) -> None:
+        """Let a version's copy go when its running answers have ended."""
+        ...
+
+    def merged(self) -> MergedLike | None:
+        """Return what is merged, or about to be."""
+        ...
+
+
 class EngineLike(Protocol):
     """The thread that owns the device. It answers through the ``deliver`` it was built with."""
 
@@ -415,4 +472,12 @@ class Observer(Protocol):
 
     def on_evict(self, cause: str) -> None:
         """One adapter left the device to make room, or because it was told to."""
+        ...
+
+    def on_merge(self, name: str, seconds: float, error: LoraryError | None) -> None:
+        """One adapter is merged, or could not be."""
+        ...
+
+    def on_unmerge(self, cause: str) -> None:
+        """One merged copy is let go of."""
         ...

@@ -25,11 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from lorary.errors import DeadlineExceeded, InvalidRequest, LoraryError
+from lorary.errors import DeadlineExceeded, InvalidRequest, LoraryError, NotMergeable
 from lorary.registry.invocation import active_from
 from lorary.server import answers, validate
 from lorary.server.access.identity import tenant_name
 from lorary.server.adapters.composed import Compositions
+from lorary.server.adapters.merging import MergeLease
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
 from lorary.server.engine.request import Constraint, Request, Sampling
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
     from lorary.server.caller import Caller, Facts
     from lorary.server.calls import Calls
     from lorary.server.composition import HasAdapters
-    from lorary.server.engine.request import Grammar, Lease, Output
+    from lorary.server.engine.request import Execution, Grammar, Lease, Output
     from lorary.server.metrics import ServerMetrics
-    from lorary.server.ports import CompilerLike, EngineLike, ResidencyLike
+    from lorary.server.ports import CompilerLike, EngineLike, MergingLike, ResidencyLike
     from lorary.server.rollout.build import Rollout
     from lorary.server.rollout.observed import Observation
     from lorary.server.targets import Prompts, Target, Targets
@@ -77,6 +78,7 @@ class Parts:
     facts: ServerFacts
     limits: validate.Limits
     rollout: Rollout
+    merging: MergingLike | None = None
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -91,10 +93,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
             kind = self._check(request, context)
+            execution = validate.check_execution(request.execution)
             sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
             toolset = _toolset(request.input, request.sampling)
             key = request.routing_key or request_id()
             target = await self._target(request, context, key)
+            self._check_mergeable(execution, target)
             if target.is_shadowed and sampling.seed is None:
                 # A sampled answer and its copy can only be compared when they draw alike.
                 sampling = replace(sampling, seed=secrets.randbits(63))
@@ -122,7 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 readers = [calling.reader() if calling else None for _ in range(num_answers)]
                 with (
                     self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
-                    self._running(target, prototype, num_answers) as outputs,
+                    self._running(target, prototype, num_answers, execution) as outputs,
                 ):
                     await self._stream(outputs, target, prototype, readers, observation, context)
 
@@ -133,8 +137,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
             kind = self._check(request, context)
+            execution = validate.check_execution(request.execution)
             key = request.routing_key or request_id()
             target = await self._target(request, context, key)
+            self._check_mergeable(execution, target)
 
             async def prepare(target: Target) -> Prepared:
                 labels = validate.read_labels(request.labels, target.task)
@@ -154,7 +160,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 prepared = await prepare(target)
                 with (
                     self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
-                    self._running(target, prepared.request, 1) as outputs,
+                    self._running(target, prepared.request, 1, execution) as outputs,
                 ):
                     output = await _next(outputs)
                     observation.see(output)
@@ -211,6 +217,28 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             set_request_id(context, request.request_id)
         validate.check_priority(request.priority)
         return validate.check_input(request.input, self._parts.limits)
+
+    def _check_mergeable(self, execution: Execution, target: Target) -> None:
+        """Refuse what can never run on merged weights here.
+
+        Raises:
+            InvalidRequest: ``merged`` with several adapters, a scale, or none.
+            NotMergeable: this server merges nothing.
+        """
+        if execution != "merged":
+            return
+        if target.resolved is None:
+            what = f"'{target.ref}' is a composition" if target.digest else "no adapter is named"
+            raise InvalidRequest(
+                f"execution is MERGED and {what}; one adapter with weight 1 can be folded into the base. Use "
+                "AUTO or BATCHED.",
+                field="execution",
+            )
+        if self._parts.merging is None:
+            raise NotMergeable(
+                f"execution is MERGED and this server merges nothing, so '{target.ref}' can only be batched. "
+                "Use AUTO or BATCHED, or start the server with --merge-memory."
+            )
 
     async def _target(self, request: HasAdapters, context: Facts, key: str | None = None) -> Target:
         target = await resolve_adapters(
@@ -305,7 +333,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @contextmanager
     def _running(
-        self, target: Target, prototype: Request, num_answers: int
+        self, target: Target, prototype: Request, num_answers: int, execution: Execution
     ) -> Iterator[asyncio.Queue[Output]]:
         """Run a call's answers on the engine, and cancel them if the call ends early.
 
@@ -317,7 +345,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             try:
                 prototype.account = target.lead
                 for index in range(num_answers):
-                    self._submit(replace(prototype, lease=self._lease(target), index=index))
+                    lease = self._lease(target, execution)
+                    can_merge = isinstance(lease, MergeLease)
+                    self._submit(
+                        replace(
+                            prototype,
+                            lease=lease,
+                            index=index,
+                            execution=execution if can_merge else "batched",
+                        )
+                    )
                 yield outputs
             except BaseException:
                 engine.cancel(prototype.request_id)
@@ -330,11 +367,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request.lease.release()
             raise
 
-    def _lease(self, target: Target) -> Lease:
+    def _lease(self, target: Target, execution: Execution) -> Lease:
         if not target.digest:
             return BaseLease()
         if target.resolved is not None:
-            return self._parts.residency.acquire(target.resolved)
+            lease = self._parts.residency.acquire(target.resolved)
+            if self._parts.merging is None:
+                return lease
+            try:
+                return self._parts.merging.hold(target.resolved, lease, execution)
+            except BaseException:
+                lease.release()
+                raise
         resolved = {part.digest: part.resolved for part in target.parts}
         return self._compositions.acquire(target.digest, resolved, summed(target.parts))
 

@@ -12,18 +12,23 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from lorary.server.metrics import ServerMetrics
-    from lorary.server.ports import EngineLike, ResidencyLike
+    from lorary.server.ports import EngineLike, MergingLike, ResidencyLike
 
 
 class StateCollector:
     """Gauges that are read, not written: what runs, what waits, what is resident."""
 
     def __init__(
-        self, metrics: ServerMetrics, engine: EngineLike, residency: ResidencyLike
+        self,
+        metrics: ServerMetrics,
+        engine: EngineLike,
+        residency: ResidencyLike,
+        merging: MergingLike | None = None,
     ) -> None:
         self._metrics = metrics
         self._engine = engine
         self._residency = residency
+        self._merging = merging
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges as they are now."""
@@ -62,6 +67,12 @@ class StateCollector:
         )
         num_bytes = sum(r.device_bytes for r in residents)
         yield _gauge("lorary_adapter_bytes", "Device bytes that adapters take.", num_bytes)
+        merged = None if self._merging is None else self._merging.merged()
+        yield _gauge(
+            "lorary_merged_bytes",
+            "Bytes that the merged copy of an adapter's layers takes.",
+            0 if merged is None else merged.num_bytes,
+        )
         host = self._residency.host_stats()
         yield _gauge(
             "lorary_host_adapters", "Copies of adapters in host memory.", host.num_adapters

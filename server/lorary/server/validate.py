@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorary.errors import InvalidRequest
-from lorary.server.engine.request import Constraint, Sampling
+from lorary.server.engine.request import Constraint, Execution, Sampling
 from lorary.server.interceptors import MAX_REQUEST_ID_CHARS, is_valid_request_id
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ MAX_ROUTING_KEY = 256
 # No real text has this many characters per token; longer inputs are refused before the tokenizer
 # spends seconds on them.
 MAX_CHARS_PER_TOKEN = 32
+
+
+# By the numbers of inference.proto.
+_EXECUTIONS: dict[int, Execution] = {0: "auto", 1: "auto", 2: "batched", 3: "merged"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,21 @@ def check_priority(value: int) -> None:
             "sooner.",
             field="priority",
         )
+
+
+def check_execution(value: int) -> Execution:
+    """Return how the adapter is to take part.
+
+    Raises:
+        InvalidRequest: a number that means nothing here.
+    """
+    execution = _EXECUTIONS.get(value)
+    if execution is None:
+        raise InvalidRequest(
+            f"execution is {value}, which this server does not know; it is one of AUTO, BATCHED, MERGED.",
+            field="execution",
+        )
+    return execution
 
 
 def check_input(message: pb.Input, limits: Limits) -> str:

@@ -7,7 +7,8 @@ layout where it serves them (the layers' own copies are then given up), else as 
 layers' weights as views. Quantized layers keep their own product. The adapters of a whole group are
 added in one call.
 
-The step's segments are read from ``current``: set by the runner for the time of one forward.
+The step's segments, and the weights that some groups have for it in the place of the base's (``merged``),
+are read from context variables: set by the runner for the time of one forward.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from lorary.errors import ConfigError
 from lorary.server.adapters.ops import torch_ops, triton_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
 from lorary.server.adapters.rounding import Storage, storage_dtype
+from lorary.server.adapters.weights import Weights, multiply
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from lorary.server.adapters.segments import Segments
     from lorary.server.native.products import PackedLinear
@@ -45,6 +47,9 @@ Ops = Literal["auto", "native", "triton", "torch"]
 """What adds the adapters: the CPU kernel, the GPU kernels, or torch operators."""
 
 _current: ContextVar[Segments | None] = ContextVar("lorary_segments", default=None)
+_in_place: ContextVar[Mapping[LoraGroup, Weights] | None] = ContextVar(
+    "lorary_weights", default=None
+)
 
 
 @contextmanager
@@ -55,6 +60,16 @@ def step_segments(segments: Segments | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def step_weights(in_place: Mapping[LoraGroup, Weights] | None) -> Iterator[None]:
+    """Let these groups multiply by these weights in every forward within the block, on this thread."""
+    token = _in_place.set(in_place)
+    try:
+        yield
+    finally:
+        _in_place.reset(token)
 
 
 class RowKernel(Protocol):
@@ -136,13 +151,8 @@ class LoraGroup:
         return result
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self.packed is not None:
-            y = self.packed.linear(x)
-        elif self.weight is not None:
-            y = nn.functional.linear(x, self.weight, self.bias)
-        else:
-            outputs = [layer(x) for layer in self.layers]
-            y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        in_place = _in_place.get()
+        y = multiply(self if in_place is None else in_place.get(self, self), x)
         segments = _current.get()
         if segments is not None:
             self._add_adapters(y, x, segments)

@@ -223,6 +223,7 @@ class Answers:
             decode_ns=now - sequence.first_token_ns,
             label_logprobs=scores,
             prompt_logprobs=self._prompt_logprobs(sequence),
+            is_merged=sequence.merged is not None,
         )
 
     def _prompt_logprobs(self, sequence: Sequence) -> tuple[PositionLogprobs, ...]:

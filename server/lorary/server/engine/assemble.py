@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lorary.errors import ConfigError
+from lorary.bases.golden import GoldenWeights
+from lorary.errors import ConfigError, NotMergeable
 from lorary.server.adapters.columns import column_scales
 from lorary.server.adapters.layers import LoraModel
 from lorary.server.adapters.loader import ReadBuffer, load_adapter
+from lorary.server.adapters.merged import MergedWeights, fold, merged_bytes
+from lorary.server.adapters.merging import Merging
+from lorary.server.adapters.probe_runs import ProbeRuns
 from lorary.server.adapters.residency import BaseLease, Residency
+from lorary.server.adapters.transfer import Transfers
 from lorary.server.adapters.verification import Verifier
 from lorary.server.engine.batch import build_batch
 from lorary.server.engine.blocks import blocks_for
@@ -22,7 +27,7 @@ from lorary.server.engine.constraints import Compiler
 from lorary.server.engine.engine import Engine
 from lorary.server.engine.fair_queue import PATIENCE_S
 from lorary.server.engine.kv_cache import KVCache, KVShape
-from lorary.server.engine.memory import available_bytes, plan_blocks
+from lorary.server.engine.memory import available_bytes, is_short, plan_blocks
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
@@ -33,11 +38,13 @@ from lorary.server.startup import Startup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
     from lorary.registry import BaseCard, Registry, Resolved
     from lorary.server.adapters.loader import LoadedAdapter
+    from lorary.server.adapters.merging import MergeObserver
     from lorary.server.adapters.residency import ResidencyObserver
     from lorary.server.adapters.rounding import Storage
     from lorary.server.adapters.verification import VerificationObserver
@@ -73,6 +80,8 @@ class EngineLimits:
         pin_threads: give every CPU thread of the engine a core of its own.
         verify: replay the golden probes of what is loaded: "off", "warn" or "enforce".
         quantization: what the base is kept in, formats of a plan joined by ``+``.
+        merge_memory_bytes: for the merged copy of one adapter's layers; 0 merges nothing.
+        merge_share: part of the generated tokens from which on an adapter is merged unasked; 0 never is.
     """
 
     max_batch: int = 32
@@ -93,13 +102,15 @@ class EngineLimits:
     pin_threads: bool = True
     verify: Literal["off", "warn", "enforce"] = "off"
     quantization: str = "none"
+    merge_memory_bytes: int = 0
+    merge_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
     """An engine, not yet started, and its adapters.
 
-    ``fused`` is None when this base's layers run operator by operator.
+    ``fused`` is None when this base's layers run operator by operator, ``merging`` when nothing is merged.
     """
 
     engine: Engine
@@ -107,6 +118,7 @@ class Assembled:
     lora: LoraModel
     fused: FusedModel | None
     grammars: Compiler
+    merging: Merging | None
 
 
 def assemble(
@@ -123,11 +135,14 @@ def assemble(
     engine_observer: EngineObserver | None = None,
     residency_observer: ResidencyObserver | None = None,
     verification_observer: VerificationObserver | None = None,
+    merge_observer: MergeObserver | None = None,
+    base_folder: Path | None = None,
 ) -> Assembled:
     """Build an engine around a loaded model; the model is changed in place.
 
     With ``int8`` the weights of an unquantized model, or of its layers of these names, are rounded to 8
-    bits for the native kernels. ``startup`` shows the phases.
+    bits for the native kernels. ``startup`` shows the phases. ``base_folder`` is where the model was loaded
+    from: adapters are folded into what is read there.
 
     Raises:
         ConfigError: the model cannot be served: no fast tokenizer, a cache that is not keys and
@@ -169,16 +184,37 @@ def assemble(
     runner = Runner(model, fused)
     with startup.phase("warming up"):
         _warm_up(runner, cache, lora.long_from)
+    probes = ProbeRuns(
+        manifest=registry.manifest,
+        kinds=_kinds(limits, dtype, lora),
+        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        max_context=limits.max_context,
+        deliver=deliver,
+    )
     verifier: Verifier | None = None
     if limits.verify != "off":
-        verifier = Verifier(
-            mode=limits.verify,
-            manifest=registry.manifest,
-            kinds=_kinds(limits, dtype, lora),
-            vocab_size=int(model.get_input_embeddings().weight.shape[0]),
-            max_context=limits.max_context,
-            deliver=deliver,
-            observer=verification_observer,
+        verifier = Verifier(mode=limits.verify, runs=probes, observer=verification_observer)
+    modules = frozenset(name for group in lora.groups for name in group.spec.modules)
+
+    def read(resolved: Resolved, buffer: ReadBuffer | None = None) -> LoadedAdapter:
+        return load_adapter(
+            registry.fetch(resolved),
+            card,
+            modules=modules,
+            max_rank=limits.max_rank,
+            kernels=lora.kernels,
+            buffer=buffer,
+        )
+
+    merging: Merging | None = None
+    if limits.merge_memory_bytes and base_folder is not None:
+        merging = Merging(
+            build=_Merger(read, lora, fused, base_folder, limits.merge_memory_bytes),
+            runs=probes,
+            wake=lambda: engine.wake(),
+            share=limits.merge_share,
+            is_short=functools.partial(is_short, device),
+            observer=merge_observer,
         )
     engine = Engine(
         runner=runner,
@@ -193,32 +229,17 @@ def assemble(
         tokenizer=tokenizer,
         eos_ids=end_tokens(model, tokenizer),
         long_from=lora.long_from,
-        deliver=deliver if verifier is None else verifier.deliver,
+        deliver=probes.deliver,
         prefix_cache=limits.prefix_cache,
         draft_rows=limits.draft_rows,
+        merging=merging,
         observer=engine_observer,
         on_thread_start=_thread_setup(device, pin=limits.pin_threads),
     )
-    if verifier is not None:
-        verifier.attach(functools.partial(engine.submit, is_own=True))
-    modules = frozenset(name for group in lora.groups for name in group.spec.modules)
-
-    buffer = ReadBuffer()
-
-    def load(resolved: Resolved) -> LoadedAdapter:
-        folder = registry.fetch(resolved)
-        return load_adapter(
-            folder,
-            card,
-            modules=modules,
-            max_rank=limits.max_rank,
-            kernels=lora.kernels,
-            buffer=buffer,
-        )
-
+    probes.attach(functools.partial(engine.submit, is_own=True))
     residency = Residency(
         pool=lora.pool,
-        load=load,
+        load=functools.partial(read, buffer=ReadBuffer()),
         scale_columns=functools.partial(column_scales, lora.groups),
         on_change=engine.wake,
         observer=residency_observer,
@@ -231,7 +252,39 @@ def assemble(
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         eos_ids=end_tokens(model, tokenizer),
     )
-    return Assembled(engine, residency, lora, fused, grammars)
+    return Assembled(engine, residency, lora, fused, grammars, merging)
+
+
+class _Merger:
+    """Builds the merged weights of a version; on the merging thread."""
+
+    def __init__(
+        self,
+        load: Callable[[Resolved], LoadedAdapter],
+        lora: LoraModel,
+        fused: FusedModel | None,
+        folder: Path,
+        memory_bytes: int,
+    ) -> None:
+        self._load = load
+        self._lora = lora
+        self._fused = fused
+        self._folder = folder
+        self._memory_bytes = memory_bytes
+        self._transfers = Transfers(lora.pool.device)
+
+    def __call__(self, resolved: Resolved) -> MergedWeights:
+        adapter = self._load(resolved)
+        needed = merged_bytes(self._lora.groups, adapter.tensors)
+        if needed > self._memory_bytes:
+            raise NotMergeable(
+                f"'{resolved.name}@{resolved.version}' changes layers whose weights take {needed} bytes once "
+                f"more, and this server gives merged ones {self._memory_bytes}. Raise --merge-memory, or use "
+                "execution BATCHED."
+            )
+        with self._transfers.side(), GoldenWeights(self._folder) as golden:
+            in_place = fold(self._lora.groups, adapter, golden, self._lora.kernels)
+        return MergedWeights(in_place, self._fused)
 
 
 def _kinds(limits: EngineLimits, dtype: torch.dtype, lora: LoraModel) -> list[str]:
@@ -284,11 +337,12 @@ def _plan_blocks(
     device: torch.device,
 ) -> int:
     """Return how many blocks of keys and values there will be."""
+    promised = limits.merge_memory_bytes
     if device.type == "cuda":
-        promised = _step_bytes(model, lora, shape, limits, dtype, device)
+        promised += _step_bytes(model, lora, shape, limits, dtype, device)
     else:
         # The pool's memory is the system's until adapters are written into it.
-        promised = lora.pool.memory_bytes
+        promised += lora.pool.memory_bytes
     return plan_blocks(
         shape,
         dtype,

@@ -16,6 +16,7 @@ from lorary.server.engine.attention import AttentionPlan, Chunk
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lorary.server.adapters.merged import MergedWeights
     from lorary.server.engine.kv_cache import KVCache
     from lorary.server.engine.scheduler import Scheduled
     from lorary.server.engine.sequence import Sequence
@@ -42,6 +43,7 @@ class Batch:
         num_decode: sequences that decode, drafted ones included.
         num_prefill_tokens: prompt tokens, branches included.
         num_distinct_adapters: adapters in the step, the bare base not counted.
+        merged: the weights that all of it runs on, with an adapter in them; None for the base's.
     """
 
     token_ids: torch.Tensor
@@ -57,6 +59,7 @@ class Batch:
     num_decode: int
     num_prefill_tokens: int
     num_distinct_adapters: int
+    merged: MergedWeights | None = None
 
     @property
     def num_drafted_tokens(self) -> int:
@@ -209,7 +212,9 @@ def build_batch(
         advanced=tuple(advanced),
         num_decode=len(scheduled.decode),
         num_prefill_tokens=len(rows.tokens) - num_decode_rows,
-        num_distinct_adapters=len({id(e) for e in rows.entries if e is not None}),
+        num_distinct_adapters=len({id(e) for e in rows.entries if e is not None})
+        + (scheduled.merged is not None),
+        merged=scheduled.merged,
     )
 
 

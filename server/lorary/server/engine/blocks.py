@@ -1,7 +1,7 @@
 """Who has which block of the cache, and which beginnings of prompts blocks still hold; no torch.
 
 A block is ``BLOCK`` positions of one sequence, in every layer. Blocks that are full are kept in a tree,
-one for each adapter's digest (keys and values depend on the adapter) and tenant (how soon an answer
+one for each adapter's digest (keys and values depend on the adapter, and on whether it is merged) and tenant (how soon an answer
 comes would tell one what another has asked): a path from its root spells the
 tokens that its blocks hold. An aLoRA begins in the base's tree: its blocks that end before its
 invocation are the base's, shared with the base and all aLoRAs; those behind are its own, and only for an

@@ -4,7 +4,9 @@ A request's life: ``submit`` (any thread) → inbox → scheduler's queue → a 
 once its adapter is on the device → prompt in chunks → one token per step → ``Finish``, all of it given
 back. Where blocks run out, the latest to arrive is preempted: back to the queue's front, its tokens kept,
 to be read again (from the tree of blocks, as far as they are still there). One call of ``deliver`` per
-step hands all outputs to the service.
+pass hands all outputs to the service.
+
+A step is one pass of the model, or two where some of its rows run on merged weights (``adapters.merging``).
 
 Everything below ``_run`` happens on the engine thread; ``submit``, ``cancel``, ``wake`` and the
 properties may be used from any other.
@@ -16,7 +18,7 @@ import logging
 import threading
 import time
 from random import Random
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from lorary.server.adapters.merging import Merging
     from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.engine.request import MergeableLease
     from lorary.server.engine.runner import Runner
     from lorary.server.engine.scheduler import Scheduled, Scheduler
 
@@ -75,6 +79,7 @@ class Engine:
         deliver: Callable[[list[Output]], None],
         prefix_cache: bool = True,
         draft_rows: int = 0,
+        merging: Merging | None = None,
         observer: EngineObserver | None = None,
         on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -86,7 +91,9 @@ class Engine:
         self._long_from = long_from
         self._places = Places(cache, scheduler, share=prefix_cache)
         self._answers = Answers(tokenizer, eos_ids, cache.shape.context, self._end)
-        self._last: Batch | None = None
+        self._merging = merging
+        # The last pass on the base's weights, and on merged ones.
+        self._last: dict[bool, Batch] = {}
         self._draft_rows = draft_rows
         self._deliver = deliver
         self._observer = observer
@@ -261,36 +268,68 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> None:
         started = time.perf_counter()
+        if self._merging is not None and self._merging.is_revoked:
+            self._leave_merged(self._merging)
         self._places.make_room()
         scheduled: Scheduled = self._scheduler.next_batch(self._places.admit)
         if scheduled.is_empty:
             return
+        drafts = self._drafts(scheduled)
+        since = started
+        for part in scheduled.by_weights():
+            if not self._pass(part, drafts, since):
+                return
+            since = time.perf_counter()
+        self._scheduler.note_step(since - started)
+
+    def _pass(
+        self, scheduled: Scheduled, drafts: dict[Sequence, list[int]], started: float
+    ) -> bool:
+        """Run the model once, for rows on the same weights; False when there was no memory for it."""
+        is_merged = scheduled.merged is not None
         batch = build_batch(
             scheduled,
             self._cache,
             device=self._device,
             long_from=self._long_from,
-            drafts=self._drafts(scheduled),
-            last=self._last,
+            drafts={s: drafts[s] for s in scheduled.decode if s in drafts} if drafts else None,
+            last=self._last.get(is_merged),
         )
         try:
             logits = self._runner.forward(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            self._last = None
-            self._places.shrink(error)
-            return
-        self._last = batch
+            self._last.clear()
+            if self._merging is not None and self._merging.revoke("memory"):
+                self._leave_merged(self._merging)
+            else:
+                self._places.shrink(error)
+            return False
+        self._last[is_merged] = batch
         for sequence, count in batch.advanced:
             sequence.num_computed += count
             self._places.blocks.publish(sequence)
+        if self._merging is not None:
+            self._merging.note([s.request.lease for s in batch.samplers])
         outputs, num_kept = self._answers.of_step(batch, logits)
-        seconds = time.perf_counter() - started
-        self._scheduler.note_step(seconds)
-        self._record(batch, seconds, num_kept)
+        self._record(batch, time.perf_counter() - started, num_kept)
         if outputs:
             self._deliver(outputs)
+        return True
+
+    def _leave_merged(self, merging: Merging) -> None:
+        """Let merged weights be freed now: who runs on them loses its place, and goes on beside the base's."""
+        for sequence in self._scheduler.everyone():
+            if sequence.merged is None:
+                continue
+            # First: what it has read stays with the weights that it was read on.
+            if sequence.slot >= 0:
+                self._places.preempt(sequence)
+            sequence.merged, sequence.request.is_on_merged = None, False
+            cast("MergeableLease", sequence.request.lease).give_up()
+        self._last.pop(True, None)
+        merging.free_revoked()
 
     def _drafts(self, scheduled: Scheduled) -> dict[Sequence, list[int]]:
         """Guess next tokens where a step has rows to spare; steps that read prompts have none."""
@@ -329,6 +368,8 @@ class Engine:
         self._scheduler.remove(sequence)
         if sequence.slot >= 0:
             self._places.release(sequence)
+        # Steps to come are told from the last one, which must not keep merged weights alive.
+        sequence.merged = None
         sequence.request.lease.release()
         request = sequence.request
         return Output(
@@ -347,6 +388,7 @@ class Engine:
                 num_drafted_tokens=batch.num_drafted_tokens,
                 num_kept_tokens=num_kept,
                 num_distinct_adapters=batch.num_distinct_adapters,
+                num_merged_rows=len(batch.samplers) + num_kept if batch.merged else 0,
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
                 num_waiting_for_adapter=scheduler.num_waiting_for_adapter,

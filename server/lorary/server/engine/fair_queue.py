@@ -9,7 +9,8 @@ Sequences wait in *lines*, one for every adapter and priority. The next place go
    so that idling earns no credit; among equals to
 3. the head whose deadline is the earliest.
 
-A composition of adapters has a line of its own, for it may have to wait for a part of it, but no counter
+Who must run on merged weights has a line of its own, too: it may wait for them while others of the same
+adapter need not. A composition of adapters has a line of its own, for it may have to wait for a part of it, but no counter
 of its own: what is done for it counts for the adapter that leads it (``Request.account``). Else a caller
 would have a new share with every new weight.
 
@@ -234,4 +235,6 @@ class FairQueue:
 
 def _key(sequence: Sequence) -> Key:
     request = sequence.request
-    return request.priority, request.account or request.lease.digest, request.lease.digest
+    digest = request.lease.digest
+    needed = f"{digest}/merged" if request.execution == "merged" else digest
+    return request.priority, request.account or digest, needed

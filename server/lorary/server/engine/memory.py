@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHORT_BYTES = 256 << 20
+"""Memory is short where the system has less than this to give."""
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 2**62
 
@@ -82,6 +84,14 @@ def available_bytes(device: torch.device, *, promised: int = 0) -> int:
     else:
         free = min(_system_bytes(), _control_group_bytes())
     return max(0, free - promised)
+
+
+def is_short(device: torch.device) -> bool:
+    """Whether what could be given up should be, for the system has hardly any memory left.
+
+    On a GPU the allocator keeps what it was given, so that only a step that runs out of memory can tell.
+    """
+    return device.type == "cpu" and available_bytes(device) < SHORT_BYTES
 
 
 def _system_bytes() -> int:

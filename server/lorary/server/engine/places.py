@@ -16,7 +16,7 @@ from lorary.server.engine.blocks import BLOCK, Blocks
 
 if TYPE_CHECKING:
     from lorary.server.engine.kv_cache import KVCache
-    from lorary.server.engine.request import DeviceLease
+    from lorary.server.engine.request import MergeableLease
     from lorary.server.engine.scheduler import Scheduler
     from lorary.server.engine.sequence import Sequence
 
@@ -81,6 +81,10 @@ class Places:
         if self._is_full:
             return False
         running = self._scheduler.running
+        request = sequence.request
+        lease = cast("MergeableLease", request.lease)
+        sequence.merged = None if request.execution == "batched" else lease.take()
+        request.is_on_merged = sequence.merged is not None
         shared = self.blocks.look_up(sequence, running)
         if shared is None:
             return False
@@ -97,7 +101,7 @@ class Places:
         if not sequence.started_ns:
             sequence.num_cached = shared.length
             sequence.started_ns = time.monotonic_ns()
-            sequence.entry = cast("DeviceLease", sequence.request.lease).entry
+        sequence.entry = lease.entry if sequence.merged is None else None
         return True
 
     def release(self, sequence: Sequence) -> None:

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorary.errors import LoraryError
+    from lorary.server.adapters.merged import MergedWeights
     from lorary.server.adapters.segments import PoolEntry
 
 FinishReason = Literal["stop", "length", "scored"]
+Execution = Literal["auto", "batched", "merged"]
+"""How a request's adapter takes part: added behind the base's products, or folded into a copy of its weights."""
 
 Owner = tuple[str, int]
 """Whose keys and values they are: a digest, and the position from which on it is active."""
@@ -141,9 +144,26 @@ class DeviceLease(Lease, Protocol):
         ...
 
 
+class MergeableLease(DeviceLease, Protocol):
+    """A lease whose answer may run on merged weights."""
+
+    def take(self) -> MergedWeights | None:
+        """Return the weights that the answer runs on from now on, held; None for the base's.
+
+        Asked on the engine's thread each time that the answer is about to get a place.
+        """
+        ...
+
+    def give_up(self) -> None:
+        """Let go of merged weights that are to be freed at once; no step reads them for this answer now."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
+
+    Unless ``execution`` is "batched", the lease is a ``MergeableLease``; ``is_on_merged`` is the engine's to set.
 
     ``grammar`` is ``sampling.constraint``, compiled. ``arrived_s`` and ``deadline_s`` are values of
     ``time.monotonic()``. A higher ``priority`` gets a place sooner. ``account`` is the digest whose share of
@@ -166,16 +186,23 @@ class Request:
     deadline_s: float | None = None
     salt: str = ""
     active_from: int = 0
+    execution: Execution = "batched"
+    is_on_merged: bool = False
 
     @property
     def scope(self) -> tuple[str, str]:
         """Requests of equal scope may share a beginning: who computes the first position, and the salt."""
-        return ("" if self.active_from else self.lease.digest, self.salt)
+        return ("" if self.active_from else self.owner[0], self.salt)
 
     @property
     def owner(self) -> Owner:
-        """Whose keys and values are those from ``active_from`` on."""
-        return (self.lease.digest, self.active_from)
+        """Whose keys and values are those from ``active_from`` on.
+
+        Merged weights are rounded as a whole, and the base's are not rounded again with an adapter beside
+        them: an answer that asks to be batched must not read what merged weights have written.
+        """
+        digest = self.lease.digest
+        return (f"{digest}/merged" if self.is_on_merged else digest, self.active_from)
 
     @property
     def num_base(self) -> int:
@@ -223,6 +250,8 @@ class Finish:
     label_logprobs: tuple[float, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     cached_base_tokens: int = 0
+    is_merged: bool = False
+    """Whether its last step ran on merged weights."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -252,5 +281,6 @@ class StepStats:
     num_waiting: int
     num_waiting_for_adapter: int
     num_preempted: int = 0
+    num_merged_rows: int = 0
     kv_tokens_used: int
     kv_tokens_total: int

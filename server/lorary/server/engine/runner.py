@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorary.errors import ConfigError
-from lorary.server.adapters.layers import step_segments
+from lorary.server.adapters.layers import step_segments, step_weights
 from lorary.server.engine.attention import NAME, step_plan
 
 if TYPE_CHECKING:
@@ -35,9 +35,13 @@ class Runner:
 
         Writes the step's keys and values into the cache of ``batch.plan``.
         """
-        if self.fused is not None:
-            return self.fused.forward(batch)
-        with step_plan(batch.plan), step_segments(batch.segments):
+        merged = batch.merged
+        assert merged is None or not merged.is_freed, "a step on weights that are gone"
+        fused = self.fused if merged is None else merged.fused
+        if fused is not None:
+            return fused.forward(batch)
+        in_place = None if merged is None else merged.in_place
+        with step_plan(batch.plan), step_segments(batch.segments), step_weights(in_place):
             output = self.model(
                 input_ids=batch.token_ids,
                 position_ids=batch.position_ids,

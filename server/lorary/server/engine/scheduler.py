@@ -31,6 +31,7 @@ from lorary.server.engine.pace import Pace
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from lorary.server.adapters.merged import MergedWeights
     from lorary.server.engine.sequence import Sequence
 
 TURN = 4
@@ -52,6 +53,26 @@ class Scheduled:
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
         return not self.decode and not self.prefill
+
+    @property
+    def merged(self) -> MergedWeights | None:
+        """The merged weights that all of it runs on, None for the base's; asked of one part."""
+        first = self.decode[0] if self.decode else self.prefill[0][0]
+        return first.merged
+
+    def by_weights(self) -> tuple[Scheduled, ...]:
+        """Return the work in parts that run on the same weights; all of it, where it is on the base's.
+
+        Everybody advances in every step, whichever weights are hot: a step then is a pass for each part.
+        """
+        found: dict[int, tuple[list[Sequence], list[tuple[Sequence, int]]]] = {}
+        for sequence in self.decode:
+            found.setdefault(id(sequence.merged), ([], []))[0].append(sequence)
+        for sequence, count in self.prefill:
+            found.setdefault(id(sequence.merged), ([], []))[1].append((sequence, count))
+        if len(found) == 1:
+            return (self,)
+        return tuple(Scheduled(tuple(decode), tuple(rest)) for decode, rest in found.values())
 
 
 class Scheduler:

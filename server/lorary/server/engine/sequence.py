@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from random import Random
 
+    from lorary.server.adapters.merged import MergedWeights
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.blocks import Node
     from lorary.server.engine.detokenizer import TextStream
@@ -27,7 +28,8 @@ class Sequence:
         slot: its row of the cache's table of blocks, -1 while it waits.
         blocks: blocks of the cache that hold its positions, in order.
         path: nodes of the tree that spell its beginning, one for each of the first blocks.
-        entry: its adapter's place in the pool, None for the bare base.
+        entry: its adapter's place in the pool, None for the bare base and on merged weights.
+        merged: the weights with its adapter in them that it runs on, None for the base's.
         text: turns ids into text, None for scoring requests.
         drafter: guesses its next tokens, None where nobody does.
         matcher: where it stands in the grammar of its answer, None where it is free.
@@ -45,6 +47,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)
     entry: PoolEntry | None = None
+    merged: MergedWeights | None = None
     text: TextStream | None = None
     generator: Random | None = None
     matcher: Matcher | None = None

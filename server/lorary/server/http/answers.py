@@ -200,6 +200,7 @@ def receipt(message: pb.Receipt) -> dict[str, Any]:
         "base_fingerprint": message.base_fingerprint,
         "quantization": message.quantization,
         "request_id": message.request_id,
+        "execution": pb.Execution.Name(message.execution).removeprefix("EXECUTION_").lower(),
         "queue_ms": times.queue_ns / 1e6,
         "adapter_load_ms": times.adapter_load_ns / 1e6,
         "prefill_ms": times.prefill_ns / 1e6,

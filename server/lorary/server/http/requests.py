@@ -2,7 +2,7 @@
 
 ``model`` is a ref; empty, left out, or the base's own name is the bare base. Beside OpenAI's members those of
 vLLM are taken: ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``, ``stop_token_ids``,
-``priority`` (as in SGLang, higher is sooner), ``structured_outputs``.
+``priority`` (as in SGLang, higher is sooner), ``structured_outputs``. ``execution`` is ours: auto, batched, merged.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ _REFUSED_CHAT = {
     "web_search_options": "the model reads the messages and nothing else. Leave it out.",
 }
 _REFUSED_COMPLETION = {"suffix": "the base continues texts, it does not fill them. Leave it out."}
+
+_EXECUTIONS = {
+    "auto": pb.EXECUTION_AUTO,
+    "batched": pb.EXECUTION_BATCHED,
+    "merged": pb.EXECUTION_MERGED,
+}
 
 # OpenAI's own defaults, where ours differ: a client that sends no temperature expects to sample.
 DEFAULT_TEMPERATURE = 1.0
@@ -236,6 +242,14 @@ def _request(fields: Fields, adapter: str, params: pb.SamplingParams) -> pb.Gene
             request.priority = priority
         except ValueError as error:
             raise fields.error("priority", f"priority is {priority}: {error}.") from error
+    execution = fields.text("execution")
+    if execution is not None:
+        if execution not in _EXECUTIONS:
+            raise fields.error(
+                "execution",
+                f"execution is {execution[:32]!r}; it is one of {', '.join(_EXECUTIONS)}.",
+            )
+        request.execution = _EXECUTIONS[execution]
     return request
 
 

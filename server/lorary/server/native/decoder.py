@@ -6,6 +6,7 @@ The residual stream is float32 from the embeddings on.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from lorary.server.native.library import NativeKernels
 from lorary.server.native.products import BoundKernel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lorary.server.adapters.layers import LoraGroup
+    from lorary.server.adapters.weights import Weights
     from lorary.server.engine.attention import AttentionPlan
     from lorary.server.engine.batch import Batch
     from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.native.products import PackedLinear
 
 # Layers whose forward is exactly that of layer.cpp, in models whose forward is exactly embeddings,
 # rotary tables, layers, norm; whoever adds one adds its family's test.
@@ -36,6 +39,7 @@ _CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 _KEPT = {torch.bfloat16: torch.float16, torch.float32: torch.float32}
 # Rests of a row, as in matmul.h.
 _RESTS = 4
+_PROJECTIONS = ("qkv", "o", "gate_up", "down")
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -56,7 +60,7 @@ class _Projection(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Projection) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _Projection) for name in _PROJECTIONS),
         *((name, _P) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "k", "v")),
         ("tables", _P),
         *(
@@ -138,10 +142,23 @@ class _Workspace:
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """One layer as layer.cpp reads it, and the tensors that it points into."""
+    """One layer as layer.cpp reads it, its projections' groups, and the tensors that it points into."""
 
     structure: _Layer
+    groups: tuple[LoraGroup, ...]
     tensors: tuple[object, ...]
+
+    def with_weights(self, in_place: Mapping[LoraGroup, Weights]) -> FusedLayer:
+        """Return this layer with other weights for some of its groups; all else is shared."""
+        structure = _Layer.from_buffer_copy(self.structure)
+        kept: list[object] = [self.tensors]
+        for name, group in zip(_PROJECTIONS, self.groups, strict=True):
+            if group in in_place:
+                packed = in_place[group].packed
+                assert packed is not None, "weights for a packed group that are not"
+                _point(getattr(structure, name), packed)
+                kept.append(packed)
+        return FusedLayer(structure, self.groups, tuple(kept))
 
 
 class FusedModel:
@@ -173,20 +190,33 @@ class FusedModel:
         assert ctypes.c_float(inner.norm.variance_epsilon).value == structures[0].eps
         self._norm = inner.norm.weight.data.float().contiguous()
         self._embeddings = inner.embed_tokens.weight.data.to(dtype).contiguous()
-        # What the structures point into.
-        self._kept = tuple(layers)
-        self._addresses = (_P * len(layers))(*map(ctypes.addressof, structures))
         self._changes_rope = self._rotary.rope_type in _CHANGING_ROPE
-        self._structure = _Model(
-            ctypes.addressof(self._addresses),
-            len(layers),
-            self._embeddings.data_ptr(),
-            None,
-            None,
-            self._norm.data_ptr(),
-        )
+        self._structure = _Model()
+        self._set_layers(layers)
         if not self._changes_rope:
             self._set_angles(torch.arange(cache.shape.context)[None])
+
+    def with_weights(self, in_place: Mapping[LoraGroup, Weights]) -> FusedModel:
+        """Return the same function with other weights for some groups of its layers.
+
+        Everything else is shared, the workspace too: only one of them may run at a time.
+        """
+        other = copy.copy(self)
+        other._structure = _Model.from_buffer_copy(self._structure)
+        other._set_layers([layer.with_weights(in_place) for layer in self._layers])
+        return other
+
+    def _set_layers(self, layers: Sequence[FusedLayer]) -> None:
+        # Held, as the structures point into their tensors.
+        self._layers = tuple(layers)
+        structures = [layer.structure for layer in layers]
+        self._addresses = (_P * len(layers))(*map(ctypes.addressof, structures))
+        self._structure.layers, self._structure.count = (
+            ctypes.addressof(self._addresses),
+            len(layers),
+        )
+        self._structure.embeddings = self._embeddings.data_ptr()
+        self._structure.norm = self._norm.data_ptr()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Run one step and return float32 logits [L, vocab] of ``batch.logits_rows``.
@@ -323,7 +353,7 @@ def _fused(layer: Any, parts: Sequence[LoraGroup], cache: KVCache) -> FusedLayer
         attention.scaling,
         0.0,
     )
-    return FusedLayer(structure, (weights, k, v, cache.tables, kept))
+    return FusedLayer(structure, tuple(parts), (weights, k, v, cache.tables, kept))
 
 
 def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
@@ -332,18 +362,21 @@ def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:
     assert packed is not None
     assert isinstance(bound, BoundKernel), "a packed group without the kernel for its adapters"
     structure = _Projection(
-        packed.address,
-        packed.scales_address,
-        packed.offsets_address,
-        packed.bias_address,
-        packed.in_features,
-        packed.out_features,
-        bound.a_address,
-        bound.b_address,
-        bound.outs_address,
-        bound.members,
-        bound.cap,
-        bound.scales_address,
-        bound.storage,
+        inputs=packed.in_features,
+        outputs=packed.out_features,
+        a=bound.a_address,
+        b=bound.b_address,
+        outs=bound.outs_address,
+        members=bound.members,
+        cap=bound.cap,
+        row_scales=bound.scales_address,
+        storage=bound.storage,
     )
+    _point(structure, packed)
     return structure, (packed, bound)
+
+
+def _point(projection: Any, packed: PackedLinear) -> None:
+    """Let a projection multiply by these weights."""
+    projection.packed, projection.bias = packed.address, packed.bias_address
+    projection.scales, projection.offsets = packed.scales_address, packed.offsets_address

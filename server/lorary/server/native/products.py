@@ -53,6 +53,11 @@ class PackedLinear:
             None if t is None else t.data_ptr() for t in self._tensors
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """What weight, scales, offsets and bias take."""
+        return sum(0 if t is None else t.nbytes for t in self._tensors)
+
     def norms(self, start: int, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return the lengths of the weight's rows from ``start`` on, each with its row of b @ a.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorary.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from lorary.errors import Cancelled, DeadlineExceeded, NotMergeable, Overloaded, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lorary.server.rollout.traffic import Traffic
     from lorary.server.targets import Target
 
-NOT_ITS_FAULT = (Overloaded, Unavailable, DeadlineExceeded, Cancelled)
+NOT_ITS_FAULT = (Overloaded, Unavailable, DeadlineExceeded, Cancelled, NotMergeable)
 """Errors that say something about the server or the caller, and nothing about a version."""
 
 
