@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import socket
 import statistics
@@ -20,7 +21,7 @@ from benchmarks.harness.machine import ROOT, head, newest_results, result_path
 from benchmarks.harness.ray_cluster import RayProcess
 from benchmarks.harness.server_process import ServerProcess
 from benchmarks.kept import Kept, Quiet
-from benchmarks.markdown import origin, row
+from benchmarks.markdown import row
 from lorary.registry import Registry
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
@@ -55,6 +56,7 @@ def main(
     threads = len(os.sched_getaffinity(0))
     path = out or result_path(NAME)
     setup = {"base": base, "threads": threads, "unary": NUM_UNARY, "tokens": NUM_TOKENS}
+    setup["ray"] = importlib.metadata.version("ray")
     quiet = Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load)
     kept = Kept(path, head(NAME, setup), quiet)
     with tempfile.TemporaryDirectory(prefix="lorary-ingress-") as scratch:
@@ -147,11 +149,14 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
 def section(path: Path) -> str:
     """Return what stands between the markers."""
     records = [record for record in report.read(path) if record["accepted"]]
+    made = records[0]
     foreign = max(record["load"]["foreign_cores"] for record in records)
     return "\n".join(
         [
-            f"{origin(records[0])}. Others used up to {foreign:.2f} cores meanwhile. Records: "
-            f"`benchmarks/results/{path.name}`.",
+            f"{made['date']}, {made['machine']['cpu']} ({made['machine']['cores']} cores), Ray "
+            f"{made['setup']['ray']}, base {made['setup']['base']} with {made['setup']['threads']} threads; "
+            f"medians of {len(records) // len(DOORS)} rounds. Others used up to {foreign:.2f} cores "
+            f"meanwhile. Records: `benchmarks/results/{path.name}`.",
             "",
             table_of(records),
         ]
