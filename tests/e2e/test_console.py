@@ -109,7 +109,7 @@ def test_an_admin_reads_asks_and_moves_an_alias(
     assert [row[:3] for row in rows] == [
         ["dogs", "1", ""],
         ["pets/cats", "2", ""],
-        ["", "1", "prod"],
+        ["pets/cats", "1", "prod"],
     ]
     assert {row[3] for row in rows} == {"registry"}
 
@@ -117,10 +117,12 @@ def test_an_admin_reads_asks_and_moves_an_alias(
     refs = ("pets/cats@prod", "pets/cats@2")
     for place, ref in enumerate(refs, start=1):
         page.write(f".column:nth-child({place}) .ref input", ref)
+    page.write(".column:nth-child(3) .ref input", "pets/cats@2")
     page.write("#max-tokens", "24")
     page.write("#prompt", PROMPT)
     page.press_enter(modifiers=MODIFIER_CTRL)
-    page.until(f"{STATUSES}.slice(0, 2).every(text => text.includes('first after'))")
+    page.until(f"{STATUSES}[2].endsWith('same as column 2')")
+    assert page.js(f"{STATUSES}.every(text => text.includes('first after'))")
     texts = page.js(TEXTS)[:2]
     assert texts == [answer(server, ref, num_tokens=24) for ref in refs]
     assert len(set(texts)) == 2

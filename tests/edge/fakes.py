@@ -254,6 +254,7 @@ class FakeResidency:
     resident: dict[str, FakeResident] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     refused: dict[str, LoraryError] = field(default_factory=dict)
+    copies: set[str] = field(default_factory=set)
 
     @property
     def num_held(self) -> int:
@@ -307,6 +308,9 @@ class FakeResidency:
 
     def unload(self, digest: str) -> None:
         self.resident.pop(digest, None)
+
+    def has_copy(self, digest: str) -> bool:
+        return digest in self.copies
 
     def host_stats(self) -> HostStats:
         return HostStats(num_adapters=1, num_bytes=4096, num_hits=3, num_misses=2)

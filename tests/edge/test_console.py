@@ -15,7 +15,7 @@ from lorary.registry import BaseCard, Registry
 from lorary.server.config import ServerConfig
 from lorary.server.http.console.hosts import check_host
 from lorary.server.http.console.pages import Pages
-from tests.edge.fakes import serving
+from tests.edge.fakes import digest_of, serving
 from tests.edge.test_access import ACME, ADMIN, GLOBEX
 from tests.edge.test_access import tenants as tenants
 from tests.edge.test_following import VersionedResidency
@@ -144,7 +144,7 @@ async def test_without_tenants_a_strangers_page_is_told_nothing() -> None:
 
 
 async def test_data_is_for_tenants_and_each_sees_its_own(tenants: Path) -> None:
-    async with opened(access=tenants) as (_, http):
+    async with opened(access=tenants) as (edge, http):
         assert (await http.get("/console/")).status_code == 200, "the page itself holds nothing"
         for headers in ({}, bearer("lry_wrong")):
             for path in ("state", "figures", "moves/alpha"):
@@ -154,9 +154,10 @@ async def test_data_is_for_tenants_and_each_sees_its_own(tenants: Path) -> None:
             json={"model": "alpha@prod", "prompt": [2, 5], "max_tokens": 1},
             headers=bearer(GLOBEX),
         )
+        edge.residency.copies = {digest_of("beta")}
         states = {
             token: (await http.get("/console/api/state", headers=bearer(token))).json()
-            for token in (ACME, ADMIN)
+            for token in (ACME, GLOBEX, ADMIN)
         }
     mine = states[ACME]
     assert mine["caller"] == {"name": "acme", "role": "user", "has_token": True}
@@ -176,6 +177,10 @@ async def test_data_is_for_tenants_and_each_sees_its_own(tenants: Path) -> None:
     alpha = everything["adapters"][0]["versions"][0]
     assert (alpha["aliases"], alpha["residency"], alpha["num_served"]) == (["prod"], "resident", 1)
     assert everything["server"]["base"] == "tiny"
+    tiers = {
+        token: states[token]["adapters"][1]["versions"][0]["residency"] for token in (GLOBEX, ADMIN)
+    }
+    assert tiers == {GLOBEX: "registry", ADMIN: "host"}
 
 
 async def test_only_admins_move_aliases_and_it_leaves_a_line(

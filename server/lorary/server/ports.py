@@ -312,6 +312,10 @@ class ResidencyLike(Protocol):
         """Return what is resident, loading or unloading; callable from any thread."""
         ...
 
+    def has_copy(self, digest: str) -> bool:
+        """Whether host memory has a copy; callable from any thread."""
+        ...
+
     def host_stats(self) -> HostStatsLike:
         """Return what host memory holds; callable from any thread."""
         ...

@@ -37,7 +37,7 @@ class View:
         # Who lists reads the registry, and no context.
         found = await self._control.ListAdapters(pb.ListAdaptersRequest(), None)
         listed = [adapter for adapter in found.adapters if may_use(adapter.name)]
-        tell = _all_of if is_admin() else version_of
+        tell = self._all_of if is_admin() else version_of
         adapters = [
             {"name": name, "versions": [tell(version) for version in versions]}
             for name, versions in itertools.groupby(listed, key=lambda adapter: adapter.name)
@@ -72,25 +72,29 @@ class View:
             "adapter_memory_bytes": facts.adapter_memory_bytes,
         }
 
-
-def _all_of(adapter: pb.Adapter) -> dict[str, Any]:
-    """Return what an admin is told of a version: what ``lorary ps`` shows."""
-    return {
-        **version_of(adapter),
-        "quarantined": adapter.quarantined,
-        "num_pages": adapter.num_pages,
-        "device_bytes": adapter.device_bytes,
-        "num_running": adapter.num_running,
-        "num_served": adapter.num_served,
-        "last_used_ms": adapter.last_used_unix_ms,
-        "verified": adapter.verified,
-        "verified_divergence": adapter.verified_divergence,
-        "verified_limit": adapter.verified_limit,
-        "canaries": [
-            {"alias": one.alias, "percent": one.percent, "shadow": one.shadow}
-            for one in adapter.canaries
-        ],
-    }
+    def _all_of(self, adapter: pb.Adapter) -> dict[str, Any]:
+        """Return what an admin is told of a version: what ``lorary ps`` shows, and copies in host memory."""
+        told = version_of(adapter)
+        if adapter.residency == pb.RESIDENCY_REGISTRY and self._parts.residency.has_copy(
+            adapter.digest
+        ):
+            told["residency"] = "host"
+        return {
+            **told,
+            "quarantined": adapter.quarantined,
+            "num_pages": adapter.num_pages,
+            "device_bytes": adapter.device_bytes,
+            "num_running": adapter.num_running,
+            "num_served": adapter.num_served,
+            "last_used_ms": adapter.last_used_unix_ms,
+            "verified": adapter.verified,
+            "verified_divergence": adapter.verified_divergence,
+            "verified_limit": adapter.verified_limit,
+            "canaries": [
+                {"alias": one.alias, "percent": one.percent, "shadow": one.shadow}
+                for one in adapter.canaries
+            ],
+        }
 
 
 def _rollout(rollout: pb.Rollout) -> dict[str, Any]:

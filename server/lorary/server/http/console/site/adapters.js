@@ -120,7 +120,8 @@ class Row {
       node: el("td", { class: kind, "data-title": title }),
     }));
     this.node = el("tr", {}, ...this.cells.map((cell) => cell.node));
-    this.name = this.cell("Adapter");
+    // Shown once for all versions; but a card on a phone, and whoever is read a row, needs it in each.
+    this.name = this.cell("Adapter").appendChild(el("span"));
     this.aliases = this.cell("Aliases");
     this.where = this.cell("Where").appendChild(el("span", { class: "tier" }));
     this.digest = this.cell("Digest").appendChild(el("code"));
@@ -151,7 +152,7 @@ class Row {
     this.adapter = adapter;
     this.version = version;
     this.node.classList.toggle("first", isFirst);
-    setText(this.name, isFirst ? adapter.name : "");
+    setText(this.name, adapter.name);
     for (const { text, node } of this.cells) if (text) setText(node, text(version));
     this.showAliases(version);
     const tier = version.quarantined ? "quarantined" : version.residency;

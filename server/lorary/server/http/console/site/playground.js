@@ -79,6 +79,7 @@ export class Playground {
     if (this.stopper !== stopper) return; // another one runs by now
     this.stopper = null;
     $("stop").disabled = true;
+    this.columns.forEach((column, i) => column.compare(this.columns.slice(0, i)));
     say(this.columns.map((column, i) => `Column ${i + 1}: ${column.status.textContent}`).join(" "));
   }
 
@@ -119,6 +120,7 @@ class Column {
 
   async run(question, signal) {
     const stopper = (this.stopper = new AbortController());
+    this.isWhole = false;
     const either = AbortSignal.any([signal, stopper.signal]);
     this.text.replaceChildren();
     this.text.setAttribute("aria-busy", "true");
@@ -165,7 +167,14 @@ class Column {
     if (event.usage) meter.usage = event.usage;
   }
 
+  /** Say that an earlier column answered the same. */
+  compare(earlier) {
+    const place = earlier.findIndex((one) => one.isWhole && one.text.textContent === this.text.textContent) + 1;
+    if (this.isWhole && place) setText(this.status, `${this.status.textContent} · same as column ${place}`);
+  }
+
   finish({ receipt, usage }) {
+    this.isWhole = true;
     const { completion_tokens: written, prompt_tokens: read } = usage;
     const parts = [`${written} tokens after ${read}`];
     // The first comes out of reading; the others are what writing took.
