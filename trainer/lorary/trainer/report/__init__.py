@@ -22,7 +22,7 @@ from lorary.trainer.output import write_jsonl
 from lorary.trainer.report import figures
 from lorary.trainer.report.examples import example_rows
 from lorary.trainer.report.page import Figure, render, with_forgetting
-from lorary.trainer.report.weights import summary
+from lorary.trainer.report.weights import write_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ def write_report(
     if inside is None:
         return
     if inside.weights:
-        _write_json(folder / "weights.json", summary(inside.weights))
+        write_changes(folder / "weights.json", inside.weights)
     drawn = _draw(history, best_step, inside, details, answered)
     for figure in drawn:
         (folder / figure.file).write_bytes(figure.png)
@@ -171,7 +171,7 @@ def _draw(
         caption = "Singular values of every module's change"
         kept = max((one.published_rank or 0 for one in with_values), default=0)
         if kept:
-            caption += f"; what is left of direction {kept} is published"
+            caption += f"; the first {kept} directions are published"
         others = [(f"beside: {other.name}", other.weights) for other in inside.beside]
         png = figures.spectrum([("this run", with_values), *others], kept)
         found.append(Figure("singular_values.png", caption, png))

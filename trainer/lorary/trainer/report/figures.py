@@ -133,6 +133,10 @@ def spectrum(runs: Sequence[tuple[str, Sequence[ModuleChange]]], published_rank:
         # A few directions of LoRA beside hundreds of full fine-tuning.
         scale = "log" if longest > _MANY_DIRECTIONS else "linear"
         axes.set(xlabel="direction", ylabel="singular value / largest", yscale="log", xscale=scale)
+        for axis in (axes.xaxis, axes.yaxis):
+            # A logarithmic axis writes its numbers as formulas, which are not read here.
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             for handle in axes.legend().legend_handles:

@@ -147,28 +147,31 @@ def places_of(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
     return found
 
 
-def summary(changes: Sequence[ModuleChange]) -> dict[str, Any]:
-    """Return one row per module, as ``weights.json`` has them."""
-    return {
-        "modules": [
-            {
-                "name": one.name,
-                "delta_norm": one.delta_norm,
-                "weight_norm": one.weight_norm,
-                "ratio": one.ratio,
-                "effective_rank": one.effective_rank,
-                "stable_rank": one.stable_rank,
-                "rank_90": one.directions_for(MOST),
-                "published_rank": one.published_rank,
-                "singular_values": list(one.singular_values),
-            }
-            for one in changes
-        ]
-    }
+def write_changes(path: Path, changes: Sequence[ModuleChange]) -> None:
+    """Write ``weights.json``, a line for each module.
+
+    Singular values have six digits: of whole weights there are thousands in a module.
+    """
+    rows = [
+        {
+            "name": one.name,
+            "delta_norm": one.delta_norm,
+            "weight_norm": one.weight_norm,
+            "ratio": one.ratio,
+            "effective_rank": one.effective_rank,
+            "stable_rank": one.stable_rank,
+            "rank_90": one.directions_for(MOST),
+            "published_rank": one.published_rank,
+            "singular_values": [float(f"{value:.6g}") for value in one.singular_values],
+        }
+        for one in changes
+    ]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    path.write_text(f'{{"modules": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def read_changes(path: Path) -> list[ModuleChange]:
-    """Read what ``summary`` wrote.
+    """Read what ``write_changes`` wrote.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: it is no such file.
