@@ -198,7 +198,9 @@ class FakePrompts:
     def mark_id(self, text: str) -> int | None:
         return None
 
-    def label_ids(self, label: str) -> tuple[int, ...]:
+    eos_id = 7
+
+    def label_ids(self, label: str, *, field: str = "labels") -> tuple[int, ...]:
         return (int(label),)
 
 
@@ -446,7 +448,7 @@ class FakeEngine:
                 adapter_load_ns=2,
                 prefill_ns=3,
                 decode_ns=4,
-                label_logprobs=scores,
+                label_token_logprobs=tuple((score,) for score in scores),
                 prompt_logprobs=self._prompt_logprobs(request),
                 is_merged=request.execution == "merged",
             )

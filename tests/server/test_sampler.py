@@ -181,10 +181,10 @@ def test_logprobs_are_a_log_softmax() -> None:
     assert [token for token, _ in found.top] == [0, 1]
 
 
-def test_label_scores_sum_their_tokens() -> None:
+def test_labels_are_scored_token_by_token() -> None:
     """Labels (5,) and (1, 2): the second one's second token is read from the branch's row."""
     logits = torch.randn(2, 6)
     logprobs = torch.log_softmax(logits, -1)
     scores = score_labels(logits, [(5,), (1, 2)])
-    assert scores[0] == pytest.approx(float(logprobs[0, 5]))
-    assert scores[1] == pytest.approx(float(logprobs[0, 1] + logprobs[1, 2]))
+    assert scores[0] == pytest.approx([float(logprobs[0, 5])])
+    assert scores[1] == pytest.approx([float(logprobs[0, 1]), float(logprobs[1, 2])])

@@ -197,14 +197,14 @@ class PromptBuilder:
             ) from error
         return text
 
-    def label_ids(self, label: str) -> tuple[int, ...]:
+    def label_ids(self, label: str, *, field: str = "labels") -> tuple[int, ...]:
         """Return the ids of a label as the completion's beginning, without the end token.
 
         Raises:
-            InvalidRequest: the label is empty or holds a special token.
+            InvalidRequest: the label is empty or holds a special token; it names ``field``.
         """
-        self.check_text(label, field="labels")
-        return tuple(self._encode(label, field="labels"))
+        self.check_text(label, field=field)
+        return tuple(self._encode(label, field=field))
 
     def completion_ids(self, target: str) -> list[int]:
         """Return the ids a model is trained to answer: the target, then the end token.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Chunk,
         Classification,
         Execution,
+        Scored,
         ServerInfo,
         Tokens,
     )
@@ -297,6 +298,50 @@ class AsyncClient(AsyncControlCalls):
             execution,
         )
         return m.classification(await self._call(self._inference.Classify, request, timeout_s))
+
+    async def score(
+        self,
+        continuations: Sequence[str],
+        text: str | None = None,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[m.Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        adapter: str = "",
+        adapters: m.Adapters = (),
+        scale: float | None = None,
+        with_end: bool = False,
+        priority: int = 0,
+        request_id: str = "",
+        routing_key: str = "",
+        execution: Execution = "auto",
+        timeout_s: float | None = None,
+    ) -> Scored:
+        """Return how likely each continuation is behind the input, token by token, in one pass.
+
+        ``with_end`` scores the end of the answer behind each, too; the rest is as in ``generate``.
+
+        Example::
+
+            await client.score([" Paris", " Rome"], prompt="The capital of France is")
+        """
+        request = m.score_request(
+            continuations,
+            text,
+            prompt,
+            messages,
+            token_ids,
+            adapter,
+            with_end,
+            priority,
+            request_id,
+            adapters,
+            scale,
+            routing_key,
+            execution,
+        )
+        answer = await self._call(self._inference.Score, request, timeout_s)
+        return m.scored(continuations, answer)
 
     async def tokenize(
         self,

@@ -17,6 +17,8 @@ from lorary.client.results import (
     GenerateResult,
     PositionLogprobs,
     Receipt,
+    Scored,
+    ScoredText,
     ServerInfo,
     Timings,
     Tokens,
@@ -299,6 +301,38 @@ def _execution(value: str) -> inference_pb2.Execution:
     return EXECUTIONS[value]
 
 
+def score_request(
+    continuations: Sequence[str],
+    text: str | None,
+    prompt: str | None,
+    messages: Sequence[Message] | None,
+    token_ids: Sequence[int] | None,
+    adapter: str,
+    with_end: bool,
+    priority: int,
+    request_id: str,
+    adapters: Adapters = (),
+    scale: float | None = None,
+    routing_key: str = "",
+    execution: Execution = "auto",
+) -> inference_pb2.ScoreRequest:
+    """Return the request for continuations' log probabilities; raises as ``make_input``."""
+    request = inference_pb2.ScoreRequest(
+        adapter=adapter,
+        input=make_input(text, prompt, messages, token_ids),
+        continuations=continuations,
+        with_end=with_end,
+        request_id=request_id,
+        adapters=weighted(adapters),
+        routing_key=routing_key,
+        execution=_execution(execution),
+    )
+    _set("priority", setattr, request, "priority", priority)
+    if scale is not None:
+        _set("scale", setattr, request, "scale", scale)
+    return request
+
+
 def weighted(adapters: Adapters) -> list[inference_pb2.WeightedAdapter]:
     """Return the messages of a composition's parts; limits are the server's affair.
 
@@ -438,6 +472,23 @@ def classification(message: inference_pb2.ClassifyResponse) -> Classification:
         label=message.scores[0].label,
         probabilities={score.label: score.probability for score in message.scores},
         logprobs={score.label: score.logprob for score in message.scores},
+        usage=usage(message.usage),
+        receipt=receipt(message.receipt),
+    )
+
+
+def scored(continuations: Sequence[str], message: inference_pb2.ScoreResponse) -> Scored:
+    """Return continuations and how likely they are."""
+    return Scored(
+        texts=tuple(
+            ScoredText(
+                text=text,
+                logprob=score.logprob,
+                token_ids=tuple(token.token_id for token in score.tokens),
+                logprobs=tuple(token.logprob for token in score.tokens),
+            )
+            for text, score in zip(continuations, message.scores, strict=True)
+        ),
         usage=usage(message.usage),
         receipt=receipt(message.receipt),
     )

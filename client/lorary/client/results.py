@@ -137,6 +137,25 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredText:
+    """How likely a text is behind a prompt: ``logprob`` is the sum of its tokens' ``logprobs`` (natural logarithm)."""
+
+    text: str
+    logprob: float
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """The continuations of one prompt, in the order they were sent."""
+
+    texts: tuple[ScoredText, ...]
+    usage: Usage
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """Token ids of a prompt, and the text of each."""
 

@@ -375,6 +375,48 @@ class ClassifyResponse(_message.Message):
     receipt: Receipt
     def __init__(self, scores: _Optional[_Iterable[_Union[LabelScore, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
+class ScoreRequest(_message.Message):
+    __slots__ = ("adapter", "input", "continuations", "request_id", "priority", "with_end", "adapters", "scale", "routing_key", "execution")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    WITH_END_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    EXECUTION_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    input: Input
+    continuations: _containers.RepeatedScalarFieldContainer[str]
+    request_id: str
+    priority: int
+    with_end: bool
+    adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
+    scale: float
+    routing_key: str
+    execution: Execution
+    def __init__(self, adapter: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., continuations: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., with_end: bool = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., scale: _Optional[float] = ..., routing_key: _Optional[str] = ..., execution: _Optional[_Union[Execution, str]] = ...) -> None: ...
+
+class ContinuationScore(_message.Message):
+    __slots__ = ("logprob", "tokens")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    def __init__(self, logprob: _Optional[float] = ..., tokens: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
+
+class ScoreResponse(_message.Message):
+    __slots__ = ("scores", "usage", "receipt")
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    scores: _containers.RepeatedCompositeFieldContainer[ContinuationScore]
+    usage: Usage
+    receipt: Receipt
+    def __init__(self, scores: _Optional[_Iterable[_Union[ContinuationScore, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
 class TokenizeRequest(_message.Message):
     __slots__ = ("adapter", "input", "adapters")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]

@@ -45,6 +45,11 @@ class InferenceStub(object):
                 request_serializer=lorary_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=lorary_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/lorary.v1.Inference/Score',
+                request_serializer=lorary_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/lorary.v1.Inference/Tokenize',
                 request_serializer=lorary_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -76,6 +81,13 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Tell how likely each of several continuations of the prompt is, token by token, in one prefill.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turn an input into token ids exactly as Generate would.
         """
@@ -102,6 +114,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Classify,
                     request_deserializer=lorary_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
                     response_serializer=lorary_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=lorary_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -169,6 +186,33 @@ class Inference(object):
             '/lorary.v1.Inference/Classify',
             lorary_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
             lorary_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Inference/Score',
+            lorary_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            lorary_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

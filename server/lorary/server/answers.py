@@ -142,6 +142,27 @@ def label_scores(labels: Sequence[str], logprobs: Sequence[float]) -> list[pb.La
     return sorted(scores, key=lambda score: -score.logprob)
 
 
+def continuation_scores(
+    tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]
+) -> list[pb.ContinuationScore]:
+    """Return how likely each continuation is, in their order.
+
+    Raises:
+        LoraryError: a log probability is not a number, which only a broken model gives.
+    """
+    if any(math.isnan(value) for values in logprobs for value in values):
+        raise LoraryError(
+            f"the model scored continuations with {[list(values) for values in logprobs]}; that is no "
+            "probability. Check the adapter's weights."
+        )
+    return [
+        pb.ContinuationScore(
+            logprob=sum(values), tokens=[_logprob(pair) for pair in zip(ids, values, strict=True)]
+        )
+        for ids, values in zip(tokens, logprobs, strict=True)
+    ]
+
+
 def _logprobs(position: PositionLogprobs) -> pb.PositionLogprobs:
     return pb.PositionLogprobs(
         chosen=_logprob(position.chosen), top=[_logprob(pair) for pair in position.top]

@@ -442,8 +442,13 @@ class PromptsLike(Protocol):
         """Return the id of a token that stands for itself and not for the letters of its text."""
         ...
 
-    def label_ids(self, label: str) -> tuple[int, ...]:
-        """Return a label's ids as a completion."""
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        ...
+
+    def label_ids(self, label: str, *, field: str = "labels") -> tuple[int, ...]:
+        """Return a label's ids as a completion; errors name ``field``."""
         ...
 
 

@@ -23,7 +23,7 @@ import secrets
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from lorary.errors import DeadlineExceeded, InvalidRequest, LoraryError, NotMergeable
 from lorary.registry.invocation import active_from
@@ -42,13 +42,13 @@ from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from lorary.server.answers import ServerFacts
     from lorary.server.caller import Caller, Facts
     from lorary.server.calls import Calls
     from lorary.server.composition import HasAdapters
-    from lorary.server.engine.request import Execution, Grammar, Lease, Output
+    from lorary.server.engine.request import Execution, Finish, Grammar, Lease, Output
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import CompilerLike, EngineLike, MergingLike, ResidencyLike
     from lorary.server.rollout.build import Rollout
@@ -58,6 +58,10 @@ if TYPE_CHECKING:
     from lorary.server.tools.reader import CallReader
 
     Context = Caller
+    # Texts, and the ids of each.
+    _Continuations = tuple[Sequence[str], tuple[tuple[int, ...], ...]]
+
+Scores = TypeVar("Scores")
 
 ADAPTER_KEY = "lorary-adapter"
 VERSION_KEY = "lorary-adapter-version"
@@ -134,6 +138,43 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.ClassifyRequest, context: Context
     ) -> pb.ClassifyResponse:
         """Score every label in one prefill."""
+
+        async def read(target: Target) -> _Continuations:
+            labels = validate.read_labels(request.labels, target.task)
+            return labels, await self._parts.prompts.label_ids(labels)
+
+        def tell(prepared: Prepared, finish: Finish) -> list[pb.LabelScore]:
+            return answers.label_scores(prepared.labels, finish.label_logprobs)
+
+        scores, usage, receipt = await self._scored(request, context, read, tell)
+        return pb.ClassifyResponse(scores=scores, usage=usage, receipt=receipt)
+
+    async def Score(  # noqa: N802
+        self, request: pb.ScoreRequest, context: Context
+    ) -> pb.ScoreResponse:
+        """Score every continuation in one prefill, token by token."""
+        validate.check_continuations(request.continuations, self._parts.limits)
+
+        async def read(target: Target) -> _Continuations:
+            prompts = self._parts.prompts
+            texts = tuple(request.continuations)
+            return texts, await prompts.continuation_ids(texts, with_end=request.with_end)
+
+        def tell(prepared: Prepared, finish: Finish) -> list[pb.ContinuationScore]:
+            ids = prepared.request.labels
+            return answers.continuation_scores(ids, finish.label_token_logprobs)
+
+        scores, usage, receipt = await self._scored(request, context, read, tell)
+        return pb.ScoreResponse(scores=scores, usage=usage, receipt=receipt)
+
+    async def _scored(
+        self,
+        request: pb.ClassifyRequest | pb.ScoreRequest,
+        context: Context,
+        read: Callable[[Target], Awaitable[_Continuations]],
+        tell: Callable[[Prepared, Finish], Scores],
+    ) -> tuple[Scores, pb.Usage, pb.Receipt]:
+        """Run a call that scores texts behind its prompt: what ``read`` finds, as ``tell`` says it."""
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
             kind = self._check(request, context)
@@ -143,18 +184,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._check_mergeable(execution, target)
 
             async def prepare(target: Target) -> Prepared:
-                labels = validate.read_labels(request.labels, target.task)
-                label_ids = await self._parts.prompts.label_ids(labels)
-                # All labels but their last tokens lie behind the prompt in the cache, side by side.
-                room = max(1, sum(len(ids) - 1 for ids in label_ids))
+                texts, text_ids = await read(target)
+                # All texts but their last tokens lie behind the prompt in the cache, side by side.
+                room = max(1, sum(len(ids) - 1 for ids in text_ids))
                 prompt_ids = await self._prompt_ids(
                     request.input, kind, target, room=room, toolset=_toolset(request.input)
                 )
                 prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
                 prototype.active_from = await self._active_from(target, prompt_ids)
-                prototype.labels = label_ids
+                prototype.labels = text_ids
                 prototype.priority = request.priority
-                return Prepared(request=prototype, labels=labels)
+                return Prepared(request=prototype, labels=texts)
 
             with self._parts.rollout.observer.observed(target) as observation:
                 prepared = await prepare(target)
@@ -166,13 +206,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     observation.see(output)
                 if output.finish is None:
                     raise LoraryError("the engine answered a scoring request without scores.")
-                scores = answers.label_scores(prepared.labels, output.finish.label_logprobs)
+                scores = tell(prepared, output.finish)
             self._parts.metrics.answer(target.name, arrived_s).on_output(output)
-        return pb.ClassifyResponse(
-            scores=scores,
-            usage=answers.usage(output.finish),
-            receipt=answers.receipt(self._parts.facts, target, request_id(), output.finish),
-        )
+        receipt = answers.receipt(self._parts.facts, target, request_id(), output.finish)
+        return scores, answers.usage(output.finish), receipt
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Facts
@@ -209,7 +246,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             num_waiting=self._parts.engine.num_waiting,
         )
 
-    def _check(self, request: pb.GenerateRequest | pb.ClassifyRequest, context: Context) -> str:
+    def _check(
+        self, request: pb.GenerateRequest | pb.ClassifyRequest | pb.ScoreRequest, context: Context
+    ) -> str:
         """Check what can be checked without a registry; return the input's kind."""
         validate.check_routing_key(request.routing_key)
         validate.check_request_id(request.request_id)

@@ -288,6 +288,25 @@ class Prompts:
                 )
         return ids
 
+    async def continuation_ids(
+        self, texts: Sequence[str], *, with_end: bool
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the ids of every continuation, with the end token behind them if asked.
+
+        Raises:
+            InvalidRequest: one is empty, or holds a special token.
+        """
+        end = (self._builder.eos_id,) if with_end else ()
+
+        def read() -> tuple[tuple[int, ...], ...]:
+            numbered = enumerate(texts)
+            return tuple(
+                (*self._builder.label_ids(text, field=f"continuations[{i}]"), *end)
+                for i, text in numbered
+            )
+
+        return await self._run(read)
+
     async def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token alone."""
         return await self._run(lambda: [self._decode([i]) for i in ids])

@@ -233,6 +233,16 @@ def read_labels(labels: Sequence[str], task: Task | None) -> tuple[str, ...]:
     return chosen
 
 
+def check_continuations(texts: Sequence[str], limits: Limits) -> None:
+    """Refuse none, too many, or one that no context can hold."""
+    if not 0 < len(texts) <= MAX_LABELS:
+        raise InvalidRequest(
+            f"{len(texts)} continuations were sent; send 1 to {MAX_LABELS}.", field="continuations"
+        )
+    for i, text in enumerate(texts):
+        _check_text(text, f"continuations[{i}]", limits)
+
+
 # name: (default, lowest, highest, how the range reads)
 _FLOATS: dict[str, tuple[float, float, float, str]] = {
     "temperature": (0.0, 0.0, MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE:g}]"),

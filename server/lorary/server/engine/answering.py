@@ -205,7 +205,7 @@ class Answers:
         sequence: Sequence,
         reason: FinishReason,
         matched: str,
-        scores: tuple[float, ...] = (),
+        scores: tuple[tuple[float, ...], ...] = (),
     ) -> Finish:
         now = time.monotonic_ns()
         lease = cast("DeviceLease", sequence.request.lease)
@@ -221,7 +221,7 @@ class Answers:
             adapter_load_ns=lease.load_ns,
             prefill_ns=sequence.first_token_ns - sequence.started_ns,
             decode_ns=now - sequence.first_token_ns,
-            label_logprobs=scores,
+            label_token_logprobs=scores,
             prompt_logprobs=self._prompt_logprobs(sequence),
             is_merged=sequence.merged is not None,
         )

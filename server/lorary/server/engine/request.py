@@ -247,11 +247,16 @@ class Finish:
     adapter_load_ns: int
     prefill_ns: int
     decode_ns: int
-    label_logprobs: tuple[float, ...] = ()
+    label_token_logprobs: tuple[tuple[float, ...], ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     cached_base_tokens: int = 0
     is_merged: bool = False
     """Whether its last step ran on merged weights."""
+
+    @property
+    def label_logprobs(self) -> tuple[float, ...]:
+        """Of each label as a whole."""
+        return tuple(sum(tokens) for tokens in self.label_token_logprobs)
 
 
 @dataclass(slots=True, kw_only=True)

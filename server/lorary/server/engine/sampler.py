@@ -162,20 +162,18 @@ def prompt_logprobs(logits: torch.Tensor, tokens: Rows[int], top: int) -> list[P
     ]
 
 
-def score_labels(logits: torch.Tensor, labels: Rows[Rows[int]]) -> tuple[float, ...]:
-    """Return each label's log probability as a continuation of the prompt.
+def score_labels(logits: torch.Tensor, labels: Rows[Rows[int]]) -> tuple[tuple[float, ...], ...]:
+    """Return the log probability of each token of each label, as a continuation of the prompt.
 
     Args:
         logits: float32 [1 + sum(len(label) - 1), vocab]: the prompt's end, then the branches.
         labels: token ids of every label.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    scores: list[float] = []
+    scores: list[tuple[float, ...]] = []
     row = 1
     for label in labels:
-        total = float(logprobs[0, label[0]])
-        for token in label[1:]:
-            total += float(logprobs[row, token])
-            row += 1
-        scores.append(total)
+        rows = (0, *range(row, row + len(label) - 1))
+        scores.append(tuple(float(logprobs[r, t]) for r, t in zip(rows, label, strict=True)))
+        row += len(label) - 1
     return tuple(scores)
