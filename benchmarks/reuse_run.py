@@ -215,6 +215,10 @@ def same_verdicts(records: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return same, compared
 
 
+def _most_foreign(records: Sequence[dict[str, Any]]) -> float:
+    return max(r["load"]["foreign_cores"] for r in records if r["accepted"])
+
+
 def section(path: Path) -> str:
     """Return what stands between the markers."""
     records = report.read(path)
@@ -224,7 +228,8 @@ def section(path: Path) -> str:
             f"{origin(records[0])}; documents of {setup['document_tokens']} tokens, an answer of "
             f"{ANSWER_TOKENS} by the base, {setup['judges']} judges of rank {setup['rank']} on every linear "
             f"layer with verdicts of {VERDICT_TOKENS}, all in {setup['dtype']}; medians over "
-            f"{setup['documents']} documents. Records: `benchmarks/results/{path.name}`.",
+            f"{setup['documents']} documents; others took at most {_most_foreign(records):.2f} cores. Records: "
+            f"`benchmarks/results/{path.name}`.",
             "",
             table_of(records),
         ]
