@@ -215,8 +215,14 @@ def same_verdicts(records: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return same, compared
 
 
+def _warning(records: Sequence[dict[str, Any]]) -> str:
+    if all(r["quiet"] for r in records if r["accepted"]):
+        return ""
+    return " The machine was busy: trust the tokens and the ratios, not the milliseconds."
+
+
 def _most_foreign(records: Sequence[dict[str, Any]]) -> float:
-    return max(r["load"]["foreign_cores"] for r in records if r["accepted"])
+    return max(float(r["load"]["foreign_cores"]) for r in records if r["accepted"])
 
 
 def section(path: Path) -> str:
@@ -229,7 +235,7 @@ def section(path: Path) -> str:
             f"{ANSWER_TOKENS} by the base, {setup['judges']} judges of rank {setup['rank']} on every linear "
             f"layer with verdicts of {VERDICT_TOKENS}, all in {setup['dtype']}; medians over "
             f"{setup['documents']} documents; others took at most {_most_foreign(records):.2f} cores. Records: "
-            f"`benchmarks/results/{path.name}`.",
+            f"`benchmarks/results/{path.name}`.{_warning(records)}",
             "",
             table_of(records),
         ]
