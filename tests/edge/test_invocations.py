@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lorary.client import AsyncClient
-from lorary.errors import IncompatibleAdapter, InvalidRequest
+from lorary.errors import IncompatibleAdapter, InvalidRequest, NotMergeable
 from lorary.server.targets import Targets
 from tests.edge.fakes import FINGERPRINT, FakeManifest, FakeRegistry, FakeResolved, serving
 
@@ -70,6 +70,13 @@ async def test_it_is_no_part_of_a_sum(edge: Edge, client: AsyncClient) -> None:
         with pytest.raises(IncompatibleAdapter, match=r"'alpha@1' is an aLoRA.*no part of a sum"):
             await client.generate(prompt="7 8", adapters=adapters, max_tokens=2)
     await client.generate(prompt="1 7 8", adapters=[("alpha", 0.2), ("alpha", 0.3)], max_tokens=2)
+    assert [r.active_from for r in edge.engine.submitted] == [1]
+
+
+async def test_it_is_never_folded_into_the_base(edge: Edge, client: AsyncClient) -> None:
+    with pytest.raises(NotMergeable, match="'alpha' is an aLoRA"):
+        await client.generate(prompt="7 8", adapter="alpha", max_tokens=2, execution="merged")
+    await client.generate(prompt="1 7 8", adapter="alpha", max_tokens=2, execution="batched")
     assert [r.active_from for r in edge.engine.submitted] == [1]
 
 

@@ -262,7 +262,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         Raises:
             InvalidRequest: ``merged`` with several adapters, a scale, or none.
-            NotMergeable: this server merges nothing.
+            NotMergeable: an aLoRA, or this server merges nothing.
         """
         if execution != "merged":
             return
@@ -272,6 +272,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 f"execution is MERGED and {what}; one adapter with weight 1 can be folded into the base. Use "
                 "AUTO or BATCHED.",
                 field="execution",
+            )
+        if target.is_activated:
+            raise NotMergeable(
+                f"execution is MERGED and '{target.ref}' is an aLoRA: the base up to its invocation and the adapter "
+                "behind it, which no weights are. Use AUTO or BATCHED."
             )
         if self._parts.merging is None:
             raise NotMergeable(
