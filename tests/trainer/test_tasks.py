@@ -337,9 +337,12 @@ def test_the_command_previews_plans_and_trains_several_tasks(
     shown = printed()
     assert "(base)" in shown
     assert "registry push" in shown
-    shown = printed(*apart)
-    assert "critic-verdict" in shown
-    assert shown.count("registry push") == 2
+    said = json.loads(printed(*apart, "--json"))
+    for name in NAMES:
+        kept = json.loads((tmp_path / f"run-{name}" / "manifest.json").read_text())
+        assert said["tasks"][name] == kept
+        assert "tasks" not in kept, "readers that know one task only read it"
+    assert [*said["forgetting"]["adapters"]] == ["critic-verdict", "critic-verb"]
     with pytest.raises(InvalidRecipe, match="several tasks, which lorary train"):
         load_recipe(path)
     with pytest.raises(InvalidRecipe, match=r"tasks\.verb: .*no such file"):

@@ -274,9 +274,12 @@ class Manifest:
     def to_json(self) -> str:
         """Return the manifest as pretty JSON with a stable key order and a final newline."""
         raw = dataclasses.asdict(self)
+        # Readers refuse keys that they do not know. Those that know no aLoRA, or one task only, should, and only
+        # then.
         if not self.method.is_activated:
-            # Readers refuse keys that they do not know. Those that know no aLoRA should, and only then.
             del raw["method"]["invocation_tokens"]
+        if not self.tasks:
+            del raw["tasks"]
         return json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -229,7 +230,7 @@ def _print_plan(name: str, facts: dict[str, Any], forecasted: dict[str, Any]) ->
 def _print_result(manifest: Manifest, folder: Path, *, as_json: bool) -> None:
     """Print the figures of base and adapter side by side, and what to do next."""
     if as_json:
-        print_json(manifest)
+        print_json(json.loads(manifest.to_json()))
         return
     assert manifest.metrics is not None
     title = f"{folder} · {manifest.metrics.num_examples} held-out examples"
@@ -253,7 +254,8 @@ def _print_result(manifest: Manifest, folder: Path, *, as_json: bool) -> None:
 def _print_separate(result: SeparateResult, *, as_json: bool) -> None:
     """Print each adapter on each task, and what to do next."""
     if as_json:
-        print_json({"forgetting": result.table.as_json(), "tasks": result.manifests})
+        plain = {name: json.loads(one.to_json()) for name, one in result.manifests.items()}
+        print_json({"forgetting": result.table.as_json(), "tasks": plain})
         return
     console().print(result.table.rendered())
     for name, folder in result.folders.items():
