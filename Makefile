@@ -71,6 +71,10 @@ verify-lifecycle: assets ## Adapters that come and go: churn, faults and their f
 verify-trainer: assets ## What the trainer promises: methods, kinds, data, faults, speed, one line per figure (30-50 min)
 	$(BIN)/python scripts/verify_trainer.py $(VERIFY_ARGS)
 
+.PHONY: verify-service
+verify-service: assets ## The service at its edge: protocol, access, drains, deploy files, costs, a soak (60-90 min)
+	$(BIN)/python scripts/verify_service.py $(VERIFY_ARGS)
+
 .PHONY: verify-registry
 verify-registry: assets ## The registry's contract, faults, kills and speeds, one line per figure (15-30 min)
 	$(BIN)/python scripts/verify_registry.py $(VERIFY_ARGS)

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, report
+from benchmarks import service_parts as measured
 from benchmarks.harness.load import process_tree
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.server_process import ServerProcess
@@ -39,13 +40,28 @@ QUIET = 0.1
 """Most cores that others may use on average."""
 BAR = 0.9
 """Least share of gRPC's tokens per second that the HTTP door must make."""
+BAR_CPU_US, BAR_UNARY_MS, BAR_IDLE_MB = 60.0, 1.0, 100.0
+BAR_GROWTH = {"memory_mb": 50.0, "threads": 1.0, "files": 1.0}
+"""Most that the soak's straight lines may grow by in an hour."""
+BAR_STREAMS, BAR_IDLE_STREAMS, BAR_MINUTES = 256, 1000, 30.0
+"""Of how many streams, and of how long a soak, the bars are."""
+PARTS = ("doors", "streams", "unary", "idle", "soak")
+SOAK_ADAPTERS, SOAK_RANK, SOAK_CONCURRENCY, SOAK_MEMORY = 48, 16, 8, "120MB"
+"""A dozen of the adapters fit."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each door.")] = 5,
-    streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each kind.")] = 5,
+    streams: Annotated[int, typer.Option(min=1, help="Streams at once of a door.")] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 64,
+    many: Annotated[int, typer.Option(min=1, help="Streams at once of 'streams'.")] = BAR_STREAMS,
+    idle: Annotated[int, typer.Option(min=1, help="Streams of 'idle'.")] = BAR_IDLE_STREAMS,
+    calls: Annotated[int, typer.Option(min=100, help="Calls of a round of 'unary'.")] = 200,
+    minutes: Annotated[float, typer.Option(min=0.2, help="How long 'soak' takes.")] = BAR_MINUTES,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Measure this part; of {', '.join(PARTS)}.")
+    ] = None,
     base: options.Base = options.BASE,
     threads: options.Threads = 0,
     tolerate_load: options.TolerateLoad = False,
@@ -53,35 +69,83 @@ def main(
     out: options.Out = None,
     table: options.Table = False,
 ) -> None:
-    """Compare the two doors of one server."""
+    """Measure what the service costs beside its engine, and compare its two doors."""
     if table:
         options.show(NAME, out, section)
         return
+    parts = tuple(only or PARTS)
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise typer.BadParameter(f"part '{unknown[0]}' is unknown; there are {', '.join(PARTS)}")
     used = threads or len(os.sched_getaffinity(0))
     setup = {"base": base, "threads": used, "streams": streams, "tokens": tokens}
+    setup |= {"many": many, "idle": idle, "calls": calls, "minutes": minutes}
     path = out or result_path(NAME)
     quiet = Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load)
     kept = Kept(path, head(NAME, setup), quiet)
-    prompts = _prompts(base, streams)
+    prompts = _prompts(base, max(streams, many))
     with tempfile.TemporaryDirectory(prefix="lorary-service-") as scratch:
-        Registry.open(Path(scratch) / "registry", create=True)
-        arguments = ["--base", base, "--registry", f"{scratch}/registry", "--device", "cpu"]
-        arguments += ["--threads", str(used), "--http-port", "0", "--max-batch", str(streams)]
+        registry, adapters = _registry(Path(scratch), base, is_filled="soak" in parts)
+        arguments = ["--base", base, "--registry", str(registry), "--device", "cpu"]
+        arguments += ["--threads", str(used), "--http-port", "0", "--max-batch", str(many)]
+        arguments += ["--adapter-memory", SOAK_MEMORY]
         with ServerProcess(arguments, Path(scratch)) as server:
-            doors = _doors(server)
-            for load in doors.values():
-                asyncio.run(load(prompts, tokens))
-            for turn in range(rounds):
-                # Who is first has the caches of nobody.
-                for name in list(doors)[:: 1 if turn % 2 else -1]:
-                    kept.measure(
-                        functools.partial(_round, name, doors[name], server, prompts, tokens)
+            address, pid = server.address, int(server.facts["pid"])
+            if "doors" in parts:
+                _measure_doors(kept, server, prompts[:streams], tokens, rounds)
+            for _ in range(rounds):
+                if "streams" in parts:
+                    kept.measure(lambda: measured.streams(address, pid, prompts[:many], tokens))
+                if "unary" in parts:
+                    kept.measure(lambda: measured.unary(address, prompts, calls))
+            if "idle" in parts:
+                kept.measure(lambda: measured.idle(address, pid, idle))
+            if "soak" in parts:
+                kept.measure(
+                    lambda: measured.soak(
+                        address,
+                        pid,
+                        prompts,
+                        adapters,
+                        minutes=minutes,
+                        concurrency=SOAK_CONCURRENCY,
                     )
+                )
     console.print(f"records: {path}")
     Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
     if not kept.is_complete:
         console.print("some rounds were not measured on a quiet machine; wait, or --tolerate-load")
         raise typer.Exit(1)
+
+
+def _registry(scratch: Path, base: str, *, is_filled: bool) -> tuple[Path, list[str]]:
+    """Make a registry; with more adapters than fit into ``SOAK_MEMORY``, if they are needed."""
+    from benchmarks.library import Member, fill
+    from lorary.bases import find_base
+
+    folder = scratch / "registry"
+    registry = Registry.open(folder, create=True)
+    members = [
+        Member(f"soak-{k:02d}", SOAK_RANK, k) for k in range(SOAK_ADAPTERS if is_filled else 0)
+    ]
+    fill(registry, find_base(base), members, scratch / "one")
+    return folder, [member.name for member in members]
+
+
+def _measure_doors(
+    kept: Kept,
+    server: ServerProcess,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    rounds: int,
+) -> None:
+    doors = _doors(server)
+    for load in doors.values():
+        asyncio.run(load(prompts, tokens))
+    for turn in range(rounds):
+        # Who is first has the caches of nobody.
+        for name in list(doors)[:: 1 if turn % 2 else -1]:
+            kept.measure(functools.partial(_round, name, doors[name], server, prompts, tokens))
 
 
 def _prompts(name: str, count: int) -> list[tuple[int, ...]]:
@@ -166,33 +230,81 @@ def medians(records: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]
     }
 
 
+def figures(records: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, str, bool]]:
+    """Return every figure that has a bar: name, value (None: not measured), bar, whether it is reached."""
+    doors = medians(records)
+    share = doors["HTTP"][0] / doors["gRPC"][0] if {"HTTP", "gRPC"} <= set(doors) else None
+    found: list[tuple[str, float | None, str, bool]] = [
+        (
+            "tokens/s through HTTP, share of those through gRPC",
+            share,
+            f"at least {BAR:g}",
+            share is not None and share >= BAR,
+        )
+    ]
+    bars = (
+        (
+            "streams",
+            ("service_cpu_us_per_token",),
+            "µs of service CPU a streamed token",
+            BAR_CPU_US,
+        ),
+        (
+            "unary",
+            ("beside_engine_ms", "p50"),
+            "ms of a unary call beside the engine",
+            BAR_UNARY_MS,
+        ),
+        ("idle", ("added_mb",), "MB that idle streams add", BAR_IDLE_MB),
+        *(
+            ("soak", ("per_hour", key), f"{key} that a soak grows by in an hour", most)
+            for key, most in BAR_GROWTH.items()
+        ),
+    )
+    for kind, path, name, most in bars:
+        values: list[float] = [
+            _value(r, path) for r in records if r["kind"] == kind and r["accepted"]
+        ]
+        value = statistics.median(values) if values else None
+        found.append((name, value, f"at most {most:g}", value is not None and value <= most))
+    return found
+
+
+def _value(record: Any, path: Sequence[str]) -> float:
+    for key in path:
+        record = record[key]
+    return float(record)
+
+
 def table_of(records: Sequence[dict[str, Any]]) -> str:
-    """Return both doors as Markdown."""
-    found = medians(records)
-    if set(found) != {"gRPC", "HTTP"}:
-        return "no round of both was measured on a quiet machine"
-    share = found["HTTP"][0] / found["gRPC"][0]
+    """Return the doors and every figure as Markdown."""
     lines = [
         row(["door", "output tokens/s", "server CPU, µs a token"]),
         row(["---", "---:", "---:"]),
         *(
             row([door, f"{speed:.0f}", f"{cpu:.0f}"])
-            for door, (speed, cpu) in sorted(found.items())
+            for door, (speed, cpu) in sorted(medians(records).items())
         ),
+        "",
+        row(["figure", "measured", "bar", ""]),
+        row(["---", "---:", "---", "---"]),
     ]
-    verdict = "ok" if share >= BAR else "short"
-    return "\n".join([*lines, "", f"HTTP makes {share:.0%} of gRPC's; bar: {BAR:.0%}, {verdict}."])
+    for name, value, bar, is_ok in figures(records):
+        shown = "not measured on a quiet machine" if value is None else f"{value:.3g}"
+        lines.append(row([name, shown, bar, "ok" if is_ok else "short"]))
+    return "\n".join(lines)
 
 
 def section(path: Path) -> str:
     """Return what stands between the markers."""
     records = report.read(path)
     setup = records[0]["setup"]
-    foreign = max(r["load"]["foreign_cores"] for r in records if r["accepted"])
+    foreign = max((r["load"]["foreign_cores"] for r in records if r["accepted"]), default=0.0)
     return "\n".join(
         [
-            f"{origin(records[0])}; {setup['streams']} streams of {setup['tokens']} tokens on the bare base, "
-            f"medians of rounds in turn, others used at most {foreign:.2f} cores. "
+            f"{origin(records[0])}; doors: {setup['streams']} streams of {setup['tokens']} tokens on the bare "
+            f"base; {setup['many']} streams; {setup['idle']} idle ones; a soak of {setup['minutes']:g} minutes; "
+            f"medians of rounds, others used at most {foreign:.2f} cores. "
             f"Records: `benchmarks/results/{path.name}`.",
             "",
             table_of(records),

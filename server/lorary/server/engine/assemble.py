@@ -32,6 +32,7 @@ from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
+from lorary.server.interpreter import name_thread
 from lorary.server.native import library as native
 from lorary.server.native.decoder import fuse, kept_dtype
 from lorary.server.startup import Startup
@@ -307,6 +308,7 @@ def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:
     kernels = native.load() if device.type == "cpu" else None
 
     def set_up() -> None:
+        name_thread("engine")
         torch.set_num_threads(count)
         if pin and isinstance(kernels, native.NativeKernels) and 1 < count == len(cpus):
             pinned = kernels.pin_team(cpus)
