@@ -54,7 +54,8 @@ def build_pair(encoder: Path, folder: Path) -> None:
     torch.nn.init.zeros_(head.transform.dense.bias)
     # BERT's tokenizers name neither a first nor a last token; these are what they put there.
     tokenizer = AutoTokenizer.from_pretrained(encoder, bos_token="[CLS]", eos_token="[SEP]")
-    pair.config.decoder_start_token_id = tokenizer.cls_token_id
+    # As T5 and Marian begin: answers begin with the first token itself, and must not be told so twice.
+    pair.config.decoder_start_token_id = tokenizer.pad_token_id
     pair.config.pad_token_id = tokenizer.pad_token_id
     pair.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
