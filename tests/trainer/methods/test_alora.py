@@ -15,7 +15,10 @@ from lorary.registry.invocation import active_from
 from lorary.trainer.encoding import Row
 from lorary.trainer.measure import Exam, Subject, measure
 from lorary.trainer.methods.alora import check_rows
+from lorary.trainer.methods.attach import keep_unpacked
 from lorary.trainer.train import prepare, train
+from tests.trainer.methods.test_every_method import SERVED_TOLERANCE
+from tests.trainer.served import served_logprobs
 from tests.trainer.test_train import losses
 
 if TYPE_CHECKING:
@@ -35,12 +38,13 @@ def method(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_what_is_kept_begins_where_it_began_in_training(
+def test_t8_what_is_kept_and_served_begins_where_it_began_in_training(
     make_recipe: MakeRecipe,
     quiet: Reporter,
     tmp_path: Path,
     tiny_base: Path,
     quantization: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
     recipe = make_recipe(
         method=method(quantization=quantization),
@@ -62,7 +66,10 @@ def test_what_is_kept_begins_where_it_began_in_training(
     pulled = registry.pull("judge", tmp_path / "pulled")
     from peft import PeftModel
 
-    base = load_model(find_base(tiny_base), quantization=quantization, dtype=torch.float32)  # type: ignore[arg-type]
+    base, same, served = (
+        load_model(find_base(tiny_base), quantization=quantization, dtype=torch.float32)  # type: ignore[arg-type]
+        for _ in range(3)
+    )
     ids = torch.tensor([probe.token_ids])
     model = PeftModel.from_pretrained(base, pulled).eval()
     with torch.inference_mode():
@@ -73,6 +80,16 @@ def test_what_is_kept_begins_where_it_began_in_training(
     assert (bare[start:] - adapted[start:]).abs().max() > 1e-2
     top = adapted[-1, list(probe.top_token_ids)]
     assert torch.allclose(top, torch.tensor(probe.top_logits), atol=2e-4)
+
+    for one in (same, served):
+        keep_unpacked(one)
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(same, pulled).eval()(ids).logits[0, :-1]
+    found = served_logprobs(tiny_base, registry, "judge", probe.token_ids, served)
+    difference = (found - expected.log_softmax(-1)).abs().max()
+    assert difference < SERVED_TOLERANCE[quantization]
+    record_property("served", "alora")
+    record_property(f"difference over {quantization}", f"{difference:.2e}")
 
 
 def test_rows_without_the_invocation_are_not_measured(

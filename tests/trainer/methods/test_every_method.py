@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     MakeRecipe = Callable[..., Recipe]
 
 CASES: dict[str, dict[str, Any]] = {
-    # aLoRA is on from an invocation only, which test_alora.py gives it.
+    # aLoRA is on from an invocation only: test_alora.py gives it one, and serves it.
     **{name: {} for name in METHODS if name != "alora"},
     "pissa": {"svd_iterations": 0},
     "vera": {"rank": 32},
