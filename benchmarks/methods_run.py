@@ -68,12 +68,13 @@ def main(
     path = out or result_path(NAME)
     setup = {"steps": steps, "batch_size": batch_size, "num_test": num_test, "threads": threads}
     first = head(NAME, setup)
-    for index, name in enumerate(only or METHODS):
+    for name in only or METHODS:
         case = {
             "name": name,
             "method": METHODS[name],
             "learning_rate": RATES.get(name, 5e-4),
-            "is_first": index == 0,
+            # The base is measured once for a file.
+            "is_first": not path.exists(),
             **setup,
         }
         found = run_case("method_case", json.dumps(case))

@@ -26,6 +26,14 @@ class Proof:
     recorded: tuple[tuple[str, str], ...] = ()
 
 
+def junit_options(path: Path) -> list[str]:
+    """Return what tells pytest to write the file that ``read_proofs`` reads.
+
+    The older form of it, for in the newer one tests may say nothing of themselves.
+    """
+    return ["-o", "junit_family=xunit1", f"--junitxml={path}"]
+
+
 def read_proofs(path: Path) -> list[Proof]:
     """Return the tests of a JUnit file; none where the run ended before it was written."""
     if not path.exists():

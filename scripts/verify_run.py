@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.harness.machine import ROOT, commit
-from scripts.proven import read_proofs
+from scripts.proven import junit_options, read_proofs
 from scripts.verify_figures import (
     Figure,
     bench_figures,
@@ -170,7 +170,7 @@ def run_tests(
     there = [file for file in files if file not in missing]
     proofs = FOLDER / f"{part}.xml"
     proofs.unlink(missing_ok=True)
-    done = run(part, pytest_command("-rs", f"--junitxml={proofs}", *there))
+    done = run(part, pytest_command("-rs", *junit_options(proofs), *there))
     log = done.log.read_text(errors="replace")
     figures = [exit_code(part, done), *counted_figures(part, log, missing)]
     return figures if read is None else [*figures, *read(read_proofs(proofs))]

@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.harness.machine import ROOT
 from benchmarks.training_run import RECIPES
 from lorary.trainer.methods.rules import RULES
-from scripts.proven import Proof, read_proofs
+from scripts.proven import Proof, junit_options, read_proofs
 from scripts.trainer_figures import (
     TABLES,
     fault_figures,
@@ -144,7 +144,9 @@ def test_bad(record_property):
     assert False
 """
     (tmp_path / "test_it.py").write_text(tests)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=out.xml", "."]
+    # As the suite runs: a warning is an error.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:asyncio"]
+    command += ["-W", "error", *junit_options(tmp_path / "out.xml"), "."]
     subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
     good, bad = read_proofs(tmp_path / "out.xml")
     assert good == proof("test_good", ("trials", 12))
