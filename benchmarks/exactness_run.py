@@ -45,9 +45,7 @@ def main(
         options.show(NAME, out, section)
         return
     chosen = modes.split(",")
-    unknown = set(chosen) - set(MODES)
-    if unknown:
-        raise typer.BadParameter(f"mode '{unknown.pop()}' is unknown; there are {', '.join(MODES)}")
+    options.known(chosen, MODES)
     setup = {
         "base": base,
         "threads": pin_threads(threads),

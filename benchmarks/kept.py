@@ -1,15 +1,18 @@
-"""Measure until the machine was quiet, and keep a record of every attempt."""
+"""Measure until the machine was quiet, keep a record of every attempt, and say what came of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import typer
+from rich.console import Console
+
 from benchmarks import report
 from benchmarks.harness.load import CpuMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
@@ -59,3 +62,15 @@ class Kept:
                 break
         self.is_complete &= bool(record["accepted"])
         return record
+
+    def finish(self, console: Console, table_of: Callable[[Sequence[dict[str, Any]]], str]) -> None:
+        """Print where the records are, and their table.
+
+        Raises:
+            typer.Exit: with 1, when something was not measured on a quiet machine.
+        """
+        console.print(f"records: {self._path}")
+        Console().print(table_of(report.read(self._path)), highlight=False, soft_wrap=True)
+        if not self.is_complete:
+            console.print("not all was measured on a quiet machine; wait, or pass --tolerate-load")
+            raise typer.Exit(1)

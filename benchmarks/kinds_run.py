@@ -33,9 +33,7 @@ def main(
     if table:
         options.show(NAME, out, section)
         return
-    unknown = sorted(set(only or ()) - set(CASES))
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(CASES)}")
+    options.known(only or (), CASES)
     path = out or result_path(NAME)
     first = head(NAME, {"threads": threads})
     for name in only or CASES:

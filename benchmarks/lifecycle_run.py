@@ -55,9 +55,7 @@ def main(
     if table:
         options.show(NAME, out, section)
         return
-    unknown = sorted(set(only or ()) - set(PARTS))
-    if unknown:
-        raise typer.BadParameter(f"part '{unknown[0]}' is unknown; there are {', '.join(PARTS)}")
+    options.known(only or (), PARTS)
     setup = {
         "base": base,
         "dtype": "bfloat16",
@@ -73,30 +71,23 @@ def main(
         "rank": RANK,
     }
     path = out or result_path(NAME)
-    quiet = Quiet(tolerate=tolerate_load, retries=retries)
+    kept = Kept(path, head(NAME, setup), Quiet(tolerate=tolerate_load, retries=retries))
     with tempfile.TemporaryDirectory(prefix="lorary-lifecycle-") as scratch:
-        is_complete = _run(Path(scratch), path, setup, tuple(only or PARTS), quiet)
-    console.print(f"\nrecords: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not is_complete:
-        console.print("some cases have no run on a quiet machine; wait, or pass --tolerate-load")
-        raise typer.Exit(1)
+        _run(Path(scratch), kept, setup, tuple(only or PARTS))
+    kept.finish(console, table_of)
 
 
-def _run(
-    scratch: Path, path: Path, setup: dict[str, Any], parts: Sequence[str], quiet: Quiet
-) -> bool:
+def _run(scratch: Path, kept: Kept, setup: dict[str, Any], parts: Sequence[str]) -> None:
     from benchmarks import lifecycle_parts as measured
     from lorary.bases import find_base
 
     model = find_base(setup["base"])
     started_s = time.monotonic()
     repeats = range(setup["repeats"])
-    kept = Kept(path, head(NAME, setup), quiet)
     if "known" in parts:
         _keep(kept, "known", "", 0, lambda: measured.known(model, scratch, setup["known"]))
     if set(parts) == {"known"}:
-        return kept.is_complete
+        return
     with console.status("making adapters") as status:
         engines = measured.start(scratch, model, setup, status.update)
     with closing(engines):
@@ -118,7 +109,6 @@ def _run(
                     _keep(
                         kept, part, case, repeat, _part(engines, scratch, setup, part, case, repeat)
                     )
-    return kept.is_complete
 
 
 def _part(

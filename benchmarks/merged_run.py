@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
+from benchmarks.step_run import PROMPT_TOKENS, QUIET, WARM_UP, stage
 from benchmarks.synthetic import RANK
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "merged"
 WAYS = ("batched", "merged")
-PROMPT_TOKENS = 128
-WARM_UP = 4
-QUIET = 0.1
-"""Most cores that others may use on average."""
+MERGE_MEMORY_BYTES = 2 << 30
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -66,7 +63,13 @@ def main(
         Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load),
     )
     with tempfile.TemporaryDirectory(prefix="lorary-merged-") as scratch:
-        stepper, adapter, prompts = _stage(Path(scratch), base, max(counts))
+        stepper, (adapter,), prompts = stage(
+            Path(scratch),
+            base,
+            rows=max(counts),
+            num_adapters=1,
+            merge_memory_bytes=MERGE_MEMORY_BYTES,
+        )
         try:
             build_s = _build(stepper, adapter, prompts[0])
             for count in counts:
@@ -75,40 +78,7 @@ def main(
                 )
         finally:
             stepper.close()
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some rounds were not measured on a quiet machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
-
-
-def _stage(scratch: Path, name: str, count: int) -> tuple[Stepper, str, list[tuple[int, ...]]]:
-    import torch
-
-    from benchmarks.harness.stepper import Stepper, make_library
-    from benchmarks.library import adapter_bytes
-    from benchmarks.setup import TEXT
-    from benchmarks.workload import Prompts
-    from lorary.bases import find_base
-    from lorary.bases.load import load_tokenizer
-    from lorary.registry import Registry
-
-    base = find_base(name)
-    registry = Registry.open(scratch / "registry", create=True)
-    with console.status("making an adapter"):
-        (adapter,) = make_library(registry, base, scratch / "folder", 1, RANK)
-    stepper = Stepper(
-        base,
-        registry,
-        dtype=torch.bfloat16,
-        int8=False,
-        max_rows=count,
-        adapter_memory_bytes=2 * adapter_bytes(base, RANK),
-        merge_memory_bytes=2 << 30,
-    )
-    stepper.load([adapter])
-    prompts = Prompts(load_tokenizer(base), TEXT).take(count, PROMPT_TOKENS, random.Random(0))
-    return stepper, adapter, prompts
+    kept.finish(console, table_of)
 
 
 def _build(stepper: Stepper, adapter: str, prompt: Sequence[int]) -> float:

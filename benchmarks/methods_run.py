@@ -62,9 +62,7 @@ def main(
     if table:
         options.show(NAME, out, section)
         return
-    unknown = sorted(set(only or ()) - set(METHODS))
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(METHODS)}")
+    options.known(only or (), METHODS)
     path = out or result_path(NAME)
     setup = {"steps": steps, "batch_size": batch_size, "num_test": num_test, "threads": threads}
     first = head(NAME, setup)

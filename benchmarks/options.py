@@ -11,7 +11,7 @@ from benchmarks import report
 from benchmarks.harness.machine import DOCUMENT, newest_results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
 Base = Annotated[str, typer.Option(help="Base model.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0 takes every core.")]
@@ -26,6 +26,17 @@ Table = Annotated[
 ]
 BASE = "smollm2-135m"
 RETRIES = 3
+
+
+def known(asked: Sequence[str], names: Collection[str]) -> None:
+    """Check what was asked for by name.
+
+    Raises:
+        typer.BadParameter: there is none of a name; with those that there are.
+    """
+    unknown = sorted(set(asked) - set(names))
+    if unknown:
+        raise typer.BadParameter(f"'{unknown[0]}' is unknown; there are {', '.join(names)}")
 
 
 def show(name: str, out: Path | None, section: Callable[[Path], str]) -> Path:

@@ -76,11 +76,7 @@ def main(
             for turn in range(rounds):
                 for door in DOORS[:: 1 if turn % 2 else -1]:
                     kept.measure(functools.partial(_round, door, addresses[door]))
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some figures were not taken on a quiet machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, table_of)
 
 
 def _free_port() -> int:

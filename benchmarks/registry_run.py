@@ -57,19 +57,13 @@ def main(
     if table:
         options.show(NAME, out, section)
         return
-    unknown = sorted(set(only or ()) - set(CASES))
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(CASES)}")
+    options.known(only or (), CASES)
     path = out or result_path(NAME)
     first = head(NAME, {"repeats": repeats, "folder": str(folder or tempfile.gettempdir())})
     kept = Kept(path, first, Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load))
     for case in only or CASES:
         kept.measure(partial(_case, case, 1 if case == "memory" else repeats, folder))
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some figures were not taken on a quiet machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, table_of)
 
 
 def _case(case: str, repeats: int, folder: Path | None) -> dict[str, Any]:

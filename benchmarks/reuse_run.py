@@ -78,11 +78,7 @@ def main(
         finally:
             for engine in engines.values():
                 engine.close()
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some pipelines met a busy machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, table_of)
 
 
 def _stage(

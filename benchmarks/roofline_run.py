@@ -54,9 +54,7 @@ def main(
         options.show(NAME, out, section)
         return
     chosen = representations.split(",")
-    unknown = set(chosen) - set(REPRESENTATIONS)
-    if unknown:
-        raise typer.BadParameter(f"'{unknown.pop()}' is unknown; there are {REPRESENTATIONS}")
+    options.known(chosen, REPRESENTATIONS)
     setup = {
         "base": base,
         "threads": pin_threads(threads),

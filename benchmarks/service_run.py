@@ -74,9 +74,7 @@ def main(
         options.show(NAME, out, section)
         return
     parts = tuple(only or PARTS)
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise typer.BadParameter(f"part '{unknown[0]}' is unknown; there are {', '.join(PARTS)}")
+    options.known(parts, PARTS)
     used = threads or len(os.sched_getaffinity(0))
     setup = {"base": base, "threads": used, "streams": streams, "tokens": tokens}
     setup |= {"many": many, "idle": idle, "calls": calls, "minutes": minutes}
@@ -111,11 +109,7 @@ def main(
                         concurrency=SOAK_CONCURRENCY,
                     )
                 )
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some rounds were not measured on a quiet machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, table_of)
 
 
 def _registry(scratch: Path, base: str, *, is_filled: bool) -> tuple[Path, list[str]]:

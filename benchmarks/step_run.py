@@ -59,22 +59,21 @@ def main(
     first = head(NAME, setup)
     kept = Kept(path, first, Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load))
     with tempfile.TemporaryDirectory(prefix="lorary-step-") as scratch:
-        stepper, adapters, prompts = _stage(Path(scratch), base, max(counts))
+        stepper, adapters, prompts = stage(
+            Path(scratch), base, rows=max(counts), num_adapters=max(counts)
+        )
         try:
             for count in counts:
                 kept.measure(partial(_measure, stepper, prompts[:count], adapters[:count], steps))
         finally:
             stepper.close()
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some steps were not measured on a quiet machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, table_of)
 
 
-def _stage(
-    scratch: Path, name: str, count: int
+def stage(
+    scratch: Path, name: str, *, rows: int, num_adapters: int, merge_memory_bytes: int = 0
 ) -> tuple[Stepper, list[str], list[tuple[int, ...]]]:
+    """Return an engine in steps, its resident adapters of rank ``RANK``, and a prompt for every row."""
     import torch
 
     from benchmarks.harness.stepper import Stepper, make_library
@@ -88,17 +87,18 @@ def _stage(
     base = find_base(name)
     registry = Registry.open(scratch / "registry", create=True)
     with console.status("making adapters"):
-        adapters = make_library(registry, base, scratch / "folder", count, RANK)
+        adapters = make_library(registry, base, scratch / "folder", num_adapters, RANK)
     stepper = Stepper(
         base,
         registry,
         dtype=torch.bfloat16,
         int8=False,
-        max_rows=count,
-        adapter_memory_bytes=count * adapter_bytes(base, RANK),
+        max_rows=rows,
+        adapter_memory_bytes=num_adapters * adapter_bytes(base, RANK),
+        merge_memory_bytes=merge_memory_bytes,
     )
     stepper.load(adapters)
-    prompts = Prompts(load_tokenizer(base), TEXT).take(count, PROMPT_TOKENS, random.Random(0))
+    prompts = Prompts(load_tokenizer(base), TEXT).take(rows, PROMPT_TOKENS, random.Random(0))
     return stepper, adapters, prompts
 
 

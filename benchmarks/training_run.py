@@ -53,11 +53,7 @@ def main(
         for repeat in range(repeats):
             for contender in CONTENDERS:
                 kept.measure(partial(_run, contender, name, steps, repeat))
-    console.print(f"records: {path}")
-    Console().print(table_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some runs were not made on a quiet machine; wait, or --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, table_of)
 
 
 def _run(contender: str, recipe: str, steps: int, seed: int) -> dict[str, Any]:

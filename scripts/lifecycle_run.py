@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,14 +10,14 @@ import typer
 from benchmarks.harness.machine import ROOT
 from scripts.lifecycle_figures import lifecycle_figures, shown_figures
 from scripts.measured import Measured
-from scripts.verify_run import check, console, exit_code, run, run_parts
+from scripts.verify_run import check, console, run_parts, run_tests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from scripts.verify_figures import Figure
 
-CHURN_S = 60
+CHURN = ("LORARY_CHURN_SECONDS=60",)
 TESTS = {
     "churn": ("tests/server/test_churn.py",),
     "faults": ("tests/e2e/test_adapter_faults.py", "tests/e2e/test_bad_calls.py"),
@@ -26,7 +27,7 @@ TESTS = {
         "tests/server/test_engine_life.py",
     ),
 }
-"""Tests that are promises of their own; ``churn`` runs for ``CHURN_S`` here and for less in the suite."""
+"""Tests that are promises of their own; ``churn`` runs for a minute here and for less in the suite."""
 MINUTES = {"check": 2, "churn": 2, "faults": 2, "tiers": 1, "lifecycle": 10, "shows": 0}
 """What each part takes on two quiet cores."""
 
@@ -44,19 +45,10 @@ def main(
     measured = Measured("lifecycle", resume=resume)
     parts: dict[str, Callable[[], Sequence[Figure]]] = {
         "check": check,
-        "churn": lambda: tests("churn"),
-        "faults": lambda: tests("faults"),
-        "tiers": lambda: tests("tiers"),
+        **{part: partial(run_tests, part, TESTS[part], variables=CHURN) for part in TESTS},
         "lifecycle": lambda: measured.part("lifecycle", "lifecycle.py", [], lifecycle_figures),
         "shows": lambda: shown_figures(ROOT),
     }
     minutes = sum(m for part, m in MINUTES.items() if not only or part in only)
     console.print(f"about {minutes} minutes on two quiet cores; less than twice that on slow ones")
     run_parts(parts, only or [], "lifecycle-figures.json")
-
-
-def tests(part: str) -> list[Figure]:
-    """Run the tests of one part."""
-    command = ["env", "OMP_NUM_THREADS=1", f"LORARY_CHURN_SECONDS={CHURN_S}"]
-    command += [str(ROOT / ".venv/bin/python"), "-m", "pytest", "-q", *TESTS[part]]
-    return [exit_code(f"{part}: pytest {' '.join(TESTS[part])}", run(part, command))]

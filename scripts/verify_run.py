@@ -149,15 +149,25 @@ def run(name: str, command: Sequence[str]) -> Finished:
     return Finished(code=process.returncode, seconds=time.monotonic() - started, log=log)
 
 
-def pytest_command(*words: str) -> list[str]:
-    """Return the command that runs pytest of this checkout, on one thread."""
-    return ["env", "OMP_NUM_THREADS=1", str(ROOT / ".venv/bin/python"), "-m", "pytest", *words]
+def pytest_command(*words: str, variables: Sequence[str] = ()) -> list[str]:
+    """Return the command that runs pytest of this checkout, on one thread; with ``NAME=value``."""
+    return [
+        "env",
+        "OMP_NUM_THREADS=1",
+        *variables,
+        str(ROOT / ".venv/bin/python"),
+        "-m",
+        "pytest",
+        *words,
+    ]
 
 
 def run_tests(
     part: str,
     files: Sequence[str],
     read: Callable[[Sequence[Proof]], Sequence[Figure]] | None = None,
+    *,
+    variables: Sequence[str] = (),
 ) -> list[Figure]:
     """Run the tests of one part; files that are missing make it short.
 
@@ -165,12 +175,13 @@ def run_tests(
         part: its name.
         files: files and folders of tests.
         read: gives the figures that these tests measure, beside how many passed.
+        variables: of their environment, ``NAME=value``.
     """
     missing = [file for file in files if not (ROOT / file).exists()]
     there = [file for file in files if file not in missing]
     proofs = FOLDER / f"{part}.xml"
     proofs.unlink(missing_ok=True)
-    done = run(part, pytest_command("-rs", *junit_options(proofs), *there))
+    done = run(part, pytest_command("-rs", *junit_options(proofs), *there, variables=variables))
     log = done.log.read_text(errors="replace")
     figures = [exit_code(part, done), *counted_figures(part, log, missing)]
     return figures if read is None else [*figures, *read(read_proofs(proofs))]

@@ -234,6 +234,11 @@ def peft_greedy(
     model.eval()
     if ignore_eos:
         model.generation_config.eos_token_id = None
+    return greedy(model, prompt_ids, max_tokens)
+
+
+def greedy(model: Any, prompt_ids: Sequence[int], max_tokens: int = 12) -> list[int]:
+    """Return what transformers' own ``generate`` answers, greedily."""
     ids = torch.tensor([list(prompt_ids)])
     with torch.inference_mode():
         out = model.generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -192,25 +193,37 @@ class EngineWorld:
         self.grammars.close()
 
 
-@pytest.fixture(scope="session")
-def tiny_registry(
-    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Registry:
-    registry = Registry.open(tmp_path_factory.mktemp("registry") / "store", create=True)
-    card = BaseCard.from_folder(tiny_base)
-    for name, folder in tiny_adapters.items():
+def registry_of(root: Path, base: Path, adapters: Mapping[str, Path]) -> Registry:
+    """Make a registry below ``root`` with these PEFT folders, by name."""
+    registry = Registry.open(root / "store", create=True)
+    card = BaseCard.from_folder(base)
+    for name, folder in adapters.items():
         registry.push(folder, name, base=card)
     return registry
 
 
-@pytest.fixture
-def make_world(tiny_base: Path, tiny_registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
-    worlds: list[EngineWorld] = []
+@pytest.fixture(scope="session")
+def tiny_registry(
+    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Registry:
+    return registry_of(tmp_path_factory.mktemp("registry"), tiny_base, tiny_adapters)
 
-    def make(base: Path | None = None, **options: Any) -> EngineWorld:
-        worlds.append(EngineWorld(base or tiny_base, tiny_registry, **options))
-        return worlds[-1]
+
+@contextmanager
+def worlds(base: Path, registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
+    """Give what makes engines, over this base and registry or others, and close all of them."""
+    made: list[EngineWorld] = []
+
+    def make(base: Path = base, *, registry: Registry = registry, **options: Any) -> EngineWorld:
+        made.append(EngineWorld(base, registry, **options))
+        return made[-1]
 
     yield make
-    for world in worlds:
+    for world in made:
         world.close()
+
+
+@pytest.fixture
+def make_world(tiny_base: Path, tiny_registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
+    with worlds(tiny_base, tiny_registry) as make:
+        yield make

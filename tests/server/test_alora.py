@@ -16,7 +16,7 @@ from lorary.registry.invocation import active_from
 from lorary.server.adapters.loader import load_adapter
 from lorary.server.engine.blocks import BLOCK
 from tests.conftest import AdapterRecipe, build_adapter, peft_greedy, write_manifest
-from tests.server.conftest import EngineWorld
+from tests.server.conftest import EngineWorld, registry_of, worlds
 from tests.server.test_blocks import prompt_of
 from tests.server.test_dora import take_path
 from tests.server.test_verification import recorded, with_probes
@@ -55,24 +55,13 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def registry(
     tiny_base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Registry:
-    store = Registry.open(tmp_path_factory.mktemp("alora-registry") / "store", create=True)
-    card = BaseCard.from_folder(tiny_base)
-    for name, folder in adapters.items():
-        store.push(folder, name, base=card)
-    return store
+    return registry_of(tmp_path_factory.mktemp("alora-registry"), tiny_base, adapters)
 
 
 @pytest.fixture
 def make(tiny_base: Path, registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
-    worlds: list[EngineWorld] = []
-
-    def made(**options: Any) -> EngineWorld:
-        worlds.append(EngineWorld(tiny_base, options.pop("registry", registry), **options))
-        return worlds[-1]
-
-    yield made
-    for world in worlds:
-        world.close()
+    with worlds(tiny_base, registry) as made:
+        yield made
 
 
 ASKED: list[tuple[str, list[int]]] = [

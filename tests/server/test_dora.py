@@ -19,7 +19,7 @@ from lorary.server.adapters.loader import LoadedAdapter
 from lorary.server.native import decoder
 from lorary.server.native import library as native
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, peft_greedy, write_manifest
-from tests.server.conftest import EngineWorld
+from tests.server.conftest import EngineWorld, registry_of, worlds
 from tests.server.test_engine_oracle import prompts
 from tests.server.test_residency import wait_for
 from tests.server.test_verification import recorded, with_probes
@@ -82,24 +82,13 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def registry(
     base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Registry:
-    store = Registry.open(tmp_path_factory.mktemp("dora-registry") / "store", create=True)
-    card = BaseCard.from_folder(base)
-    for name, folder in adapters.items():
-        store.push(folder, name, base=card)
-    return store
+    return registry_of(tmp_path_factory.mktemp("dora-registry"), base, adapters)
 
 
 @pytest.fixture
 def make(base: Path, registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
-    worlds: list[EngineWorld] = []
-
-    def made(**options: Any) -> EngineWorld:
-        worlds.append(EngineWorld(base, options.pop("registry", registry), **options))
-        return worlds[-1]
-
-    yield made
-    for world in worlds:
-        world.close()
+    with worlds(base, registry) as made:
+        yield made
 
 
 def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from lorary.bases.load import load_model
 from lorary.errors import NotMergeable, Unavailable
 from lorary.registry import BaseCard, Registry
 from lorary.server.native import library as native
-from tests.conftest import AdapterRecipe, build_adapter, build_llama, write_manifest
+from tests.conftest import AdapterRecipe, build_adapter, build_llama, greedy, write_manifest
 from tests.server.conftest import EngineWorld
 from tests.server.test_dora import take_path
 from tests.server.test_engine_oracle import prompts
@@ -39,19 +39,6 @@ def merged_model(base: Path, adapter: Path) -> Any:
     """PEFT's own merge, in float32."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
-
-
-def greedy(model: Any, prompt: list[int], max_tokens: int = 12) -> list[int]:
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            pad_token_id=2,
-        )
-    return list(out[0, len(prompt) :].tolist())
 
 
 def answer(world: EngineWorld, request_id: str) -> tuple[list[int], bool]:
