@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorary.server.maths_threads import use_threads
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,7 +39,7 @@ class Transfers:
         it yields to the engine's: a step whose threads wait for each other loses more by a turn that one
         of them misses than a load does.
         """
-        torch.set_num_threads(1)
+        use_threads(1)
         if sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 

@@ -33,6 +33,7 @@ from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
 from lorary.server.interpreter import name_thread
+from lorary.server.maths_threads import use_threads
 from lorary.server.native import library as native
 from lorary.server.native.decoder import fuse, kept_dtype
 from lorary.server.startup import Startup
@@ -298,7 +299,7 @@ def _kinds(limits: EngineLimits, dtype: torch.dtype, lora: LoraModel) -> list[st
 def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:
     """Return what the engine thread does first: take this thread's number of threads, and cores.
 
-    torch keeps that number per thread, so a new thread must be told. Pinned, because a scheduler
+    torch keeps that number per thread, so a new thread must be told (``use_threads``). Pinned, because a scheduler
     that puts two of the team's threads on one core makes every OpenMP barrier wait whole time
     slices; only where the team is as wide as the process may be, for else somebody else's plan
     holds.
@@ -309,7 +310,7 @@ def _thread_setup(device: torch.device, *, pin: bool) -> Callable[[], None]:
 
     def set_up() -> None:
         name_thread("engine")
-        torch.set_num_threads(count)
+        use_threads(count)
         if pin and isinstance(kernels, native.NativeKernels) and 1 < count == len(cpus):
             pinned = kernels.pin_team(cpus)
             if pinned < count:
