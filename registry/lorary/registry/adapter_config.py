@@ -7,6 +7,7 @@ empty); a key nobody has heard of must be switched off, too.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -357,9 +358,12 @@ def _select(pattern: str | tuple[str, ...], names: Collection[str]) -> set[str]:
     if isinstance(pattern, str):
         return set(names) if pattern == "all-linear" else matching_names(pattern, names)
     wanted = set(pattern)
-    return {name for name in names if _suffixes(name) & wanted}
+    return {name for name in names if not wanted.isdisjoint(_suffixes(name))}
 
 
-def _suffixes(name: str) -> set[str]:
+@functools.lru_cache(
+    maxsize=1 << 14
+)  # the names are the base's own, and every adapter is compared with all
+def _suffixes(name: str) -> frozenset[str]:
     parts = name.split(".")
-    return {".".join(parts[i:]) for i in range(len(parts))}
+    return frozenset(".".join(parts[i:]) for i in range(len(parts)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +44,8 @@ _INFINITY: Final = {
 }
 _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 _MAX_DIMS = 8
+_ENTRY_KEYS: Final = {"dtype", "shape", "data_offsets"}
+_INT: Final = {int}  # and not bool, which is one of its kind
 _MAX_NAME = 512
 _LENGTH_BYTES = 8
 _PIECE = 1 << 18
@@ -66,8 +68,7 @@ BASE_LIMITS: Final = Limits(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies: bytes ``[start, end)`` counted from the beginning of the *file*."""
 
     name: str
@@ -253,38 +254,37 @@ def _parse(raw: bytes, data_start: int, size: int, path: Path, limits: Limits) -
 
 
 def _tensor(name: str, entry: Any, data_start: int, path: Path, limits: Limits) -> TensorInfo:
-    where = f"tensor {show(name)} of {path.name}"
-    if len(name) > _MAX_NAME or not name.isascii() or not name.isprintable() or not name:
-        raise CorruptArtifact(f"{where}: a name is 1 to {_MAX_NAME} printable ASCII characters")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CorruptArtifact(f"{where} must have exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in limits.dtypes:
-        raise CorruptArtifact(f"{where} is {dtype!r}; accepted are {sorted(limits.dtypes)}")
-    if not _is_ints(shape) or len(shape) > _MAX_DIMS or any(d <= 0 for d in shape):
-        raise CorruptArtifact(
-            f"{where} has shape {show(str(shape))}; up to {_MAX_DIMS} positive whole numbers"
-        )
-    if not _is_ints(offsets) or len(offsets) != 2 or not 0 <= offsets[0] < offsets[1]:
-        raise CorruptArtifact(f"{where} has data_offsets {show(str(offsets))}")
-    bits = DTYPE_BITS[dtype]
-    for dim in shape:  # Python's whole numbers cannot wrap
-        bits *= dim
-    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise CorruptArtifact(
-            f"{where} has {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {bits / 8:g}"
-        )
+    # Called for every tensor of every load; only what is wrong is worth a sentence.
+    problem = _problem(name, entry, limits)
+    if problem:
+        raise CorruptArtifact(f"tensor {show(name)} of {path.name} {problem}")
+    start, end = entry["data_offsets"]
     return TensorInfo(
-        name=name,
-        dtype=dtype,
-        shape=tuple(shape),
-        start=data_start + offsets[0],
-        end=data_start + offsets[1],
+        name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end
     )
 
 
+def _problem(name: str, entry: Any, limits: Limits) -> str:
+    """Return what is wrong with one entry of a header; empty if nothing is."""
+    if len(name) > _MAX_NAME or not name.isascii() or not name.isprintable() or not name:
+        return f"has a bad name: one is 1 to {_MAX_NAME} printable ASCII characters"
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        return "must have exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in limits.dtypes:
+        return f"is {dtype!r}; accepted are {sorted(limits.dtypes)}"
+    if not _is_ints(shape) or len(shape) > _MAX_DIMS or min(shape, default=1) <= 0:
+        return f"has shape {show(str(shape))}; up to {_MAX_DIMS} positive whole numbers"
+    if not _is_ints(offsets) or len(offsets) != 2 or not 0 <= offsets[0] < offsets[1]:
+        return f"has data_offsets {show(str(offsets))}"
+    bits = DTYPE_BITS[dtype] * math.prod(shape)  # Python's whole numbers cannot wrap
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        return f"has {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {bits / 8:g}"
+    return ""
+
+
 def _is_ints(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int for v in value)
+    return isinstance(value, list) and {*map(type, value)} <= _INT
 
 
 def _check_cover(infos: Iterable[TensorInfo], data_start: int, size: int, path: Path) -> None:
