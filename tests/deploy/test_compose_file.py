@@ -86,6 +86,16 @@ def test_cuda_file_swaps_the_image_and_asks_for_gpus() -> None:
     assert device["driver"] == "nvidia"
 
 
+def test_traces_go_to_the_profiles_collector_when_asked_for(services: dict[str, Any]) -> None:
+    assert services["server"]["environment"] == {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}
+    assert "jaeger" not in services
+    with_traces = resolved("--profile", "traces")
+    (page,) = with_traces["jaeger"]["ports"]
+    assert (page["host_ip"], page["target"]) == ("127.0.0.1", 16686)
+    for name in ("read_only", "cap_drop", "security_opt"):
+        assert with_traces["jaeger"][name] == services["server"][name]
+
+
 def test_grafana_finds_its_source_and_dashboard(services: dict[str, Any]) -> None:
     provisioning = DEPLOY / "compose/grafana/provisioning"
     (source,) = read_yaml(provisioning / "datasources/prometheus.yaml")["datasources"]

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         "podLabels": {"team": "nlp"},
         "extraEnv": [{"name": "HF_ENDPOINT", "value": "http://hub.prod.svc:8080"}],
         "networkPolicy": {"callers": [{"namespaceSelector": {}}], "egressPorts": []},
+        "tracing": {"endpoint": "http://collector.observability.svc:4317", "share": 0.05},
     },
     "bare": {**SAFE, "serviceAccount": {"create": False}, "networkPolicy": {"enabled": False},
              "podDisruptionBudget": {"enabled": False}, "spreadOverNodes": False},
@@ -116,6 +117,9 @@ def test_the_server_understands_its_arguments(rendered: dict[str, Any], case: st
         assert (read["max_batch"], read["quantize"], read["prefix_cache"]) == (64, "nf4", False)
         assert str(read["tls_client_ca"]) == "/etc/lorary/tls/ca.crt"
         assert read["http_port"] == 8080
+        assert read["trace_share"] == 0.05
+    is_traced = read["otlp_endpoint"] == "http://collector.observability.svc:4317"
+    assert is_traced == (case == "everything")
 
 
 def test_a_pod_has_time_to_drain_and_no_rights(rendered: dict[str, Any]) -> None:
@@ -139,6 +143,15 @@ def test_probes_ask_the_way_the_server_answers(rendered: dict[str, Any]) -> None
     env = {one["name"]: one.get("value") for one in tls["env"]}
     assert env["LORARY_TLS_NAME"] == "lorary.prod.svc"
     assert {"LORARY_CA", "LORARY_CERT", "LORARY_KEY", "HF_ENDPOINT"} <= env.keys()
+
+
+def test_traces_may_leave_where_pods_may_reach_little(rendered: dict[str, Any]) -> None:
+    def ports(case: str) -> list[int]:
+        egress = objects(rendered, case)["NetworkPolicy"]["spec"]["egress"]
+        return sorted({port["port"] for one in egress for port in one["ports"]})
+
+    assert ports("everything") == [53, 4317]
+    assert ports("safe") == [53, 443]
 
 
 def test_alerts_and_scaling_read_what_is_scraped(rendered: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from lorary.registry.aliases import AliasMove
     from lorary.server.adapters.probe_runs import Verdict
     from lorary.server.ports import Observer
+    from lorary.server.tracing.calls import Tracing
 
 VOCAB = 1000
 CONTEXT = 64
@@ -525,17 +526,31 @@ async def serving(
     residency: FakeResidency | None = None,
     merging: Any = None,
     fingerprint: str = FINGERPRINT,
+    tracing: Callable[[ServerFacts], Tracing | None] = lambda facts: None,
     **options: Any,
 ) -> AsyncIterator[Edge]:
     """Start a server on free loopback ports; stop it, whatever the test did with it.
 
     ``registry``, with the ``fingerprint`` of its adapters' base, and ``residency`` replace the fakes.
+    ``tracing`` makes what gives calls their spans.
     """
     values = {"base": "tiny", "registry": "unused", "port": 0, "metrics_port": 0, **options}
     config = ServerConfig(**values)
     calls, metrics = Calls(limit), ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     engine, residency = FakeEngine(calls.deliver, metrics), residency or FakeResidency()
     registry = registry or FakeRegistry()
+    facts = ServerFacts(
+        version="0.0",
+        base="tiny",
+        base_fingerprint=fingerprint,
+        quantization="none",
+        device="cpu",
+        dtype="float32",
+        max_context=CONTEXT,
+        max_batch=config.max_batch,
+        max_rank=config.max_rank,
+        adapter_memory_bytes=config.adapter_memory,
+    )
     backend = Backend(
         engine=engine,
         residency=residency,
@@ -543,23 +558,12 @@ async def serving(
         prompts=FakePrompts(),
         grammars=FakeCompiler(),
         decode=lambda ids: "".join(f"{i} " for i in ids),
-        facts=ServerFacts(
-            version="0.0",
-            base="tiny",
-            base_fingerprint=fingerprint,
-            quantization="none",
-            device="cpu",
-            dtype="float32",
-            max_context=CONTEXT,
-            max_batch=config.max_batch,
-            max_rank=config.max_rank,
-            adapter_memory_bytes=config.adapter_memory,
-        ),
+        facts=facts,
         limits=Limits(max_context=CONTEXT, vocab_size=VOCAB),
         close=engine.shutdown,
         merging=merging,
     )
-    server = Server(config, backend, calls, metrics)
+    server = Server(config, backend, calls, metrics, tracing(facts))
     addresses = await server.start()
     try:
         async with grpc.aio.insecure_channel(addresses.grpc) as channel:

@@ -15,6 +15,7 @@ from lorary.client.control import AsyncControlCalls
 from lorary.client.credentials import Credentials
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
+from lorary.client.tracing import with_trace
 from lorary.errors import Unavailable
 from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -74,8 +75,12 @@ class AsyncClient(AsyncControlCalls):
             channel = self._owned = _open(target, credentials, affinity)
         inference: Any = inference_pb2_grpc.InferenceStub
         control: Any = control_pb2_grpc.ControlStub
-        self._inference: Any = credentials.bound(with_affinity(inference(channel), affinity))
-        self._control: Any = credentials.bound(with_affinity(control(channel), affinity))
+        self._inference: Any = credentials.bound(
+            with_affinity(with_trace(inference(channel)), affinity)
+        )
+        self._control: Any = credentials.bound(
+            with_affinity(with_trace(control(channel)), affinity)
+        )
 
     async def __aenter__(self) -> Self:
         return self

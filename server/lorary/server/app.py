@@ -6,7 +6,7 @@ Draining, after SIGTERM or SIGINT (a second one skips to 5)::
     2. new calls get UNAVAILABLE with RetryInfo
     3. running calls get --drain-timeout to end
     4. those that are left end with UNAVAILABLE
-    5. HTTP, gRPC, engine, threads and /metrics stop, in this order; exit 0
+    5. HTTP, gRPC, engine, threads and /metrics stop, in this order; the last spans are sent; exit 0
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorary.server.config import ServerConfig
     from lorary.server.http.listener import Listener
     from lorary.server.metrics import ServerMetrics
+    from lorary.server.tracing.calls import Tracing
 
 log = logging.getLogger("lorary.server")
 
@@ -60,14 +61,20 @@ class Server:
             here and stops them.
         calls: what the engine delivers to.
         metrics: what engine and residency report to.
+        tracing: gives calls spans; the server owns it, too. None gives none.
     """
 
     def __init__(
-        self, config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics
+        self,
+        config: ServerConfig,
+        backend: Backend,
+        calls: Calls,
+        metrics: ServerMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._config = config
         self._calls = calls
-        self._core = Core(config, backend, calls, metrics)
+        self._core = Core(config, backend, calls, metrics, tracing)
         self._core.on_failure = self._on_failure
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -211,6 +218,7 @@ class Server:
             has_failed=lambda: core.failure is not None,
             guard=core.guard,
             console=console,
+            tracing=core.tracing,
         )
         self._http = Listener(app, config.tls)
         try:

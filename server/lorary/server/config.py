@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from lorary.errors import ConfigError
 from lorary.loopback import is_loopback
@@ -288,6 +289,19 @@ class ServerConfig:
     tracked_adapters: int = _option(
         100, "Adapters with metrics of their own; the others share _other.", low=0, high=10_000
     )
+    otlp_endpoint: str | None = _option(
+        None,
+        "Send traces of calls to this collector, by OpenTelemetry's protocol: http://host:4317 speaks gRPC, port "
+        "4318 HTTP. Left out, there are none.",
+        env="OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    trace_share: float | None = _option(
+        None,
+        "Part of the calls that is traced where the caller has not decided, such as 0.05; by default "
+        "OTEL_TRACES_SAMPLER says, and without it all are.",
+        low=0.0,
+        high=1.0,
+    )
     drain_delay: float = _option(
         0.0,
         "Seconds to go on accepting calls after SIGTERM, until load balancers have noticed.",
@@ -314,6 +328,7 @@ class ServerConfig:
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name), field.metadata)
         self._check_tls()
+        self._check_tracing()
         lacking = [
             what
             for what, given in (
@@ -378,6 +393,24 @@ class ServerConfig:
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError(
                 f"--tls-client-ca '{self.tls_client_ca}' needs TLS; give --tls-cert and --tls-key."
+            )
+
+    def _check_tracing(self) -> None:
+        if self.otlp_endpoint is None:
+            if self.trace_share is not None:
+                raise ConfigError(
+                    f"--trace-share is {self.trace_share:g} and there is no --otlp-endpoint to send traces to. "
+                    "Name one, or leave it out."
+                )
+            return
+        parts = urlsplit(self.otlp_endpoint)
+        try:
+            is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # no number, or none that a port can have
+            is_good = False
+        if not is_good:
+            raise ConfigError(
+                f"--otlp-endpoint is '{self.otlp_endpoint}'; it is a URL such as http://127.0.0.1:4317."
             )
 
     @property

@@ -19,6 +19,7 @@ from lorary.server.rollout.build import build_rollout
 from lorary.server.rollout.health import AdapterHealth
 from lorary.server.service import InferenceService, Parts
 from lorary.server.targets import Prompts, Targets
+from lorary.server.tracing.calls import TracingInterceptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lorary.server.config import ServerConfig
     from lorary.server.interceptors import Around
     from lorary.server.metrics import ServerMetrics
+    from lorary.server.tracing.calls import Tracing
 
 # After every call was ended, what the doors need to say so.
 LAST_WORDS_S = 1.0
@@ -42,6 +44,7 @@ class Core:
             and stops them.
         calls: what the engine delivers to.
         metrics: what engine and residency report to.
+        tracing: gives calls spans, and is closed with the core; None gives none.
 
     Attributes:
         failure: what broke the engine; None while it works.
@@ -49,9 +52,15 @@ class Core:
     """
 
     def __init__(
-        self, config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics
+        self,
+        config: ServerConfig,
+        backend: Backend,
+        calls: Calls,
+        metrics: ServerMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self.config = config
+        self.tracing = tracing
         self.backend = backend
         self.calls = calls
         self.metrics = metrics
@@ -96,11 +105,13 @@ class Core:
 
     def interceptors(self) -> tuple[Around, ...]:
         """What every call of gRPC's kind is wrapped in; the outermost first."""
+        traced = () if self.tracing is None else (TracingInterceptor(self.tracing),)
         access = () if self.guard is None else (AccessInterceptor(self.guard),)
         return (
             RequestIdInterceptor(),
             ErrorInterceptor(),
             MetricsInterceptor(self.metrics),
+            *traced,
             *access,
         )
 
@@ -145,7 +156,7 @@ class Core:
         await self.calls.wait_idle(LAST_WORDS_S)
 
     async def close(self) -> None:
-        """Stop engine, threads and /metrics, in this order; idempotent. Calls have been ended before."""
+        """Stop engine, threads and /metrics, and send the last spans; idempotent. Calls have been ended before."""
         await self.rollout.stop()
         await asyncio.to_thread(self.backend.close)
         for part in (self._targets, self._prompts, self.guard):
@@ -153,6 +164,9 @@ class Core:
                 part.close()
         await asyncio.to_thread(self._stop_metrics)
         self._stop_metrics = lambda: None
+        if self.tracing is not None:
+            tracing, self.tracing = self.tracing, None
+            await asyncio.to_thread(tracing.close)
 
     def _on_failure(self, error: BaseException) -> None:
         self.failure = error

@@ -1,11 +1,12 @@
 """What wraps every call: an id, a catch-all, and the request metrics; in this order, outermost first.
 
 1. ``RequestIdInterceptor`` gives the call an id (the caller's ``lorary-request-id``, or a new one),
-   visible to logs through ``request_id()`` and to the caller in the trailing metadata.
+   visible to logs through ``current_call`` and to the caller in the trailing metadata.
 2. ``ErrorInterceptor`` turns an error into a rich status. What is not a ``LoraryError`` becomes
    INTERNAL with an opaque id; its text goes to the log and never to the caller. The same holds for
    our own errors about the server's inside (``status.PRIVATE``), which keep their status.
 3. ``MetricsInterceptor`` counts the call by method and code, and times it.
+   ``tracing.calls.TracingInterceptor``, where traces are asked for, gives it a span.
 4. ``access.guard.AccessInterceptor``, where there are tenants, says who calls and what is theirs.
 
 ``asyncio.CancelledError`` (deadline, cancel, disconnect) passes through all of them.
@@ -19,13 +20,13 @@ import logging
 import secrets
 import time
 from contextlib import aclosing
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
 from lorary.errors import LoraryError
 from lorary.server import status
+from lorary.server.current_call import begin_call, current_call
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,13 +43,6 @@ REQUEST_ID_KEY = "lorary-request-id"
 MAX_REQUEST_ID_CHARS = 128
 log = logging.getLogger("lorary.server")
 
-_request_id: ContextVar[str] = ContextVar("lorary_request_id", default="")
-
-
-def request_id() -> str:
-    """Return the id of the call that this task serves; ``""`` outside of a call."""
-    return _request_id.get()
-
 
 def is_valid_request_id(text: str) -> bool:
     """Whether ``text`` may travel in metadata and logs: 1 to 128 printable ASCII characters."""
@@ -57,7 +51,7 @@ def is_valid_request_id(text: str) -> bool:
 
 def set_request_id(context: Facts, value: str) -> None:
     """Make ``value`` the id of the current call, in logs and in the trailing metadata."""
-    _request_id.set(value)
+    (current_call() or begin_call()).request_id = value
     add_trailing(context, REQUEST_ID_KEY, value)
 
 
@@ -161,6 +155,7 @@ class _Named:
         metadata = dict(self._context.invocation_metadata() or ())
         given = metadata.get(REQUEST_ID_KEY, "")
         known = isinstance(given, str) and is_valid_request_id(given)
+        begin_call()
         set_request_id(self._context, str(given) if known else secrets.token_hex(8))
 
     async def __aexit__(self, *_: object) -> None:
@@ -227,15 +222,19 @@ class _Measured:
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         seconds = time.monotonic() - self._started
-        self._metrics.on_call(self._method, self._code(error).name, seconds)
+        code = ending_code(self._context, error).name
+        self._metrics.on_call(self._method, code, seconds)
+        log.debug("%s ended: %s, %.4f s", self._method, code, seconds)
 
-    def _code(self, error: BaseException | None) -> grpc.StatusCode:
-        if error is None:
-            return grpc.StatusCode.OK
-        if isinstance(error, grpc.aio.AbortError):
-            return status.as_code(self._context.code())
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            remaining = self._context.time_remaining()
-            is_late = remaining is not None and remaining <= 0
-            return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
-        return status.code_of(error)
+
+def ending_code(context: Context, error: BaseException | None) -> grpc.StatusCode:
+    """Return the status of a call that ends with ``error``, or with none."""
+    if error is None:
+        return grpc.StatusCode.OK
+    if isinstance(error, grpc.aio.AbortError):
+        return status.as_code(context.code())
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        remaining = context.time_remaining()
+        is_late = remaining is not None and remaining <= 0
+        return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+    return status.code_of(error)

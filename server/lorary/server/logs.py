@@ -9,7 +9,9 @@ import time
 from typing import Any
 
 from lorary.server.access.identity import tenant_name
-from lorary.server.interceptors import request_id
+from lorary.server.current_call import current_call, request_id
+
+SELDOM_S = 60.0
 
 
 class _Stderr(logging.StreamHandler[Any]):
@@ -39,8 +41,14 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if call := request_id():
-            line["request_id"] = call
+        if call := current_call():
+            known = {
+                "request_id": call.request_id,
+                "adapter_digest": call.digest,
+                "trace_id": call.trace_id,
+                "span_id": call.span_id,
+            }
+            line |= {key: value for key, value in known.items() if value}
         if tenant := tenant_name():
             line["tenant"] = tenant
         if record.exc_info:
@@ -48,10 +56,28 @@ class _Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class _Seldom(logging.Filter):
+    """Lets OpenTelemetry say the same once a minute, such as that its collector is away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_s: dict[tuple[str, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith("opentelemetry."):
+            return True
+        place, now = (record.name, record.lineno), time.monotonic()
+        if now - self._said_s.get(place, -SELDOM_S) < SELDOM_S:
+            return False
+        self._said_s[place] = now
+        return True
+
+
 def configure(log_format: str, level: str) -> None:
     """Send the log of this process to stderr; replaces what was set up before."""
     handler = _Stderr()
     handler.setFormatter(_Json() if log_format == "json" else _Human())
+    handler.addFilter(_Seldom())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -17,6 +17,7 @@ from lorary.server.build import build_backend
 from lorary.server.calls import Calls
 from lorary.server.metrics import ServerMetrics
 from lorary.server.startup import Startup
+from lorary.server.tracing.collector import check_tracing, open_tracing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +46,7 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
     started = time.monotonic()
     check_files_of(config)
     check_ports_free(config)
+    check_tracing(config)
     interpreter.share_fairly()
     metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     # Every call in flight is an answer that runs or waits, or is about to.
@@ -59,7 +61,7 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
 async def _serve(
     config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics, *, as_json: bool
 ) -> int:
-    server = Server(config, backend, calls, metrics)
+    server = Server(config, backend, calls, metrics, open_tracing(config, backend.facts))
     try:
         addresses = await server.start()
         handle_signals(server)

@@ -33,11 +33,13 @@ from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.merging import MergeLease
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
+from lorary.server.current_call import current_call, request_id
 from lorary.server.engine.request import Constraint, Request, Sampling
-from lorary.server.interceptors import add_trailing, request_id, set_request_id
+from lorary.server.interceptors import add_trailing, set_request_id
 from lorary.server.rollout.shadow import Prepared
 from lorary.server.tools.definitions import check_options, read_toolset
 from lorary.server.tools.grammar import closed_schema
+from lorary.server.tracing.span import current_span, watched
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 
@@ -202,12 +204,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
                     self._running(target, prepared.request, 1, execution) as outputs,
                 ):
+                    measured = self._parts.metrics.answer(target.name, arrived_s)
+                    (meter,) = watched([measured], prepared.request)
                     output = await _next(outputs)
+                    meter.on_output(output)
                     observation.see(output)
                 if output.finish is None:
                     raise LoraryError("the engine answered a scoring request without scores.")
                 scores = tell(prepared, output.finish)
-            self._parts.metrics.answer(target.name, arrived_s).on_output(output)
         receipt = answers.receipt(self._parts.facts, target, request_id(), output.finish)
         return scores, answers.usage(output.finish), receipt
 
@@ -255,7 +259,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if request.request_id:
             set_request_id(context, request.request_id)
         validate.check_priority(request.priority)
-        return validate.check_input(request.input, self._parts.limits)
+        kind = validate.check_input(request.input, self._parts.limits)
+        span = current_span()
+        if span is not None:
+            span.on_request(request, kind)
+        return kind
 
     def _check_mergeable(self, execution: Execution, target: Target) -> None:
         """Refuse what can never run on merged weights here.
@@ -285,13 +293,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
 
     async def _target(self, request: HasAdapters, context: Facts, key: str | None = None) -> Target:
+        named = read_adapters(request)
+        span, call = current_span(), current_call()
+        if span is not None:
+            span.on_refs(named)
         target = await resolve_adapters(
             self._parts.targets,
-            read_adapters(request),
+            named,
             self._parts.residency,
             max_rank=self._parts.facts.max_rank,
             key=key,
         )
+        if span is not None:
+            span.on_target(target)
+        if call is not None:
+            call.digest = target.digest
         if target.digest:
             add_trailing(context, ADAPTER_KEY, target.name)
             add_trailing(context, VERSION_KEY, str(target.version))
@@ -437,7 +453,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Write events until every answer has ended; there is a reader, or None, for each."""
         metrics = self._parts.metrics
-        meters = [metrics.answer(target.name, prototype.arrived_s) for _ in readers]
+        meters = watched(
+            [metrics.answer(target.name, prototype.arrived_s) for _ in readers], prototype
+        )
         num_open = len(readers)
         while num_open:
             output = await _next(outputs)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lorary.server.control import ControlService
     from lorary.server.http.call import Handler
     from lorary.server.service import InferenceService, Parts
+    from lorary.server.tracing.calls import Tracing
 
 
 def build_app(
@@ -51,6 +52,7 @@ def build_app(
     has_failed: Callable[[], bool],
     guard: Guard | None = None,
     console: Sequence[Route] = (),
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """Return the HTTP door as an ASGI application.
 
@@ -62,17 +64,22 @@ def build_app(
         is_ready: whether new calls are wanted.
         has_failed: whether the engine broke.
         guard: asks who calls; None asks nobody. With one, metrics are left to their own port.
-        console: the routes of the console, where there is to be one.
+        console: the routes of the console, where there is to be one; it looks every second, and has no spans.
+        tracing: gives every request of the API a span; None gives none.
     """
     metrics, facts, prompts = parts.metrics, parts.facts, parts.prompts
 
-    def post(path: str, name: str, handler: Handler) -> Route:
-        return Route(
-            path, Endpoint(name, handler, metrics, max_body=max_body, guard=guard), methods=["POST"]
+    def route(method: str, path: str, name: str, handler: Handler, max_body: int = 0) -> Route:
+        endpoint = Endpoint(
+            name, handler, metrics, max_body=max_body, guard=guard, tracing=tracing, path=path
         )
+        return Route(path, endpoint, methods=[method])
+
+    def post(path: str, name: str, handler: Handler) -> Route:
+        return route("POST", path, name, handler, max_body)
 
     def get(path: str, name: str, handler: Handler) -> Route:
-        return Route(path, Endpoint(name, handler, metrics, guard=guard), methods=["GET"])
+        return route("GET", path, name, handler)
 
     async def health(_: Request) -> Response:
         return Response(status_code=503 if has_failed() else 200)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorary.errors import outcome
 from lorary.server import status
 from lorary.server.access.guard import audited
+from lorary.server.current_call import begin_call
 from lorary.server.http.body import parse_object
 from lorary.server.http.problems import Problem, problem, problem_of
 from lorary.server.interceptors import REQUEST_ID_KEY, is_valid_request_id, set_request_id
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
     from lorary.server.access.grants import Role
     from lorary.server.access.guard import Guard
     from lorary.server.interceptors import CallMetrics
+    from lorary.server.tracing.calls import Tracing
+    from lorary.server.tracing.span import CallSpan
 
 log = logging.getLogger("lorary.server")
 
 PING_S = 15.0
 """A stream that is silent for so long gets a comment line; proxies cut what says nothing for a minute."""
+
+MAX_PATH_CHARS = 256
 
 _HEADERS = {
     REQUEST_ID_KEY: "x-request-id",
@@ -61,6 +66,7 @@ class HttpCall:
         self.path: Mapping[str, str] = scope.get("path_params", {})
         self._headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
         self.is_started = False
+        self.status = 0
         self._send = send
         self._facts: tuple[tuple[str, str], ...] = ()
         self._sent_s = 0.0
@@ -133,7 +139,7 @@ class HttpCall:
         await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
     async def _start(self, code: int, kind: str, headers: Mapping[str, str]) -> None:
-        self.is_started = True
+        self.is_started, self.status = True, code
         facts = {_HEADERS[key]: value for key, value in self._facts if value}
         all_headers = {"content-type": kind, **headers, **facts}
         pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in all_headers.items()]
@@ -166,6 +172,8 @@ class Endpoint:
         max_body: largest body accepted, in bytes; 0 for methods without one.
         guard: asks who calls; None asks nobody.
         role: whom it is for. What an admin's call with a body asks for leaves a line of the audit log.
+        tracing: gives every request a span; None gives none.
+        path: its route, for the span.
     """
 
     def __init__(
@@ -177,8 +185,12 @@ class Endpoint:
         max_body: int = 0,
         guard: Guard | None = None,
         role: Role = "user",
+        tracing: Tracing | None = None,
+        path: str = "",
     ) -> None:
         self._guard = guard
+        self._tracing = tracing
+        self._path = path
         self._role: Role = role
         self._name = name
         self._handler = handler
@@ -189,10 +201,13 @@ class Endpoint:
         """Serve one request; every way it can end ends here."""
         started = time.monotonic()
         code = "OK"
+        ended_by: BaseException | None = None
         headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
         call = HttpCall(scope, send, members={})
         given = headers.get(b"x-request-id", "")
+        begin_call()
         set_request_id(call, given if is_valid_request_id(given) else secrets.token_hex(8))
+        span = None if self._tracing is None else self._begin_span(self._tracing, scope, headers)
         try:
             with self._admitted(headers.get(b"authorization"), call):
                 if self._max_body:
@@ -207,7 +222,7 @@ class Endpoint:
             text = f"the body is larger than {self._max_body} bytes; send less, or raise --max-message."
             await call.fail(problem(413, text, code="request_too_large"))
         except Exception as error:
-            code = outcome(error).grpc_status
+            code, ended_by = outcome(error).grpc_status, error
             found, error_id = problem_of(error)
             if error_id:
                 log.exception("%s failed, error %s", self._name, error_id)
@@ -219,7 +234,22 @@ class Endpoint:
             code = "CANCELLED"
             raise
         finally:
-            self._metrics.on_call(self._name, code, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._metrics.on_call(self._name, code, seconds)
+            if span is not None:
+                told = {"http.response.status_code": call.status} if call.status else {}
+                span.end(code, ended_by, told)
+            log.debug("%s ended: %s, %.4f s", self._name, code, seconds)
+
+    def _begin_span(self, tracing: Tracing, scope: Scope, headers: Mapping[bytes, str]) -> CallSpan:
+        facts = {
+            "http.request.method": scope["method"],
+            "http.route": self._path,
+            "url.path": scope["path"][:MAX_PATH_CHARS],
+            "url.scheme": scope["scheme"],
+        }
+        named = {key.decode("latin-1"): value for key, value in headers.items()}
+        return tracing.begin(f"{scope['method']} {self._path}", named, facts)
 
     @contextmanager
     def _admitted(self, authorization: str | None, call: HttpCall) -> Iterator[None]:

@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorary.server.current_call import request_id
 from lorary.server.http import answers
 from lorary.server.http.requests import read_chat, read_completion
-from lorary.server.interceptors import request_id
+from lorary.server.tracing.span import current_span
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Generation:
         echoes = await self._echoes(ask)
         telling = kind(call, ask, shape, self._pieces, echoes, self._common(ask, shape))
         if ask.is_stream:
+            if (span := current_span()) is not None:
+                span.will_stream()
             keeper = asyncio.ensure_future(call.keep_alive())
             try:
                 await self._generate(call, ask, telling.on_event)

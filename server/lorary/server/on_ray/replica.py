@@ -18,6 +18,7 @@ from lorary.server.interceptors import add_trailing
 from lorary.server.metrics import ServerMetrics
 from lorary.server.on_ray.announcer import Announcer
 from lorary.server.on_ray.replica_call import ReplicaCall
+from lorary.server.tracing.collector import check_tracing, open_tracing
 from lorary.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -49,12 +50,13 @@ class Replica:
     def __init__(self, config: ServerConfig, num_announced: int) -> None:
         logs.configure(config.log_format, config.log_level)
         check_files_of(config)
+        check_tracing(config)
         interpreter.share_fairly()
         metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
         calls = Calls(config.max_batch + config.max_waiting)
         backend = build_backend(config, deliver=calls.deliver, observer=metrics)
         interpreter.forget_what_stays()
-        self._core = Core(config, backend, calls, metrics)
+        self._core = Core(config, backend, calls, metrics, open_tracing(config, backend.facts))
         self._around = self._core.interceptors()
         self._tag = serve.get_replica_context().replica_tag
 
