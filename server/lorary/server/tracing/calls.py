@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.server.current_call import current_call
 from lorary.server.interceptors import Around, ending_code
-from lorary.server.tracing.span import CallSpan
+from lorary.server.tracing.span import CallSpan, set_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,8 +67,7 @@ class Tracing:
         ids, call = span.get_span_context(), current_call()
         if call is not None:
             call.trace_id, call.span_id = f"{ids.trace_id:032x}", f"{ids.span_id:016x}"
-        if span.is_recording():
-            begun.enter()
+        set_span(begun if span.is_recording() else None)
         return begun
 
 

@@ -73,6 +73,11 @@ def current_span() -> CallSpan | None:
     return _current.get()
 
 
+def set_span(span: CallSpan | None) -> None:
+    """Say which call this task, and those that it begins, work for from here on."""
+    _current.set(span)
+
+
 def watched(meters: Sequence[Meter], request: Request) -> Sequence[Meter]:
     """Return what is told the outputs of a call's answers; ``meters`` themselves where it has no span.
 
@@ -114,10 +119,6 @@ class CallSpan:
         self._num_prompts = 0
         # By prompt, and by answer to it: why it ended, and its text.
         self._ended: dict[tuple[int, int], tuple[str, str]] = {}
-
-    def enter(self) -> None:
-        """Become the span of the call that this task, and those that it begins, work for."""
-        _current.set(self)
 
     def will_stream(self) -> None:
         """Note that the caller gets the answer piece by piece."""
