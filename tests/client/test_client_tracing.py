@@ -28,7 +28,7 @@ def test_a_call_within_a_span_carries_its_traceparent_beside_what_it_has() -> No
     ids = span.get_span_context()
     assert inner.metadata == (
         ("authorization", "x"),
-        ("traceparent", f"00-{ids.trace_id:032x}-{ids.span_id:016x}-01"),
+        ("traceparent", f"00-{ids.trace_id:032x}-{ids.span_id:016x}-{ids.trace_flags:02x}"),
     )
     assert inner.timeout == 3.0
 

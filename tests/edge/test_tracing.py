@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from lorary.errors import ConfigError, LoraryError, MissingDependency
+from lorary.errors import ConfigError, CorruptArtifact, LoraryError, MissingDependency
 from lorary.server import logs
 from lorary.server.config import ServerConfig
 from lorary.server.tracing import collector
@@ -191,7 +191,9 @@ def refused(edge: Edge) -> Any:
 
 
 def broken(edge: Edge) -> Any:
-    edge.engine.bomb = RuntimeError(SECRET)
+    edge.residency.slow.add("alpha")
+    error = CorruptArtifact(SECRET)
+    asyncio.get_running_loop().call_later(0.1, edge.residency.fail, "alpha", error)
     return generate(edge, "alpha")
 
 
@@ -204,7 +206,7 @@ def private(edge: Edge) -> Any:
     ("ask", "code", "why", "status", "phase"),
     [
         (refused, "NOT_FOUND", "ADAPTER_NOT_FOUND", StatusCode.UNSET, "prepare"),
-        (broken, "INTERNAL", "ENGINE_FAILED", StatusCode.ERROR, "waiting"),
+        (broken, "DATA_LOSS", "CORRUPT_ARTIFACT", StatusCode.ERROR, "waiting"),
         (private, "INTERNAL", "LORARY_ERROR", StatusCode.ERROR, "prepare"),
     ],
 )
