@@ -43,7 +43,8 @@ class Receiver(_Servicer):  # type: ignore[misc]
 def collector() -> Iterator[tuple[Receiver, str]]:
     """A receiver, and its address."""
     receiver, server = Receiver(), grpc.server(ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
+    register: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    register(receiver, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield receiver, f"http://127.0.0.1:{port}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 import httpx2 as httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -176,8 +177,8 @@ async def test_scores_and_control_have_spans_and_health_has_none() -> None:
         request = pb.ClassifyRequest(adapter="beta", input=pb.Input(prompt="2 5"))
         await edge.inference.Classify(request)
         await edge.control.ListAdapters(control_pb2.ListAdaptersRequest())
-        check = edge.channel.unary_unary("/grpc.health.v1.Health/Check")
-        await check(b"")
+        stub = health_pb2_grpc.HealthStub(edge.channel)
+        await stub.Check(health_pb2.HealthCheckRequest())
         scored, listed = await seen.calls(2)
         assert len(seen.get_finished_spans()) == 2 + 3  # a score has no decoding
     assert scored.name == "classify beta"

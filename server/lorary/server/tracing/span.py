@@ -294,7 +294,7 @@ class _Watched:
 
 def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
     """Return what a call says of sampling; what it leaves out has no attribute."""
-    facts = {
+    facts: dict[str, Any] = {
         attribute: _plain(getattr(params, field))
         for field, attribute in _SAMPLING.items()
         if params.HasField(field)  # type: ignore[arg-type]
