@@ -97,7 +97,7 @@ class Simulator:
         assert set(self.ends) == {str(i) for i in range(len(self.calls))}
         assert not self.scheduler.running
         assert not self.scheduler.waiting
-        assert not vars(self.scheduler.waiting)["_counters"]
+        assert not vars(self.scheduler.waiting)["_accounts"]
 
     @property
     def is_over(self) -> bool:

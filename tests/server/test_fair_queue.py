@@ -121,5 +121,4 @@ def test_compositions_share_what_their_leading_adapter_is_due() -> None:
     for sequence in (*mixes[:3], *others):
         queue.end(sequence)
     queue.remove(mixes[3])
-    assert not vars(queue)["_counters"]
-    assert not vars(queue)["_num_lines"]
+    assert not vars(queue)["_accounts"]

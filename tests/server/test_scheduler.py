@@ -196,7 +196,7 @@ def test_queue_forgets_adapters_that_have_left() -> None:
     serve(scheduler, 1000)
     assert len(scheduler.waiting) == 0
     assert not list(scheduler.waiting)
-    assert not vars(scheduler.waiting)["_counters"]
+    assert not vars(scheduler.waiting)["_accounts"]
 
 
 def scheduler_with(clock: Clock, **options: int) -> Scheduler:

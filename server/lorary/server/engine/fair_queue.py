@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 
     from lorary.server.engine.sequence import Sequence
 
-    # The priority, and the digest of the adapter that pays.
-    Account = tuple[int, str]
-    # Likewise, and the digest of what is to be there.
+    # The priority, the digest of the adapter that pays, and the digest of what is to be there.
     Key = tuple[int, str, str]
 
 PROMPT_COST = 1
@@ -75,11 +73,26 @@ class _Line:
         return self.head.request.lease.is_ready
 
 
+@dataclass(slots=True)
+class Account:
+    """What one adapter has been given at one priority.
+
+    Attributes:
+        counter: of virtual tokens.
+        num_lines: lines that it pays for.
+        num_running: sequences that were taken and have not left.
+    """
+
+    counter: int = 0
+    num_lines: int = 0
+    num_running: int = 0
+
+
 class FairQueue:
     """Sequences that wait for a place.
 
-    Invariant: an adapter has a line at a priority while at least one sequence of it waits there, and a
-    counter while anything that it pays for waits or runs there.
+    Invariant: an adapter has a line at a priority while at least one sequence of it waits there, and an
+    account while anything that it pays for waits or runs there.
 
     Args:
         patience_s: seconds after which a line without a place counts as passed over.
@@ -92,9 +105,8 @@ class FairQueue:
         self._patience_s = patience_s
         self._clock = clock
         self._lines: dict[Key, _Line] = {}
-        self._counters: dict[Account, int] = {}
-        self._num_running: dict[Account, int] = {}
-        self._num_lines: dict[Account, int] = {}
+        # By priority and the digest of the adapter that pays.
+        self._accounts: dict[tuple[int, str], Account] = {}
         # By priority: what an adapter starts from that comes when nobody waits there, which is the
         # counter of the last one served.
         self._floors: dict[int, int] = {}
@@ -127,11 +139,13 @@ class FairQueue:
         deadline = sequence.request.deadline_s
         due = now + DUE_S if deadline is None else min(deadline, now + DUE_S)
         key = _key(sequence)
-        account = key[:2]
-        if account not in self._num_lines:
-            waiting = [self._counters[a] for a in self._num_lines if a[0] == key[0]]
+        account = self._accounts.setdefault(key[:2], Account())
+        if not account.num_lines:
+            waiting = [
+                a.counter for (p, _), a in self._accounts.items() if p == key[0] and a.num_lines
+            ]
             least = min(waiting) if waiting else self._floors.get(key[0], 0)
-            self._counters[account] = max(self._counters.get(account, 0), least)
+            account.counter = max(account.counter, least)
         self._insert(key, (due, next(self._arrivals)), sequence)
 
     def put_back(self, sequence: Sequence) -> None:
@@ -139,9 +153,8 @@ class FairQueue:
 
         It keeps its turn, and its counter is not lifted: what was done for it stays counted.
         """
-        key = _key(sequence)
-        self._insert(key, (-math.inf, next(self._returns)), sequence)
-        self._leave(key[:2])
+        self._insert(_key(sequence), (-math.inf, next(self._returns)), sequence)
+        self.end(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that waits."""
@@ -158,7 +171,7 @@ class FairQueue:
         """
         # A heap: most often the first is taken. Ranks are unique, so lines are never compared.
         turns = [
-            (-key[0], self._counters[key[:2]], line.ranked[0][0], line)
+            (-key[0], self._accounts[key[:2]].counter, line.ranked[0][0], line)
             for key, line in self._lines.items()
         ]
         heapify(turns)
@@ -191,46 +204,43 @@ class FairQueue:
         del line.ranked[0]
         line.since = self._clock()
         self._length -= 1
-        account = key[:2]
-        self._num_running[account] = self._num_running.get(account, 0) + 1
-        self._floors[key[0]] = max(self._floors.get(key[0], 0), self._counters[account])
+        account = sequence.account = self._accounts[key[:2]]
+        account.num_running += 1
+        self._floors[key[0]] = max(self._floors.get(key[0], 0), account.counter)
         self._drop_if_idle(key)
 
     def charge(self, sequence: Sequence, cost: int) -> None:
         """Count work done for a sequence that was taken."""
-        self._counters[_key(sequence)[:2]] += cost
+        account = sequence.account
+        assert account is not None, "nothing is done for who waits"
+        account.counter += cost
 
     def end(self, sequence: Sequence) -> None:
         """A sequence that was taken has left."""
-        self._leave(_key(sequence)[:2])
+        account, sequence.account = sequence.account, None
+        assert account is not None, "who waits has nothing to leave"
+        account.num_running -= 1
+        self._forget_if_idle(_key(sequence)[:2])
 
     def _insert(self, key: Key, rank: tuple[float, int], sequence: Sequence) -> None:
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = _Line(self._clock())
-            self._num_lines[key[:2]] = self._num_lines.get(key[:2], 0) + 1
+            self._accounts[key[:2]].num_lines += 1
         insort(line.ranked, (rank, sequence), key=itemgetter(0))
         self._length += 1
 
-    def _leave(self, account: Account) -> None:
-        self._num_running[account] -= 1
-        if not self._num_running[account]:
-            del self._num_running[account]
-        self._forget_if_idle(account)
-
     def _drop_if_idle(self, key: Key) -> None:
-        """Forget line and counter when nothing needs them: memory is by what is active."""
-        account = key[:2]
+        """Forget line and account when nothing needs them: memory is by what is active."""
         if not self._lines[key].ranked:
             del self._lines[key]
-            self._num_lines[account] -= 1
-            if not self._num_lines[account]:
-                del self._num_lines[account]
-        self._forget_if_idle(account)
+            self._accounts[key[:2]].num_lines -= 1
+        self._forget_if_idle(key[:2])
 
-    def _forget_if_idle(self, account: Account) -> None:
-        if account not in self._num_lines and account not in self._num_running:
-            del self._counters[account]
+    def _forget_if_idle(self, key: tuple[int, str]) -> None:
+        account = self._accounts[key]
+        if not account.num_lines and not account.num_running:
+            del self._accounts[key]
 
 
 def _key(sequence: Sequence) -> Key:

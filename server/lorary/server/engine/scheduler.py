@@ -209,14 +209,15 @@ class Scheduler:
         ``admit`` is called for each sequence that could have a place, and returns False when it should
         rather wait: it keeps its turn.
         """
-        decode = tuple(s for s in self.running if not s.is_prefilling)
-        for sequence in decode:
-            self.waiting.charge(sequence, ANSWER_COST)
         budget = self.prefill_budget
+        decode: list[Sequence] = []
         prefill: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             if sequence.is_prefilling:
                 budget = self._take_chunk(sequence, budget, prefill)
+            else:
+                self.waiting.charge(sequence, ANSWER_COST)
+                decode.append(sequence)
         while budget > 0 and len(self.running) < self.max_batch:
             taken = self._choose(admit)
             if taken is None:
@@ -226,7 +227,7 @@ class Scheduler:
             self._num_given += 1
             self._num_refused = max(0, self._num_refused - 1)
             budget = self._take_chunk(taken, budget, prefill)
-        return Scheduled(decode, tuple(prefill))
+        return Scheduled(tuple(decode), tuple(prefill))
 
     def _choose(self, admit: Callable[[Sequence], bool]) -> Sequence | None:
         """Return who gets the next place, admitted."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.engine.blocks import Node
     from lorary.server.engine.detokenizer import TextStream
+    from lorary.server.engine.fair_queue import Account
     from lorary.server.engine.request import Matcher, PositionLogprobs, Request
     from lorary.server.engine.speculation import Drafter
 
@@ -36,7 +37,9 @@ class Sequence:
         prompt_logprobs: those of its prompt's tokens from the second on, as far as it has been read and
             they were asked for.
         generator: its own stream of random numbers, None when greedy.
-        is_plain: whether its tokens are simply the most likely ones, with nothing reported of others.
+        account: what pays for it, while it runs; the queue's.
+        num_prompt: tokens of the prompt.
+        is_plain: whether its tokens are simply the most likely ones of all, with nothing reported of others.
     """
 
     request: Request
@@ -57,10 +60,13 @@ class Sequence:
     first_token_ns: int = 0
     arrived_ns: int = 0
     counts: dict[int, int] = field(default_factory=dict)
+    account: Account | None = None
+    num_prompt: int = field(init=False)
     is_plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Note once what every step asks."""
+        self.num_prompt = len(self.request.prompt_ids)
         sampling = self.request.sampling
         self.is_plain = (
             sampling.is_greedy
@@ -68,12 +74,8 @@ class Sequence:
             and not sampling.logit_bias
             and not sampling.min_tokens
             and sampling.logprobs is None
+            and self.request.grammar is None
         )
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
 
     @property
     def num_generated(self) -> int:
@@ -88,7 +90,8 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """Whether it has more to read than its next token: its prompt, or all of it once preempted."""
-        return self.num_computed < self.num_prompt or self.num_uncomputed > 1
+        computed = self.num_computed
+        return computed < self.num_prompt or len(self.token_ids) - computed > 1
 
     @property
     def num_branch_tokens(self) -> int:
