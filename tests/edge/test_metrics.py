@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import (
+    CollectorRegistry,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from lorary.errors import CorruptArtifact
+from lorary.server.histogram import OneWriterHistogram
 from lorary.server.top_adapters import OTHER, TopAdapters
 from lorary.v1 import inference_pb2 as pb
 from tests.edge.fakes import digest_of, serving
@@ -121,6 +127,18 @@ async def test_series_per_adapter_are_bounded_in_a_live_scrape() -> None:
         assert value(text, "lorary_adapter_requests_total", adapter="alpha") == 1
         assert value(text, "lorary_adapter_requests_total", adapter=OTHER) == 2
         assert value(text, "lorary_adapter_requests_total", adapter="beta") is None
+
+
+def test_a_histogram_of_one_writer_says_what_prometheus_own_would() -> None:
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # as the server does
+    bounds = (0.001, 0.5, 1, 32)
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    one = OneWriterHistogram("lorary_x", "Help.", buckets=bounds, registry=ours)
+    other = Histogram("lorary_x", "Help.", buckets=bounds, registry=theirs)
+    for value in (0.0, 0.001, 0.0011, 1, 1.5, 32, 33.0, 1e9):
+        one.observe(value)
+        other.observe(value)
+    assert generate_latest(ours) == generate_latest(theirs)
 
 
 def test_a_busy_newcomer_takes_the_quietest_series_and_no_counter_ever_falls() -> None:

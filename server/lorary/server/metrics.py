@@ -1,8 +1,8 @@
 """Every metric of the server, declared once, children bound once.
 
 ``ServerMetrics`` is what the engine and the residency report to (``ports.Observer``), from their
-own threads; prometheus_client's metrics are safe for that. Gauges that mirror a state (what is
-resident, what runs now) are read when Prometheus asks, by ``StateCollector``.
+own threads; prometheus_client's metrics are safe for that, and steps are told of by one thread only. Gauges
+that mirror a state (what is resident, what runs now) are read when Prometheus asks, by ``StateCollector``.
 
 Names are ``lorary_*``; docs/operations.md lists them, and a test compares.
 """
@@ -22,6 +22,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from lorary.server.histogram import OneWriterHistogram
 from lorary.server.state_metrics import StateCollector
 from lorary.server.top_adapters import TopAdapters
 
@@ -161,25 +162,25 @@ class ServerMetrics:
 
     def _declare_steps(self) -> None:
         r = self.registry
-        self._step_seconds = Histogram(
+        self._step_seconds = OneWriterHistogram(
             "lorary_step_seconds",
             "One forward pass over the running batch.",
             buckets=STEP_S,
             registry=r,
         )
-        self._step_rows = Histogram(
+        self._step_rows = OneWriterHistogram(
             "lorary_step_decode_rows",
             "Answers that decoded a token in one step.",
             buckets=ROWS,
             registry=r,
         )
-        self._step_prefill = Histogram(
+        self._step_prefill = OneWriterHistogram(
             "lorary_step_prefill_tokens",
             "Prompt tokens read in one step.",
             buckets=PREFILL_TOKENS,
             registry=r,
         )
-        self._step_distinct = Histogram(
+        self._step_distinct = OneWriterHistogram(
             "lorary_step_distinct_adapters",
             "Adapters that shared one step.",
             buckets=ROWS,
