@@ -4,8 +4,9 @@
     python benchmarks/step.py --table    newest records → docs/benchmarks.md
 
 Real steps of the real engine, on this thread, so without the waiting for Python's lock that a busy
-event loop adds. *Overhead* is the whole step but for what runs in the native kernels: the layers and
-the head. Sampling counts as overhead, although most of it is native.
+event loop adds; with its metrics, and the wake-up of an event loop. *Overhead* is the whole step but for
+what runs in the native kernels: the layers and the head, which alone are timed meanwhile. Answers are
+greedy. The parts are timed in other steps, and what timing them costs is in them.
 """
 
 import sys

@@ -107,23 +107,20 @@ def _measure(
 ) -> dict[str, Any]:
     import statistics
 
-    from benchmarks.harness.stepper import NATIVE
-
-    stepper.start_rows(prompts, adapters, max_tokens=2 * steps + WARM_UP + 8)
+    stepper.start_rows(prompts, adapters, max_tokens=3 * steps + WARM_UP + 8)
     stepper.read_prompts()
     for _ in range(WARM_UP):
         stepper.step()
     whole_ms = 1e3 * statistics.median(stepper.step() for _ in range(steps))
-    parts = stepper.profile(steps)
+    times = stepper.profile(steps)
     stepper.end_rows()
-    overhead = sum(ms for part, ms in parts.items() if part not in NATIVE)
     return {
         "kind": "step",
         "rows": len(prompts),
         "adapters": len(set(adapters)),
         "step_ms": round(whole_ms, 3),
-        "parts_ms": {part: round(ms, 4) for part, ms in parts.items()},
-        "overhead_ms": round(overhead, 3),
+        "parts_ms": {part: round(ms, 4) for part, ms in times.parts_ms.items()},
+        "overhead_ms": round(times.overhead_ms, 3),
     }
 
 

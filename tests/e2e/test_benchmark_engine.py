@@ -70,14 +70,17 @@ def test_steps_by_hand_have_their_parts(base: Base, library: tuple[Registry, Pat
             running = stepper.engine._scheduler.running
             assert [s.num_generated for s in running] == [1] * 4
             assert stepper.step() > 0
-            parts = stepper.profile(3)
-            # One token a row in each of the five steps: the profiled ones are real steps.
-            assert [s.num_generated for s in running] == [5] * 4
-            assert tuple(parts) == PARTS
-            assert all(ms > 0 for ms in parts.values())
-            assert parts[LAYERS] + parts[HEAD] < sum(parts.values())
+            times = stepper.profile(3)
+            # One token a row in each of the eight steps: the profiled ones are real steps.
+            assert [s.num_generated for s in running] == [8] * 4
+            assert tuple(times.parts_ms) == PARTS
+            assert all(ms > 0 for ms in times.parts_ms.values())
+            assert times.parts_ms[LAYERS] + times.parts_ms[HEAD] < sum(times.parts_ms.values())
+            assert times.overhead_ms > 0
             stepper.end_rows()
             assert not stepper.engine.num_running
+            with pytest.raises(RuntimeError, match="no step"):
+                stepper.step()
         assert all(r.num_holders == 0 for r in stepper._residency.snapshot())
     finally:
         stepper.close()
