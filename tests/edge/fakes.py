@@ -436,7 +436,7 @@ class FakeEngine:
             output.token_ids, output.text = [tokens[-1]], f"{tokens[-1]} "
             if request.sampling.logprobs is not None:
                 top = tuple((i, -1.0) for i in range(request.sampling.logprobs))
-                output.logprobs = [PositionLogprobs(chosen=(tokens[-1], -0.5), top=top)]
+                output.logprobs = (PositionLogprobs(chosen=(tokens[-1], -0.5), top=top),)
         if scores or len(tokens) >= request.sampling.max_tokens:
             output.finish = Finish(
                 reason="scored" if scores else "length",

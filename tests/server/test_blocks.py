@@ -462,7 +462,7 @@ def test_a_step_without_memory_shrinks_the_batch(make_world: Callable[..., Engin
     runner = world.engine._runner
     forward = runner.forward
 
-    def limited(batch: Any) -> torch.Tensor:
+    def limited(batch: Any) -> torch.Tensor | list[int]:
         if batch.num_decode > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(batch)

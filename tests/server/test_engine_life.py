@@ -140,12 +140,12 @@ def test_adapter_that_cannot_be_loaded_fails_its_own_request_only(
 
 
 @pytest.mark.parametrize(
-    ("place", "name"),
+    ("place", "name", "temperature"),
     [
-        (engine_module, "build_batch"),
-        (Runner, "forward"),
-        (answering, "sample"),
-        (TextStream, "push"),
+        (engine_module, "build_batch", 0.0),
+        (Runner, "forward", 0.0),
+        (answering, "sample", 1.0),
+        (TextStream, "push", 0.0),
     ],
 )
 def test_step_that_raises_fails_everyone_and_says_so(
@@ -153,10 +153,13 @@ def test_step_that_raises_fails_everyone_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
     place: object,
     name: str,
+    temperature: float,
 ) -> None:
     """Wherever it raises: who runs, who waits for a place and who waits for a load all hear of it."""
     world = make_world(max_context=CONTEXT, max_batch=1)
-    running = world.submit(PROMPT, "bravo", max_tokens=LONG, ignore_eos=True)
+    running = world.submit(
+        PROMPT, "bravo", max_tokens=LONG, ignore_eos=True, temperature=temperature
+    )
     world.collector.wait_started(running)
     others = [world.submit(PROMPT), world.submit(PROMPT, "alpha")]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -64,6 +66,30 @@ def test_lengths_of_rows_with_a_change(kind: str, out: int, width: int) -> None:
     for start, stop in ((0, out), (0, 1), (31, 34), (out - 3, out)):
         found = packed.norms(start, a, b[start:stop])
         assert torch.allclose(found, expected[start:stop], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "out"), [(1, 1), (3, 49), (15, 32), (32, 1030)])
+def test_the_largest_output_is_that_of_the_product(rows: int, out: int, dtype: torch.dtype) -> None:
+    """The first of equal ones, wherever their panels are, with a bias and without; 0 where none is a number."""
+    kernels = kernels_for(dtype)
+    generator = torch.Generator().manual_seed(out)
+    x = torch.randn(rows, 70, generator=generator)
+    weight = torch.randn(out, 70, generator=generator)
+    weight[out // 2 :] = weight[: out - out // 2].clone()
+    found = (ctypes.c_int64 * rows)()
+    for bias in (None, torch.randn(out, generator=generator)):
+        packed = kernels.pack(weight.to(dtype), bias)
+        assert packed.largest is not None
+        *arguments, _ = packed.largest_arguments(x, found)
+        for threads in (1, 3):
+            packed.largest(*arguments, threads)
+            assert list(found) == kernels.argmax(packed.linear(x))
+        kept = x.clone()
+        x.fill_(float("nan"))
+        packed.largest(*arguments, 1)
+        assert list(found) == [0] * rows
+        x.copy_(kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

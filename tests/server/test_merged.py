@@ -297,7 +297,7 @@ def test_when_memory_runs_short_the_copy_goes_first(
     forward = runner.forward
     num_together = 0
 
-    def limited(batch: Any) -> torch.Tensor:
+    def limited(batch: Any) -> torch.Tensor | list[int]:
         nonlocal num_together
         are_together = batch.merged is not None and batch.num_decode == 2
         num_together += are_together

@@ -61,18 +61,22 @@ class Answers:
         self._context = context
         self._end = end
 
-    def of_step(self, batch: Batch, logits: torch.Tensor) -> tuple[list[Output], int]:
+    def of_step(self, batch: Batch, found: torch.Tensor | list[int]) -> tuple[list[Output], int]:
         """Go on with every sequence of a step.
 
         Args:
             batch: what the step was.
-            logits: its result, float32 [rows, vocab]; changed in place, so in inference mode only.
+            found: its result: logits float32 [rows, vocab], which are changed in place, so in inference
+                mode only; or of a greedy step the tokens.
 
         Returns:
             An output for each sequence that has got further, and how many drafted tokens were right.
         """
+        if isinstance(found, list):
+            return [*map(self._append, batch.samplers, found)], 0
+        logits = found
         self._read_prompts(batch, logits)
-        outputs = self._sample(batch, logits)
+        outputs = self._choose(batch.samplers, logits[: len(batch.samplers)])
         kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
         outputs += [output for output, _ in kept] + self._score(batch, logits)
         return outputs, sum(count for _, count in kept)
@@ -87,30 +91,25 @@ class Answers:
             kept += prompt_logprobs(logits[row : row + count], tokens, top)
             row += count
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[Output]:
-        return self._choose(batch.samplers, logits[: len(batch.samplers)])
-
     def _choose(self, sequences: tuple[Sequence, ...], rows: torch.Tensor) -> list[Output]:
         """Give every sequence its next token, from its row of logits."""
         if not sequences:
             return []
         # Reported log probabilities are those before penalties, which change rows in place.
-        wanted = {
-            i: rows[i].clone()
-            for i, s in enumerate(sequences)
-            if not s.is_plain and s.request.sampling.logprobs is not None
-        }
+        wanted: dict[int, torch.Tensor] = {}
         for i, sequence in enumerate(sequences):
+            if sequence.is_plain:
+                continue
+            if sequence.request.sampling.logprobs is not None:
+                wanted[i] = rows[i].clone()
             if sequence.matcher is not None:
                 sequence.matcher.apply(rows[i])
         tokens = sample(rows, sequences, self._eos_ids)
-        outputs = []
-        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            output = self._append(sequence, token)
-            if i in wanted and output.error is None:
-                top = sequence.request.sampling.logprobs or 0
-                output.logprobs.append(position_logprobs(wanted[i], token, top))
-            outputs.append(output)
+        outputs = [*map(self._append, sequences, tokens)]
+        for i, logits in wanted.items():
+            if outputs[i].error is None:
+                top = sequences[i].request.sampling.logprobs or 0
+                outputs[i].logprobs = (position_logprobs(logits, tokens[i], top),)
         return outputs
 
     def _drafted_logits(
@@ -153,39 +152,38 @@ class Answers:
         """Add a token to its answer, and end the answer if that ends it."""
         request = sequence.request
         sampling = request.sampling
-        assert sequence.text is not None
+        text, matcher = sequence.text, sequence.matcher
+        assert text is not None
         tokens = sequence.token_ids
-        num_generated = len(tokens) - len(request.prompt_ids) + 1
+        tokens.append(token)
+        num_generated = len(tokens) - sequence.num_prompt
         if num_generated == 1:
             sequence.first_token_ns = time.monotonic_ns()
-        tokens.append(token)
         if not sequence.is_plain and sampling.has_penalties:
             sequence.counts[token] = sequence.counts.get(token, 0) + 1
-        output = Output(request_id=request.request_id, index=request.index, token_ids=[token])
         is_end = token in sampling.stop_token_ids or (
             token in self._eos_ids and not sampling.ignore_eos
         )
         reason: FinishReason | None = None
-        matched = ""
-        matcher = sequence.matcher
+        piece = matched = ""
         if matcher is not None and not is_end and (problem := matcher.consume(token)):
             return self._end(sequence, error=InvalidRequest(problem, field="sampling.constraint"))
         if is_end:
             reason, matched = "stop", self._tokenizer.convert_ids_to_tokens(token)
         else:
-            output.text = sequence.text.push(token)
-            if sequence.text.matched_stop:
+            piece = text.push(token)
+            if text.matched_stop:
                 if num_generated >= sampling.min_tokens:
-                    reason, matched = "stop", sequence.text.matched_stop
+                    reason, matched = "stop", text.matched_stop
             elif matcher is not None and matcher.is_finished:
                 reason = "stop"
             elif num_generated >= sampling.max_tokens or len(tokens) >= self._context:
                 reason = "length"
-        if reason is not None:
-            output.text += sequence.text.finish()
-            finish = self._finish(sequence, reason, matched)
-            ended = self._end(sequence, finish=finish)
-            output.finish = ended.finish
+        if reason is None:
+            return Output(request.request_id, request.index, piece, [token])
+        piece += text.finish()
+        output = self._end(sequence, finish=self._finish(sequence, reason, matched))
+        output.text, output.token_ids = piece, [token]
         return output
 
     def _score(self, batch: Batch, logits: torch.Tensor) -> list[Output]:

@@ -387,6 +387,7 @@ def _warm_up(runner: Runner, cache: KVCache, long_from: int) -> None:
         )
 
 
+@torch.inference_mode()
 def _trial(runner: Runner, cache: KVCache, long_from: int, length: int) -> torch.Tensor:
     """Read a prompt of ``length`` tokens and decode one; return that one's logits."""
     request = Request(
@@ -402,7 +403,10 @@ def _trial(runner: Runner, cache: KVCache, long_from: int, length: int) -> torch
     try:
         for scheduled in (Scheduled((), ((sequence, length),)), Scheduled((sequence,), ())):
             batch = build_batch(scheduled, cache, device=cache.k.device, long_from=long_from)
-            logits = runner.forward(batch)
+            batch.is_greedy = False
+            found = runner.forward(batch)
+            assert isinstance(found, torch.Tensor), "tokens of a step that is not greedy"
+            logits = found
             sequence.num_computed += batch.advanced[0][1]
             sequence.token_ids.append(0)
     finally:

@@ -22,7 +22,7 @@ class Detokenizer:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        # Token id to its text; None where that ends within a character.
+        # Token id to its text; "" where nothing is shown of it, None where it ends within a character.
         is_byte_level = isinstance(backend.decoder, ByteLevel)
         self._texts: dict[int, str | None] | None = {} if is_byte_level else None
 
@@ -40,9 +40,23 @@ class TextStream:
     Text is held back while it could be the beginning of a stop string.
 
     Attributes:
-        text: everything released so far.
         matched_stop: the stop string that ended the answer, or "".
     """
+
+    __slots__ = (
+        "_backend",
+        "_ids",
+        "_longest",
+        "_num_held",
+        "_open",
+        "_pieces",
+        "_shown",
+        "_start",
+        "_stop",
+        "_stream",
+        "_texts",
+        "matched_stop",
+    )
 
     def __init__(
         self,
@@ -55,32 +69,54 @@ class TextStream:
         self._shown = {i: backend.id_to_token(i) for i in shown_ids}
         self._stop = tuple(stop)
         self._longest = max((len(s) for s in stop), default=0)
-        self._texts = texts
+        self._texts = {} if texts is None else texts
         # Of a byte-level vocabulary, the tokens since the last whole character; others keep a stream.
         self._open: list[int] = []
         self._stream = DecodeStream(skip_special_tokens=True) if texts is None else None
         # Tokens since the last one that was shown for itself, and how much text stood before them.
         self._ids: list[int] = []
         self._start = 0
-        self._decoded = ""
-        self.text = ""
+        # What was decoded, in parts: joining it for every token would copy all of it each time. Of its
+        # end so many characters are held back.
+        self._pieces: list[str] = []
+        self._num_held = 0
         self.matched_stop = ""
+
+    @property
+    def text(self) -> str:
+        """Everything released so far."""
+        decoded = self._decoded
+        return decoded[: len(decoded) - self._num_held]
+
+    @property
+    def _decoded(self) -> str:
+        if len(self._pieces) != 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0]
 
     def push(self, token_id: int) -> str:
         """Take one token; return new text, often empty. After a match, nothing more is taken."""
-        if token_id in self._shown:
-            piece: str | None = self._show(token_id)
+        # Most often: no character is open, and what the token shows is known.
+        piece = None if self._open or self._shown else self._texts.get(token_id)
+        if piece is None:
+            piece = self._decode(token_id)
         else:
             self._ids.append(token_id)
-            if self._stream is not None:
-                piece = self._stream.step(self._backend, token_id)
-            else:
-                piece = self._joined(token_id)
         if not piece:
             return ""
         if self._stop:
             return self._release(piece)
-        self._decoded = self.text = self.text + piece
+        self._pieces.append(piece)
+        return piece
+
+    def _decode(self, token_id: int) -> str | None:
+        """Return the text that a token completes, if it does."""
+        if token_id in self._shown:
+            return self._show(token_id)
+        self._ids.append(token_id)
+        if self._stream is None:
+            return self._joined(token_id)
+        piece: str | None = self._stream.step(self._backend, token_id)
         return piece
 
     def _show(self, token_id: int) -> str:
@@ -105,7 +141,6 @@ class TextStream:
     def _joined(self, token_id: int) -> str | None:
         """Return the text that a token of a byte-level vocabulary completes."""
         texts = self._texts
-        assert texts is not None
         if not self._open and token_id in texts:
             text = texts[token_id]
             if text is None:
@@ -126,33 +161,32 @@ class TextStream:
         """Return what was held back: the answer ends without a stop string."""
         if self.matched_stop:
             return ""
-        self._decoded += self._rest()
-        rest = self._decoded[len(self.text) :]
-        self.text = self._decoded
-        return rest
+        first = len(self._decoded) - self._num_held
+        self._pieces.append(self._rest())
+        self._num_held = 0
+        return self._decoded[first:]
 
     def _release(self, piece: str) -> str:
-        search_from = max(0, len(self._decoded) - self._longest + 1)
-        self._decoded += piece
+        decoded = self._decoded
+        search_from = max(0, len(decoded) - self._longest + 1)
+        first = len(decoded) - self._num_held
+        self._pieces.append(piece)
+        decoded = self._decoded
         found = [
-            (position, s)
-            for s in self._stop
-            if (position := self._decoded.find(s, search_from)) >= 0
+            (position, s) for s in self._stop if (position := decoded.find(s, search_from)) >= 0
         ]
         if found:
-            position, self.matched_stop = min(found)
             # Text released before cannot reach into the match: its beginning was held back.
-            released, self.text = self._decoded[len(self.text) : position], self._decoded[:position]
-            return released
-        held = self._held_back()
-        until = len(self._decoded) - held
-        released, self.text = self._decoded[len(self.text) : until], self._decoded[:until]
-        return released
+            until, self.matched_stop = min(found)
+        else:
+            until = len(decoded) - self._held_back(decoded)
+        self._num_held = len(decoded) - until
+        return decoded[first:until]
 
-    def _held_back(self) -> int:
+    def _held_back(self, decoded: str) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        for length in range(min(self._longest - 1, len(self._decoded)), 0, -1):
-            tail = self._decoded[-length:]
+        for length in range(min(self._longest - 1, len(decoded)), 0, -1):
+            tail = decoded[-length:]
             if any(s.startswith(tail) for s in self._stop):
                 return length
         return 0

@@ -190,8 +190,10 @@ class Engine:
     def _run(self) -> None:
         try:
             self._on_thread_start()
-            while self._wait_for_work():
-                self._step()
+            # All of it, for logits made in inference mode may be changed in place (penalties) only in it.
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
         except Exception as error:
             # The one place for what nobody foresaw: better no engine than a wrong one.
             logger.exception("the engine failed")
@@ -249,6 +251,8 @@ class Engine:
     def _drop(self, cancelled: set[str]) -> None:
         """End what was cancelled, what is or will be too late, and what waits for a failed load."""
         late = self._scheduler.late()
+        if not (cancelled or late or self._scheduler.waiting):
+            return
         outputs: list[Output] = []
         for sequence in self._scheduler.everyone():
             request = sequence.request
@@ -264,9 +268,8 @@ class Engine:
         if outputs:
             self._deliver(outputs)
 
-    # All of it, for logits made in inference mode may be changed in place (penalties) only in it.
-    @torch.inference_mode()
     def _step(self) -> None:
+        """Do one step's work, in inference mode."""
         started = time.perf_counter()
         if self._merging is not None and self._merging.is_revoked:
             self._leave_merged(self._merging)
@@ -276,7 +279,8 @@ class Engine:
             return
         drafts = self._drafts(scheduled)
         since = started
-        for part in scheduled.by_weights():
+        parts = (scheduled,) if self._merging is None else scheduled.by_weights()
+        for part in parts:
             if not self._pass(part, drafts, since):
                 return
             since = time.perf_counter()
@@ -293,10 +297,11 @@ class Engine:
             device=self._device,
             long_from=self._long_from,
             drafts={s: drafts[s] for s in scheduled.decode if s in drafts} if drafts else None,
-            last=self._last.get(is_merged),
+            # Not kept: unless it is advanced, its tensors make room for the next one's.
+            last=self._last.pop(is_merged, None),
         )
         try:
-            logits = self._runner.forward(batch)
+            found = self._runner.forward(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -307,12 +312,14 @@ class Engine:
                 self._places.shrink(error)
             return False
         self._last[is_merged] = batch
-        for sequence, count in batch.advanced:
-            sequence.num_computed += count
-            self._places.blocks.publish(sequence)
+        self._places.move_on(batch.advanced)
         if self._merging is not None:
             self._merging.note([s.request.lease for s in batch.samplers])
-        outputs, num_kept = self._answers.of_step(batch, logits)
+        outputs, num_kept = self._answers.of_step(batch, found)
+        for sequence, _ in batch.drafted:
+            # Unless it has ended.
+            if sequence.slot >= 0:
+                self._places.blocks.publish(sequence)
         self._record(batch, time.perf_counter() - started, num_kept)
         if outputs:
             self._deliver(outputs)
@@ -338,7 +345,9 @@ class Engine:
         if scheduled.prefill:
             return drafts
         for sequence in scheduled.decode:
-            if spare <= 0 or sequence.drafter is None:
+            if spare <= 0:
+                break
+            if sequence.drafter is None:
                 continue
             room = self._cache.shape.context - len(sequence.token_ids)
             left = sequence.request.sampling.max_tokens - sequence.num_generated - 1

@@ -57,6 +57,13 @@ class Places:
                     if victim is sequence:
                         break
 
+    def move_on(self, advanced: tuple[tuple[Sequence, int], ...]) -> None:
+        """Note so many more positions of each as computed; what has filled a block may be shared."""
+        for sequence, count in advanced:
+            sequence.num_computed += count
+            if count > 1 or not sequence.num_computed % BLOCK:
+                self.blocks.publish(sequence)
+
     def grow(self, sequence: Sequence, num_positions: int) -> bool:
         """Give a running sequence blocks for so many positions in all; False when too few are free."""
         first = len(sequence.blocks)

@@ -29,11 +29,12 @@ class Runner:
         self.fused = fused
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
 
-    @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run one step and return float32 logits [L, vocab] of ``batch.logits_rows``.
+    def forward(self, batch: Batch) -> torch.Tensor | list[int]:
+        """Run one step, in inference mode; write its keys and values into the cache of ``batch.plan``.
 
-        Writes the step's keys and values into the cache of ``batch.plan``.
+        Returns:
+            Float32 logits [L, vocab] of ``batch.logits_rows``, the caller's until the next step; of a greedy
+            step, where the layers run natively, the L tokens where they are largest.
         """
         merged = batch.merged
         assert merged is None or not merged.is_freed, "a step on weights that are gone"

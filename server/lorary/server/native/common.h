@@ -101,6 +101,14 @@ void fetch(const T* from, int64_t n) {
     for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
+// Whether any lane of a comparison is true.
+inline bool is_any(LaneBits mask) {
+    int64_t halves[8], all = 0;
+    std::memcpy(halves, &mask, sizeof halves);
+    for (const int64_t half : halves) all |= half;
+    return all != 0;
+}
+
 // The sum of all lanes, halves upon halves.
 inline float sum_of(Lanes lanes) {
     typedef float Half __attribute__((vector_size(32)));

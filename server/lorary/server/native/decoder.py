@@ -126,17 +126,18 @@ class _Workspace:
             (layer.hidden, torch.float32),
         )
         self._rows = 0
-        self._buffers: tuple[torch.Tensor, ...] = ()
+        self.buffers: tuple[torch.Tensor, ...] = ()
+        """What the addresses belong to; others from the next step on that has more rows."""
         self._pointers: tuple[int, ...] = ()
 
     def pointers(self, rows: int) -> tuple[int, ...]:
         """Return the addresses of buffers for at least ``rows`` rows."""
         if rows > self._rows:
             self._rows = max(rows, 2 * self._rows)
-            self._buffers = tuple(
+            self.buffers = tuple(
                 torch.empty(self._rows * width, dtype=dtype) for width, dtype in self._widths
             )
-            self._pointers = tuple(buffer.data_ptr() for buffer in self._buffers)
+            self._pointers = tuple(buffer.data_ptr() for buffer in self.buffers)
         return self._pointers
 
 
@@ -159,6 +160,27 @@ class FusedLayer:
                 _point(getattr(structure, name), packed)
                 kept.append(packed)
         return FusedLayer(structure, self.groups, tuple(kept))
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStep:
+    """A step as layer.cpp reads it, for as long as its batch's tensors stay where they are.
+
+    Attributes:
+        address: of the structure.
+        normed: float32 [L, hidden], what the head reads.
+        head: the arguments of the head's function, where it is packed.
+        logits: float32 [L, vocab], what it writes; None where it is not packed, and for a greedy step.
+        found: likewise the most likely tokens [L] of a greedy step, whose logits are never written.
+        held: the structure, and what it points into beside the batch.
+    """
+
+    address: int
+    normed: torch.Tensor
+    head: tuple[object, ...]
+    logits: torch.Tensor | None
+    found: ctypes.Array[ctypes.c_int64] | None
+    held: tuple[object, ...]
 
 
 class FusedModel:
@@ -184,6 +206,10 @@ class FusedModel:
         structures = [layer.structure for layer in layers]
         self._rotary = inner.rotary_emb
         self._head = model.get_output_embeddings()
+        self._packed_head: PackedLinear | None = getattr(self._head, "packed", None)
+        if self._packed_head is not None:
+            self._head_function = self._packed_head.function(torch.float32)
+            self._largest_function: Any = self._packed_head.largest
         self._width = structures[0].hidden
         self._function = kernels.layers_function(dtype)
         self._workspace = _Workspace(structures[0], dtype)
@@ -217,18 +243,37 @@ class FusedModel:
         )
         self._structure.embeddings = self._embeddings.data_ptr()
         self._structure.norm = self._norm.data_ptr()
+        self._address = ctypes.addressof(self._structure)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run one step and return float32 logits [L, vocab] of ``batch.logits_rows``.
+    def forward(self, batch: Batch) -> torch.Tensor | list[int]:
+        """Run one step; write its keys and values into the cache.
 
-        Writes the step's keys and values into the cache.
+        Returns:
+            Float32 logits [L, vocab] of ``batch.logits_rows``, which those of the same batch, advanced,
+            overwrite; of a greedy step the L tokens where they are largest, for then they are never
+            written.
         """
-        plan, positions = batch.plan, batch.position_ids
         if self._changes_rope:
-            self._set_angles(positions)
-        rows, wanted = positions.numel(), batch.logits_rows
+            self._set_angles(batch.position_ids)
+        step = batch.native
+        if step is None:
+            step = self._lay_out(batch)
+            # What reads prompts is never advanced, and its logits may be large.
+            batch.native = None if batch.plan.chunks else step
+        self._function(self._address, step.address)
+        if step.found is not None:
+            self._largest_function(*step.head)
+            return step.found[:]
+        if step.logits is not None:
+            self._head_function(*step.head)
+            return step.logits
+        logits: torch.Tensor = self._head(step.normed)
+        return logits.float()
+
+    def _lay_out(self, batch: Batch) -> NativeStep:
+        plan, positions, wanted = batch.plan, batch.position_ids, batch.logits_rows
+        rows = positions.numel()
         normed = torch.empty(wanted.numel(), self._width)
-        # Held by a name until the call is over, as all that the step points into.
         chunks = _chunks(plan)
         step = _Step(
             rows,
@@ -247,9 +292,16 @@ class FusedModel:
             *self._workspace.pointers(rows),
             torch.get_num_threads(),
         )
-        self._function(ctypes.addressof(self._structure), ctypes.addressof(step))
-        logits: torch.Tensor = self._head(normed)
-        return logits.float()
+        address, held = ctypes.addressof(step), (step, chunks, self._workspace.buffers)
+        packed = self._packed_head
+        if packed is None:
+            return NativeStep(address, normed, (), None, None, held)
+        if batch.is_greedy:
+            found = (ctypes.c_int64 * wanted.numel())()
+            head = packed.largest_arguments(normed, found)
+            return NativeStep(address, normed, head, None, found, held)
+        logits = torch.empty(wanted.numel(), packed.out_features)
+        return NativeStep(address, normed, packed.arguments(normed, logits), logits, None, held)
 
     def _set_angles(self, positions: torch.Tensor) -> None:
         """Make the rotary tables of positions int64 [1, n]."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_ABI = 15
+_ABI = 16
 # Outputs of one panel of a packed weight, and inputs that share a scale, as in the matmul headers.
 _PANEL, _GROUP = 32, 64
 # Elements whose float32 form lies in the caches while they are rounded.
@@ -32,6 +32,7 @@ _ADD_ROWS = [*[_POINTER] * 2, *_POOL, *[_POINTER] * 6, _INT64, ctypes.c_int]
 _ROWS = [_POINTER, _INT64, _INT64]
 _OUTPUT = [_INT64, _INT64, _POINTER, _INT64, ctypes.c_int]
 _LINEAR = [*_ROWS, *[_POINTER] * 2, *_OUTPUT]
+_LARGEST = [*_ROWS, *[_POINTER] * 2, _INT64, _INT64, _POINTER, ctypes.c_int]
 _LINEAR_INT8 = [*_ROWS, *[_POINTER] * 4, *_OUTPUT]
 _PACK_INT8 = [_POINTER, _INT64, _INT64, _POINTER, ctypes.c_int]
 _PACK = [_POINTER, *[_INT64] * 3, _POINTER, ctypes.c_int]
@@ -119,6 +120,10 @@ class NativeKernels:
                 torch.bfloat16: typed(library, "lorary_linear_bf16", _LINEAR),
                 f32: typed(library, "lorary_linear_f32_bf16", _LINEAR),
             }
+        self._largest = {
+            dtype: typed(library, f"lorary_largest_{_SUFFIX[dtype]}", _LARGEST)
+            for dtype in self._packed
+        }
         self._norms = {
             dtype: typed(library, f"lorary_norms_{suffix}", _NORMS)
             for dtype, suffix in {**_SUFFIX, torch.int8: "int8"}.items()
@@ -205,8 +210,14 @@ class NativeKernels:
             packed.data_ptr(),
             torch.get_num_threads(),
         )
-        functions = self._linear[weight.dtype]
-        return PackedLinear(functions, self._norms[weight.dtype], packed, (out, width), bias)
+        return PackedLinear(
+            self._linear[weight.dtype],
+            self._norms[weight.dtype],
+            packed,
+            (out, width),
+            bias,
+            largest=self._largest[weight.dtype],
+        )
 
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Round a weight [out, in] of any float dtype to 8 bits, a scale for each 64 inputs.

@@ -26,6 +26,23 @@ void linear_with_rests(const float* x, int64_t x_row, int64_t rows, const uint16
 }
 #endif
 
+// x float32, rounded to the weights' dtype -> the column of each row's largest product
+template <typename T>
+void largest(const float* x, int64_t x_row, int64_t rows, const T* packed, const float* bias, int64_t n,
+             int64_t k, int64_t* found, int threads) {
+    std::vector<T> rounded(rows * k);
+    std::vector<Rest> rests(rows * kRests);
+    std::vector<Largest> best(rows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r)
+            round_row(x + r * x_row, k, rounded.data() + r * k, rests.data() + r * kRests);
+        find_largest(rounded.data(), k, rests.data(), rows, packed, bias, n, k, best.data());
+    }
+    for (int64_t r = 0; r < rows; ++r) found[r] = best[r].column;
+}
+
 #ifdef __AVX512VNNI__
 template <typename T, typename Y>
 void linear_int8(const T* x, int64_t x_row, int64_t rows, const Int8Weight& weight, const float* bias,
@@ -88,7 +105,19 @@ void lorary_linear_f32(const float* x, int64_t x_row, int64_t rows, const float*
     linear(x, x_row, rows, packed, bias, n, k, y, y_row, threads);
 }
 
+// The product is made as lorary_linear_f32 makes it, and not kept: found [rows] is where it is largest first.
+void lorary_largest_f32(const float* x, int64_t x_row, int64_t rows, const float* packed, const float* bias,
+                        int64_t n, int64_t k, int64_t* found, int threads) {
+    largest(x, x_row, rows, packed, bias, n, k, found, threads);
+}
+
 #ifdef __AVX512BF16__
+// Likewise, as lorary_linear_f32_bf16 does.
+void lorary_largest_bf16(const float* x, int64_t x_row, int64_t rows, const uint16_t* packed,
+                         const float* bias, int64_t n, int64_t k, int64_t* found, int threads) {
+    largest(x, x_row, rows, packed, bias, n, k, found, threads);
+}
+
 void lorary_pack_bf16(const uint16_t* w, int64_t w_row, int64_t n, int64_t k, uint16_t* packed,
                       int threads) {
     pack(w, w_row, n, k, packed, threads);

@@ -192,10 +192,32 @@ void put_panel(float* sums, int64_t rows, const float* bias, int64_t n, int64_t 
     }
 }
 
-// Called by every thread of a parallel region; they share the panels. rests [rows, kRests], or null.
-template <Into kInto, typename T, typename Y>
-void multiply(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed,
-              const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
+// The first of the largest elements of a row that were seen; nothing is larger than -infinity at 0.
+struct Largest {
+    float value = -__builtin_inff();
+    int64_t column = 0;
+};
+
+// What one panel's sums become where only each row's largest is wanted. A thread sees its panels from left
+// to right, so that of equal ones it keeps the first; hardly any panel has a larger one.
+inline void see_panel(float* sums, int64_t rows, const float* bias, int64_t n, int64_t panel, Largest* best) {
+    const int64_t column = panel * kPanel, width = n - column < kPanel ? n - column : kPanel;
+    for (int64_t r = 0; r < rows; ++r) {
+        float* sum = sums + r * kPanel;
+        if (bias)
+            for (int64_t c = 0; c < width; ++c) sum[c] += bias[column + c];
+        const Lanes top = Lanes{} + best[r].value;
+        if (width == kPanel && !is_any((widen(sum) > top) | (widen(sum + kLanes) > top))) continue;
+        for (int64_t c = 0; c < width; ++c)
+            if (sum[c] > best[r].value) best[r] = {sum[c], column + c};
+    }
+}
+
+// Called by every thread of a parallel region; they share the panels. take(sums [rows, 32], panel) gets each.
+// rests [rows, kRests], or null.
+template <typename T, typename Take>
+void each_panel(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed, int64_t n,
+                int64_t k, Take take) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < panels(n); ++p) {
         float* sums = scratch(rows * kPanel);
@@ -205,8 +227,32 @@ void multiply(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const 
                       sums, kPanel, from == 0);
         if constexpr (!std::is_same_v<T, float>)
             if (rests) add_rests(rests, rows, panel, sums);
-        put_panel<kInto>(sums, rows, bias, n, p, y, y_row);
+        take(sums, p);
     }
+}
+
+// Likewise.
+template <Into kInto, typename T, typename Y>
+void multiply(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed,
+              const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
+    each_panel(x, x_row, rests, rows, packed, n, k, [&](float* sums, int64_t panel) {
+        put_panel<kInto>(sums, rows, bias, n, panel, y, y_row);
+    });
+}
+
+// Likewise, where each row's largest product is wanted and nothing else. `best` [rows] is the threads' together
+// and starts as it is made.
+template <typename T>
+void find_largest(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed,
+                  const float* bias, int64_t n, int64_t k, Largest* best) {
+    std::vector<Largest> own(rows);
+    each_panel(x, x_row, rests, rows, packed, n, k,
+               [&](float* sums, int64_t panel) { see_panel(sums, rows, bias, n, panel, own.data()); });
+#pragma omp critical(lorary_find_largest)
+    for (int64_t r = 0; r < rows; ++r)
+        if (own[r].value > best[r].value || (own[r].value == best[r].value && own[r].column < best[r].column))
+            best[r] = own[r];
+#pragma omp barrier
 }
 
 // Where element (row, i) of a panel lies in it.

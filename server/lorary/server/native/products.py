@@ -25,6 +25,7 @@ class PackedLinear:
         address: where the packed weight lies.
         scales_address, offsets_address: where an 8-bit weight's scales and offsets lie, else None.
         bias_address: where the bias lies, float32 [out]; None without one.
+        largest: the kernel that finds each float32 row's largest output and keeps none; None for 8 bits.
     """
 
     def __init__(
@@ -36,7 +37,10 @@ class PackedLinear:
         bias: torch.Tensor | None,
         scales: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
+        *,
+        largest: ctypes._NamedFuncPointer | None = None,
     ) -> None:
+        self.largest = largest
         self._functions = functions
         self._norms = norms
         self._tensors = (
@@ -90,14 +94,25 @@ class PackedLinear:
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        self.function(x.dtype)(*self.arguments(rows, y))
+        return y
+
+    def function(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+        """Return the kernel for rows of this dtype."""
+        return self._functions[dtype]
+
+    def arguments(self, x: torch.Tensor, y: torch.Tensor) -> tuple[int | None, ...]:
+        """Return what lets the kernel of x's dtype write the product into y, as long as both live.
+
+        Shapes: x [n, in] with unit stride in rows, y [..., out] contiguous, n rows in all.
+        """
         has_scales = self.scales_address is not None
-        scaling = (self.scales_address, self.offsets_address) if has_scales else ()
-        self._functions[x.dtype](
-            rows.data_ptr(),
-            rows.stride(0),
-            rows.shape[0],
+        return (
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
             self.address,
-            *scaling,
+            *((self.scales_address, self.offsets_address) if has_scales else ()),
             self.bias_address,
             self.out_features,
             self.in_features,
@@ -105,7 +120,25 @@ class PackedLinear:
             self.out_features,
             torch.get_num_threads(),
         )
-        return y
+
+    def largest_arguments(
+        self, x: torch.Tensor, found: ctypes.Array[ctypes.c_int64]
+    ) -> tuple[object, ...]:
+        """Return what lets ``largest`` write the first largest output of each row into found [n].
+
+        Shapes: x float32 [n, in] with unit stride in rows.
+        """
+        return (
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            self.address,
+            self.bias_address,
+            self.out_features,
+            self.in_features,
+            found,
+            torch.get_num_threads(),
+        )
 
 
 class BoundKernel:

@@ -45,13 +45,6 @@ struct Candidate {
     }
 };
 
-bool is_any(LaneBits mask) {
-    int64_t halves[8], all = 0;
-    std::memcpy(halves, &mask, sizeof halves);
-    for (const int64_t half : halves) all |= half;
-    return all != 0;
-}
-
 // Tokens whose weight is summed up together, so that a draw looks at few of them one by one.
 constexpr int64_t kStretch = 1024;
 
