@@ -1,7 +1,8 @@
 """What the service costs beside its engine: the parts of ``service`` that are not about the two doors.
 
 - ``streams``: 256 answers stream at once through gRPC. Counted is the processor time of all threads of the server
-  but the engine's (by their names), for each token that a client received.
+  but the engine's (by their names), for each token that a client received; with ``--engine-process``, of both
+  processes, and beside it that of the doors' alone and of the engine's thread.
 - ``unary``: one ``Classify`` at a time. The overhead of a call is what its client waited less what the receipt
   says that the engine took: queue, load and prefill.
 - ``idle``: a thousand streams that say nothing (``grpc.health.v1.Health/Watch``), over ten connections; the
@@ -42,8 +43,13 @@ _CANCELLED = 0.1
 
 
 def service_cpu_s(pid: int) -> float:
-    """Return the processor seconds so far of all living threads of a server but its engine's."""
-    total = 0
+    """Return the processor seconds so far of all living threads of a process but the engine's."""
+    return _cpu_s(pid)[0]
+
+
+def _cpu_s(pid: int) -> tuple[float, float]:
+    """Return the processor seconds so far of a process' living threads: of all but the engine's, and of that."""
+    total, engine = 0, 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
             line = (task / "stat").read_text()
@@ -51,9 +57,12 @@ def service_cpu_s(pid: int) -> float:
             continue
         # The name may hold spaces and parentheses; fields follow the last one.
         name, _, fields = line.partition("(")[2].rpartition(")")
-        if name != ENGINE:
-            total += sum(map(int, fields.split()[11:13]))
-    return total / _TICKS_PER_S
+        ticks = sum(map(int, fields.split()[11:13]))
+        if name == ENGINE:
+            engine += ticks
+        else:
+            total += ticks
+    return total / _TICKS_PER_S, engine / _TICKS_PER_S
 
 
 def resident_bytes(pid: int) -> int:
@@ -62,9 +71,21 @@ def resident_bytes(pid: int) -> int:
 
 
 def streams(
-    address: str, pid: int, prompts: Sequence[Sequence[int]], tokens: int
+    address: str,
+    pid: int,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    engine_pid: int | None = None,
 ) -> dict[str, Any]:
-    """Stream every prompt's answer at once; return µs of the service's processor time for a token."""
+    """Stream every prompt's answer at once; return µs of the service's processor time for a token.
+
+    Args:
+        address: the server's.
+        pid: its process.
+        prompts: token ids, a stream for each.
+        tokens: of each answer.
+        engine_pid: the process that its engine is in, if that is another one.
+    """
 
     async def all_of_them() -> int:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -79,15 +100,21 @@ def streams(
 
             return sum(await asyncio.gather(*map(one, prompts)))
 
-    used, started = service_cpu_s(pid), time.monotonic()
+    pids = {pid, pid if engine_pid is None else engine_pid}
+    before = {one: _cpu_s(one) for one in pids}
+    started = time.monotonic()
     count = asyncio.run(all_of_them())
     seconds = time.monotonic() - started
+    used = {one: np.subtract(_cpu_s(one), before[one]) * 1e6 / count for one in pids}
+    beside, engine = np.sum(list(used.values()), axis=0)
     return {
         "kind": "streams",
         "streams": len(prompts),
         "tokens": count,
         "tokens_per_s": round(count / seconds, 1),
-        "service_cpu_us_per_token": round(1e6 * (service_cpu_s(pid) - used) / count, 1),
+        "service_cpu_us_per_token": round(float(beside), 1),
+        "door_cpu_us_per_token": round(float(used[pid][0]), 1),
+        "engine_cpu_us_per_token": round(float(engine), 1),
     }
 
 

@@ -64,6 +64,9 @@ def main(
     ] = None,
     base: options.Base = options.BASE,
     threads: options.Threads = 0,
+    engine_process: Annotated[
+        bool, typer.Option("--engine-process", help="Measure a server with this switch.")
+    ] = False,
     tolerate_load: options.TolerateLoad = False,
     retries: options.Retries = options.RETRIES,
     out: options.Out = None,
@@ -78,6 +81,7 @@ def main(
     used = threads or len(os.sched_getaffinity(0))
     setup = {"base": base, "threads": used, "streams": streams, "tokens": tokens}
     setup |= {"many": many, "idle": idle, "calls": calls, "minutes": minutes}
+    setup |= {"engine_process": engine_process}
     path = out or result_path(NAME)
     quiet = Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load)
     kept = Kept(path, head(NAME, setup), quiet)
@@ -87,13 +91,17 @@ def main(
         arguments = ["--base", base, "--registry", str(registry), "--device", "cpu"]
         arguments += ["--threads", str(used), "--http-port", "0", "--max-batch", str(many)]
         arguments += ["--adapter-memory", SOAK_MEMORY]
+        arguments += ["--engine-process"] if engine_process else []
         with ServerProcess(arguments, Path(scratch)) as server:
             address, pid = server.address, int(server.facts["pid"])
+            engine_pid = int(server.facts["engine_pid"])
             if "doors" in parts:
                 _measure_doors(kept, server, prompts[:streams], tokens, rounds)
             for _ in range(rounds):
                 if "streams" in parts:
-                    kept.measure(lambda: measured.streams(address, pid, prompts[:many], tokens))
+                    kept.measure(
+                        lambda: measured.streams(address, pid, prompts[:many], tokens, engine_pid)
+                    )
                 if "unary" in parts:
                     kept.measure(lambda: measured.unary(address, prompts, calls))
             if "idle" in parts:

@@ -26,11 +26,14 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerProcess:
-    """Where a running server answers."""
+    """Where a running server answers, and what it is made of."""
 
     address: str
     metrics_url: str
     http_url: str | None = None
+    engine_pid: int
+    process: subprocess.Popen[bytes]
+    log: Path
 
 
 def wait_for(
@@ -63,7 +66,16 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def serving(base: Path, registry: Path, work: Path, *options: str) -> Iterator[ServerProcess]:
-    """Run ``lorary serve`` on free ports; at the end it must drain and exit with 0.
+    """Run ``lorary serve`` as ``started``; at the end it must drain and exit with 0."""
+    with started(base, registry, work, *options) as server:
+        yield server
+        server.process.terminate()
+        assert server.process.wait(STOP_TIMEOUT_S) == 0, server.log.read_text()[-4000:]
+
+
+@contextmanager
+def started(base: Path, registry: Path, work: Path, *options: str) -> Iterator[ServerProcess]:
+    """Run ``lorary serve`` on free ports until the end, or until it is ended.
 
     Args:
         base: folder of the base.
@@ -79,10 +91,13 @@ def serving(base: Path, registry: Path, work: Path, *options: str) -> Iterator[S
         wait_for("server", ready.exists, process, log)
         facts = json.loads(ready.read_text())
         yield ServerProcess(
-            address=facts["address"], metrics_url=facts["metrics"], http_url=facts["http"]
+            address=facts["address"],
+            metrics_url=facts["metrics"],
+            http_url=facts["http"],
+            engine_pid=facts["engine_pid"],
+            process=process,
+            log=log,
         )
-        process.terminate()
-        assert process.wait(STOP_TIMEOUT_S) == 0, log.read_text()[-4000:]
 
 
 def metric(url: str, name: str, **labels: str) -> float:

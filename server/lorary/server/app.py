@@ -125,6 +125,8 @@ class Server:
             await self._stop_asked.wait()
             if self._core.failure is None:
                 await self._drain()
+            else:
+                await self._core.health.enter_graceful_shutdown()
         finally:
             await self.stop()
         failure = self._core.failure

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorary.server.engine.assemble import Assembled
     from lorary.server.ports import (
         CompilerLike,
+        CompositionsLike,
         Deliver,
         EngineLike,
         MergingLike,
@@ -49,6 +50,8 @@ class Backend:
     Attributes:
         decode: text of token ids, for ``Tokenize``.
         close: stops engine and residency; may block for the length of a step.
+        compositions: what holds several versions at once; None where leases of ``residency`` can be summed.
+        engine_pid: the engine's process, where that is not this one.
     """
 
     engine: EngineLike
@@ -61,6 +64,22 @@ class Backend:
     limits: Limits
     close: Callable[[], None]
     merging: MergingLike | None = None
+    compositions: CompositionsLike | None = None
+    engine_pid: int | None = None
+
+
+def open_registry(config: ServerConfig) -> Registry:
+    """Open the registry that adapters come from.
+
+    Raises:
+        StorageError: its folder is missing or cannot be read.
+        ConfigError: what is asked of signatures cannot be checked.
+    """
+    from lorary.registry import Registry
+    from lorary.registry.trust import TrustPolicy, key_paths
+
+    trust = TrustPolicy(mode=config.signatures, keys=key_paths(config.trusted_keys or ""))
+    return Registry.open(config.registry, watch=True, cache_bytes=config.disk_cache, trust=trust)
 
 
 def build_backend(
@@ -68,7 +87,7 @@ def build_backend(
 ) -> Backend:
     """Open the registry, load the base, and put an engine around it; takes as long as the load.
 
-    ``startup`` shows the phases.
+    With ``--engine-process`` the engine is in another process, which shows the phases; else ``startup`` does.
 
     Raises:
         ConfigError: the base cannot be served as configured.
@@ -76,14 +95,11 @@ def build_backend(
         BaseNotFound: there is no such base.
         MissingDependency: an asset package or a library is missing.
     """
-    from lorary.registry import Registry
-    from lorary.registry.trust import TrustPolicy, key_paths
+    if config.engine_process:
+        from lorary.server.apart.build import build_apart
 
-    trust = TrustPolicy(mode=config.signatures, keys=key_paths(config.trusted_keys or ""))
-    registry = Registry.open(
-        config.registry, watch=True, cache_bytes=config.disk_cache, trust=trust
-    )
-
+        return build_apart(config, deliver=deliver, observer=observer)
+    registry = open_registry(config)
     startup = startup or Startup()
     # Before the base is loaded: a folder that another server uses ends the start at once.
     state = None if config.state_dir is None else StateFolder(config.state_dir)

@@ -123,6 +123,11 @@ class ServerConfig:
     pin_threads: bool = _option(
         True, "Give every CPU thread of the maths a core of its own, where it may use them all."
     )
+    engine_process: bool = _option(
+        False,
+        "Run base, adapters and steps in a process of their own: the doors take no time from steps, and tell of "
+        "an engine that dies.",
+    )
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(50051, "gRPC port; 0 takes a free one.", low=0, high=65535)
     metrics_port: int = _option(

@@ -96,11 +96,14 @@ class Core:
             limits=backend.limits,
             rollout=self.rollout,
             merging=backend.merging,
+            compositions=backend.compositions,
         )
         self.inference = InferenceService(self.parts)
         self._stop_metrics: Callable[[], None] = lambda: None
         metrics.describe(backend.facts)
         metrics.watch(backend.engine, backend.residency, backend.merging)
+        if backend.engine_pid is not None:
+            metrics.watch_process(backend.engine_pid)
         metrics.registry.register(self.rollout.collector(config.tracked_adapters))
 
     def interceptors(self) -> tuple[Around, ...]:

@@ -270,6 +270,10 @@ class ServerMetrics:
         """Read these when Prometheus asks; once, when they exist."""
         self.registry.register(StateCollector(self, engine, residency, merging))
 
+    def watch_process(self, pid: int) -> None:
+        """Read the engine's process as this one is read, under names of its own."""
+        ProcessCollector("lorary_engine", lambda: pid, registry=self.registry)
+
     @property
     def last_step(self) -> StepStats | None:
         """Figures of the last step; ``None`` before the first."""

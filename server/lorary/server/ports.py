@@ -321,6 +321,20 @@ class ResidencyLike(Protocol):
         ...
 
 
+class CompositionsLike(Protocol):
+    """Several versions at once; see ``lorary.server.adapters.composed``."""
+
+    def acquire(
+        self, digest: str, resolved: Mapping[str, Any], weights: Mapping[str, float]
+    ) -> Lease:
+        """Hold a composition: what the residency is asked for and the weight, by the digest of each part.
+
+        Raises:
+            LoraryError: what a load of a part failed with a moment ago.
+        """
+        ...
+
+
 class MergedLike(Protocol):
     """The merged copy of one adapter."""
 

@@ -51,7 +51,8 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
     metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     # Every call in flight is an answer that runs or waits, or is about to.
     calls = Calls(config.max_batch + config.max_waiting)
-    with Startup(bars=config.log_format == "human" and sys.stderr.isatty()) as startup:
+    has_bars = config.log_format == "human" and sys.stderr.isatty() and not config.engine_process
+    with Startup(bars=has_bars) as startup:
         backend = build_backend(config, deliver=calls.deliver, observer=metrics, startup=startup)
     interpreter.forget_what_stays()
     log.info("built in %.1f s", time.monotonic() - started)
@@ -90,6 +91,7 @@ def ready_facts(addresses: Addresses, backend: Backend) -> dict[str, Any]:
         "device": facts.device,
         "version": facts.version,
         "pid": os.getpid(),
+        "engine_pid": backend.engine_pid or os.getpid(),
     }
 
 

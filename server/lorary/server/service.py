@@ -30,7 +30,7 @@ from lorary.registry.invocation import active_from
 from lorary.server import answers, validate
 from lorary.server.access.identity import tenant_name
 from lorary.server.adapters.composed import Compositions
-from lorary.server.adapters.merging import MergeLease
+from lorary.server.adapters.merging import MergeLease, hold_version
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
 from lorary.server.current_call import current_call, request_id
@@ -52,7 +52,13 @@ if TYPE_CHECKING:
     from lorary.server.composition import HasAdapters
     from lorary.server.engine.request import Execution, Finish, Grammar, Lease, Output
     from lorary.server.metrics import ServerMetrics
-    from lorary.server.ports import CompilerLike, EngineLike, MergingLike, ResidencyLike
+    from lorary.server.ports import (
+        CompilerLike,
+        CompositionsLike,
+        EngineLike,
+        MergingLike,
+        ResidencyLike,
+    )
     from lorary.server.rollout.build import Rollout
     from lorary.server.rollout.observed import Observation
     from lorary.server.targets import Prompts, Target, Targets
@@ -85,6 +91,7 @@ class Parts:
     limits: validate.Limits
     rollout: Rollout
     merging: MergingLike | None = None
+    compositions: CompositionsLike | None = None
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -92,7 +99,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._compositions = Compositions(parts.residency)
+        self._compositions = parts.compositions or Compositions(parts.residency)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Stream chunks and one complete event per answer."""
@@ -431,14 +438,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if not target.digest:
             return BaseLease()
         if target.resolved is not None:
-            lease = self._parts.residency.acquire(target.resolved)
-            if self._parts.merging is None:
-                return lease
-            try:
-                return self._parts.merging.hold(target.resolved, lease, execution)
-            except BaseException:
-                lease.release()
-                raise
+            return hold_version(
+                self._parts.residency, self._parts.merging, target.resolved, execution
+            )
         resolved = {part.digest: part.resolved for part in target.parts}
         return self._compositions.acquire(target.digest, resolved, summed(target.parts))
 

@@ -61,6 +61,11 @@ class HostTier:
     def __contains__(self, digest: str) -> bool:
         return digest in self._copies
 
+    def digests(self) -> list[str]:
+        """Return whose copies are here."""
+        with self._lock:
+            return list(self._copies)
+
     def get(self, digest: str) -> HostCopy | None:
         """Return a copy, and count the use."""
         with self._lock:

@@ -26,7 +26,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lorary.bases.mapped import trim_heap
 from lorary.errors import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.segments import PoolEntry
     from lorary.server.adapters.traffic_share import Window
     from lorary.server.engine.request import DeviceLease, Execution, Lease
+    from lorary.server.ports import MergingLike, ResidencyLike
 
 logger = logging.getLogger(__name__)
 
@@ -540,6 +541,24 @@ class MergeLease:
         """Give everything back; a second call does nothing."""
         self.give_up()
         self._inner.release()
+
+
+def hold_version(
+    residency: ResidencyLike, merging: MergingLike | None, resolved: Any, execution: Execution
+) -> Lease:
+    """Hold a version as a request of this execution needs it; returns at once.
+
+    Raises:
+        LoraryError: as ``Residency.acquire`` and ``Merging.hold``; nothing is held.
+    """
+    lease = residency.acquire(resolved)
+    if merging is None:
+        return lease
+    try:
+        return merging.hold(resolved, lease, execution)
+    except BaseException:
+        lease.release()
+        raise
 
 
 class WeightsLease:

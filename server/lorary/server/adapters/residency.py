@@ -229,6 +229,10 @@ class Residency:
         """Return what came of a version's golden probes; None when they have not run."""
         return None if self._verifier is None else self._verifier.verdict(digest)
 
+    def verdicts(self) -> dict[str, Verdict]:
+        """Return all verdicts that are remembered, by digest."""
+        return {} if self._verifier is None else self._verifier.verdicts()
+
     def quarantined(self) -> tuple[str, ...]:
         """Return the digests that are refused until they are readmitted."""
         return () if self._verifier is None else self._verifier.quarantine.digests()
@@ -321,6 +325,10 @@ class Residency:
     def has_copy(self, digest: str) -> bool:
         """Whether host memory has a copy."""
         return digest in self._host
+
+    def copies(self) -> list[str]:
+        """Return the digests that host memory has copies of."""
+        return self._host.digests()
 
     def host_stats(self) -> HostStats:
         """Return what host memory holds, and how often it helped."""

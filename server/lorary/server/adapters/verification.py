@@ -83,6 +83,11 @@ class Verifier:
         """Return what came of a version's probes; None before they have run."""
         return self._verdicts.get(digest)
 
+    def verdicts(self) -> dict[str, Verdict]:
+        """Return what is remembered of all versions."""
+        with self._lock:
+            return dict(self._verdicts)
+
     def forget(self, digest: str) -> None:
         """Lift a quarantine, and let the next load of this digest run its probes again."""
         self.quarantine.lift(digest)
