@@ -23,6 +23,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from lorary.errors import ConfigError, CorruptArtifact, LoraryError, MissingDependency
 from lorary.server import logs
+from lorary.server.access.tokens import token_hash
 from lorary.server.config import ServerConfig
 from lorary.server.tracing import collector
 from lorary.server.tracing.span import watched
@@ -32,6 +33,7 @@ from tests.edge.fakes import FINGERPRINT, digest_of, eventually, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
 
     from opentelemetry.sdk.trace import ReadableSpan
 
@@ -169,6 +171,52 @@ async def test_a_chat_over_http_is_the_same_trace(is_stream: bool) -> None:
     }
     assert expected.items() <= said.items()
     assert set(seen.children(call)) >= {"lorary.queue", "lorary.prefill", "lorary.decode"}
+
+
+async def test_prompts_of_one_body_are_one_span_with_the_phases_of_each() -> None:
+    seen = Seen()
+    body = {"model": "alpha", "prompt": ["2 5", "9"], "max_tokens": 2}
+    async with traced(seen, http_port=0) as edge:
+        async with httpx.AsyncClient(base_url=edge.http) as http:
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
+        (call,) = await seen.calls()
+    said = call.attributes or {}
+    assert said["gen_ai.usage.input_tokens"] == 3
+    assert said["gen_ai.usage.output_tokens"] == 4
+    assert said["gen_ai.response.finish_reasons"] == ("length", "length")
+    read = {
+        (span.attributes or {})["lorary.prompt"]: (span.attributes or {})["lorary.prompt_tokens"]
+        for span in seen.get_finished_spans()
+        if span.name == "lorary.prefill"
+    }
+    assert read == {0: 2, 1: 1}
+
+
+async def test_a_tenants_refused_call_names_the_tenant_and_the_error(tmp_path: Path) -> None:
+    seen, token = Seen(), f"lry_acme-{'x' * 40}"
+    tenants = tmp_path / "tenants.yaml"
+    tenants.write_text(f"tenants: {{acme: {{tokens: [{token_hash(token)}], adapters: ['al*']}}}}")
+    body = {"model": "beta", "prompt": SECRET}
+    async with traced(seen, http_port=0, access=tenants) as edge:
+        async with httpx.AsyncClient(base_url=edge.http) as http:
+            headers = {"authorization": f"Bearer {token}"}
+            assert (await http.post("/v1/completions", json=body)).status_code == 401
+            done = await http.post("/v1/completions", json=body, headers=headers)
+            assert done.status_code == 404
+        stranger, known = await seen.calls(2)
+    assert (stranger.attributes or {})["error.type"] == "UNAUTHENTICATED"
+    assert "lorary.tenant" not in (stranger.attributes or {})
+    expected = {
+        "error.type": "ADAPTER_NOT_FOUND",
+        "http.response.status_code": 404,
+        "lorary.phase": "prepare",
+        "lorary.tenant": "acme",
+    }
+    assert expected.items() <= dict(known.attributes or {}).items()
+    # It may not know of beta, so it shall not find it in a trace either.
+    assert known.name == "POST /v1/completions"
+    assert "lorary.adapter.name" not in (known.attributes or {})
+    assert token not in known.to_json() + stranger.to_json()
 
 
 async def test_scores_and_control_have_spans_and_health_has_none() -> None:
