@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
+import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -25,6 +28,7 @@ from lorary.errors import ConfigError, CorruptArtifact, LoraryError, MissingDepe
 from lorary.server import logs
 from lorary.server.access.tokens import token_hash
 from lorary.server.config import ServerConfig
+from lorary.server.on_ray.replica_call import ReplicaCall
 from lorary.server.tracing import collector
 from lorary.server.tracing.span import watched
 from lorary.v1 import control_pb2
@@ -171,6 +175,28 @@ async def test_a_chat_over_http_is_the_same_trace(is_stream: bool) -> None:
     }
     assert expected.items() <= said.items()
     assert set(seen.children(call)) >= {"lorary.queue", "lorary.prefill", "lorary.decode"}
+
+
+async def test_a_call_that_ray_brings_is_traced_like_any() -> None:
+    """Serve passes the caller's metadata on; the interceptors are the same."""
+    seen = Seen()
+    request = pb.GenerateRequest(
+        adapter="beta", input=pb.Input(prompt="2 5"), sampling=pb.SamplingParams(max_tokens=1)
+    )
+    given: Any = SimpleNamespace(
+        invocation_metadata=lambda: (("traceparent", SAMPLED),),
+        set_trailing_metadata=lambda facts: None,
+    )
+    async with traced(seen) as edge:
+        core = edge.server._core
+        path = "/lorary.v1.Inference/Generate"
+        call = ReplicaCall(given, lambda name: None)
+        async for _ in call.stream(path, core.inference.Generate, request, core.interceptors()):
+            pass
+        (span,) = await seen.calls()
+    assert span.parent is not None
+    assert (span.name, f"{span.parent.span_id:016x}") == ("text_completion beta", PARENT)
+    assert "lorary.decode" in seen.children(span)
 
 
 async def test_prompts_of_one_body_are_one_span_with_the_phases_of_each() -> None:
@@ -448,6 +474,26 @@ def test_asked_for_and_not_installed_ends_the_start(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     with pytest.raises(ConfigError, match="http/json"):
         collector.check_tracing(config)
+
+
+def test_a_server_that_cannot_trace_says_so_before_it_loads_anything() -> None:
+    arguments = ["lorary", "serve", "--base", "/no/such/base", "--port", "0", "--metrics-port", "0"]
+    program = (
+        "import sys\n"
+        "sys.modules['opentelemetry.exporter.otlp.proto.grpc'] = None\n"
+        f"sys.argv = {arguments!r}\n"
+        "from lorary.cli.main import main\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 78, done.stderr
+    assert "pip install 'lorary[otel]'" in done.stderr
 
 
 @pytest.mark.parametrize(
