@@ -8,6 +8,7 @@ Tokens are numbers below 1000, and the text of token 12 is ``"12 "``. The adapte
 So from prompt ``[2, 5]``, adapter ``beta`` gives 8, 11, 14 and the bare base gives 6, 7, 8.
 A label is a number, too; its log probability is minus its distance from the next token: from prompt
 ``[2, 5]``, ``beta`` scores label ``"8"`` with 0.0 and label ``"10"`` with -2.0.
+The hidden state of token t is ``(t, number of the adapter + 3, 0, 4)``, before it is pooled.
 
 Prompts: ``"2 5"`` is ``[2, 5]``; a task's template puts 100 in front, a chat 200, a chat with tools 300; so
 ``text="2 5"`` reads ``[100, 2, 5]``.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 
 VOCAB = 1000
 CONTEXT = 64
+HIDDEN = 4
 FINGERPRINT = "sha256:" + "b" * 64
 ADAPTERS = {"alpha": 1, "beta": 2, "other-base": 3}
 
@@ -422,6 +425,8 @@ class FakeEngine:
         number = ADAPTERS.get(getattr(request.lease, "name", ""), 0)
         last = (*request.prompt_ids, *tokens)[-1]
         token = (last + number + 1) % VOCAB
+        if request.pooling is not None:
+            return self._output(request, tokens, embedding=pooled(request, number))
         if request.labels:
             scores = tuple(-float(abs(ids[0] - token)) for ids in request.labels)
             return self._output(request, tokens, scores=scores)
@@ -429,17 +434,21 @@ class FakeEngine:
         return self._output(request, tokens)
 
     def _output(
-        self, request: Request, tokens: list[int], scores: tuple[float, ...] = ()
+        self,
+        request: Request,
+        tokens: list[int],
+        scores: tuple[float, ...] = (),
+        embedding: tuple[float, ...] = (),
     ) -> Output:
         output = Output(request_id=request.request_id, index=request.index)
-        if not scores:
+        if not scores and not embedding:
             output.token_ids, output.text = [tokens[-1]], f"{tokens[-1]} "
             if request.sampling.logprobs is not None:
                 top = tuple((i, -1.0) for i in range(request.sampling.logprobs))
                 output.logprobs = (PositionLogprobs(chosen=(tokens[-1], -0.5), top=top),)
-        if scores or len(tokens) >= request.sampling.max_tokens:
+        if scores or embedding or len(tokens) >= request.sampling.max_tokens:
             output.finish = Finish(
-                reason="scored" if scores else "length",
+                reason="scored" if scores else "embedded" if embedding else "length",
                 text="".join(f"{token} " for token in tokens),
                 matched_stop="",
                 prompt_tokens=len(request.prompt_ids),
@@ -451,6 +460,7 @@ class FakeEngine:
                 decode_ns=4,
                 label_token_logprobs=tuple((score,) for score in scores),
                 prompt_logprobs=self._prompt_logprobs(request),
+                embedding=embedding,
                 is_merged=request.execution == "merged",
             )
         return output
@@ -488,6 +498,16 @@ class FakeEngine:
         self._deliver(
             [Output(request_id=r.request_id, index=r.index, error=error) for r, _ in ended]
         )
+
+
+def pooled(request: Request, number: int) -> tuple[float, ...]:
+    """Return the vector of a request, worked out on paper."""
+    assert request.pooling is not None
+    ids = request.prompt_ids
+    first = ids[-1] if request.pooling.kind == "last" else sum(ids) / len(ids)
+    vector = (float(first), number + 3.0, 0.0, 4.0)[: request.pooling.dimensions]
+    length = math.hypot(*vector) if request.pooling.is_normalized else 1.0
+    return tuple(value / length for value in vector)
 
 
 @dataclass
@@ -559,7 +579,12 @@ async def serving(
         grammars=FakeCompiler(),
         decode=lambda ids: "".join(f"{i} " for i in ids),
         facts=facts,
-        limits=Limits(max_context=CONTEXT, vocab_size=VOCAB),
+        limits=Limits(
+            max_context=CONTEXT,
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            max_message=config.max_message,
+        ),
         close=engine.shutdown,
         merging=merging,
     )

@@ -438,7 +438,7 @@ async def test_what_is_no_body_of_ours_is_refused(http: httpx.AsyncClient) -> No
         answer = await http.request(method, path, **options)
         assert answer.status_code == status, answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    unknown = await http.post("/v1/embeddings", json={})
+    unknown = await http.post("/v1/audio/speech", json={})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
     whole = {"prompt": "2 5", "echo": True, "logprobs": 1, "stream": True}
     assert (await http.post("/v1/completions", json=whole)).json()["error"]["param"] == "stream"

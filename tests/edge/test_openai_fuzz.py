@@ -11,14 +11,20 @@ from hypothesis import strategies as st
 from lorary.errors import InvalidRef, InvalidRequest
 from lorary.server.http.body import parse_object
 from lorary.server.http.problems import problem_of
-from lorary.server.http.requests import read_chat, read_completion
+from lorary.server.http.requests import read_chat, read_completion, read_embeddings
 from lorary.server.tools.definitions import check_options, read_toolset, turns_of
 from lorary.server.tools.form import Form
 from lorary.server.tools.formats import FORMATS
 from lorary.server.tools.grammar import call_grammar
-from lorary.server.validate import Limits, check_input, check_priority, read_sampling
+from lorary.server.validate import (
+    Limits,
+    check_input,
+    check_priority,
+    read_pooling,
+    read_sampling,
+)
 
-LIMITS = Limits(max_context=64, vocab_size=1000)
+LIMITS = Limits(max_context=64, vocab_size=1000, hidden_size=4, max_message=1 << 22)
 GOOD: dict[str, Any] = {
     "model": "alpha@prod",
     "messages": [{"role": "user", "content": "2 5"}],
@@ -115,6 +121,41 @@ def test_bodies_are_understood_or_refused(
         problem, error_id = problem_of(error)
         assert (problem.status, error_id) == (400, "")
         json.loads(problem.body)
+        problem.body.decode()
+
+
+EMBEDDINGS: dict[str, Any] = {
+    "model": "alpha@prod",
+    "input": ["2 5", "7"],
+    "encoding_format": "base64",
+    "dimensions": 2,
+    "pooling": "last",
+    "normalize": False,
+    "use_template": True,
+    "priority": -1,
+    "execution": "batched",
+    "user": "ada",
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    kept=st.sets(st.sampled_from(sorted(EMBEDDINGS))),
+    changed=st.dictionaries(st.sampled_from(sorted(EMBEDDINGS)), VALUES, max_size=3),
+)
+def test_bodies_for_vectors_are_understood_or_refused(
+    kept: set[str], changed: dict[str, Any]
+) -> None:
+    raw = json.dumps({name: EMBEDDINGS[name] for name in kept} | changed).encode()
+    try:
+        ask = read_embeddings(parse_object(raw, "application/json"), "tiny")
+        read_pooling(ask.request, LIMITS)
+        check_priority(ask.request.priority)
+        for message in ask.request.inputs:
+            check_input(message, LIMITS)
+    except (InvalidRequest, InvalidRef) as error:
+        problem, error_id = problem_of(error)
+        assert (problem.status, error_id) == (400, "")
         problem.body.decode()
 
 

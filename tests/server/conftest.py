@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorary.errors import LoraryError
     from lorary.server.adapters.composed import ComposedLease
     from lorary.server.adapters.verification import VerificationObserver
-    from lorary.server.engine.request import Execution
+    from lorary.server.engine.request import Execution, Pooling
     from lorary.server.ports import ResidencyLike
 
 
@@ -142,6 +142,7 @@ class EngineWorld:
         labels: tuple[tuple[int, ...], ...] = (),
         weights: Mapping[str, float] | None = None,
         execution: Execution = "batched",
+        pooling: Pooling | None = None,
         **sampling: Any,
     ) -> str:
         self._count += 1
@@ -169,6 +170,7 @@ class EngineWorld:
                 sampling=Sampling(**{"max_tokens": 12, **sampling}),
                 lease=lease,
                 labels=labels,
+                pooling=pooling,
                 grammar=grammar,
                 deadline_s=deadline_s,
                 active_from=start,

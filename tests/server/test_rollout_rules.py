@@ -7,7 +7,12 @@ import asyncio
 import pytest
 
 from lorary.registry.splits import Canary, Gates, Split
-from lorary.server.rollout.compare import compare_labels, compare_tokens
+from lorary.server.rollout.compare import (
+    Difference,
+    compare_labels,
+    compare_tokens,
+    compare_vectors,
+)
 from lorary.server.rollout.events import Event, Feed
 from lorary.server.rollout.gates import Copies, Tally, judge
 from lorary.server.rollout.splits import Trial, share
@@ -110,6 +115,15 @@ def test_labels_differ_by_what_changes_hands() -> None:
     assert compare_labels(even, tilted).divergence == pytest.approx(0.25)
     assert compare_labels({"a": 0.0}, {"b": 0.0}).divergence == 1.0
     assert compare_labels({"a": 0.0, "b": -9.0}, {"a": -9.0, "b": 0.0}).first == 0
+
+
+def test_vectors_differ_by_their_angle() -> None:
+    assert compare_vectors([3.0, 4.0], [30.0, 40.0]) == Difference(-1, 0.0)
+    quarter = compare_vectors([1.0, 0.0], [0.0, 2.0])
+    assert (quarter.first, quarter.divergence) == (0, 0.5)
+    assert compare_vectors([1.0, 0.0], [-1.0, 0.0]).divergence == 1.0
+    assert compare_vectors([0.0, 0.0], [0.0, 0.0]).first == -1
+    assert compare_vectors([0.0, 0.0], [1.0, 0.0]).divergence == 0.5
 
 
 async def test_a_slow_watcher_keeps_the_latest_and_is_told_how_many_are_gone() -> None:

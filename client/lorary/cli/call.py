@@ -187,7 +187,7 @@ def _print_answers(answers: list[GenerateResult], *, as_json: bool) -> None:
             typer.echo(answer.text)
         for called in answer.tool_calls:
             typer.echo(f"{called.name}({called.arguments})")
-    _print_receipt(answers[-1].receipt, answers[-1].usage.completion_tokens)
+    print_receipt(answers[-1].receipt, answers[-1].usage.completion_tokens)
 
 
 def _print_stream(client: Client, asked: dict[str, Any], *, as_json: bool) -> None:
@@ -198,7 +198,7 @@ def _print_stream(client: Client, asked: dict[str, Any], *, as_json: bool) -> No
             typer.echo()
             for called in event.tool_calls:
                 typer.echo(f"{called.name}({called.arguments})")
-            _print_receipt(event.receipt, event.usage.completion_tokens)
+            print_receipt(event.receipt, event.usage.completion_tokens)
         else:
             typer.echo(event.text, nl=False)
             sys.stdout.flush()
@@ -212,7 +212,7 @@ def _print_labels(scored: Classification, *, as_json: bool) -> None:
     for label, probability in scored.probabilities.items():
         rows.add_row(label, f"{probability:.4f}")
     console().print(rows)
-    _print_receipt(scored.receipt, 0)
+    print_receipt(scored.receipt, 0)
 
 
 def adapter_arguments(text: str) -> dict[str, Any]:
@@ -243,7 +243,8 @@ def _answerer(receipt: Receipt) -> str:
     return "+".join(f"{part.name}@{part.version}*{part.weight:g}" for part in receipt.parts)
 
 
-def _print_receipt(receipt: Receipt, num_tokens: int) -> None:
+def print_receipt(receipt: Receipt, num_tokens: int) -> None:
+    """Say on stderr who answered, with how many tokens if any, and how long that took."""
     name = f"{_answerer(receipt)} {receipt.digest[:19]}" if receipt.name else "base"
     name += " (canary)" if receipt.canary else ""
     name += " (merged)" if receipt.is_merged else ""

@@ -42,6 +42,7 @@ PARTS: dict[str, Part] = {
     "registry": Part("lorary.registry.cli", "", "Push, pull, list and promote versions."),
     "serve": Part("lorary.server.cli", "server", "Serve a base, a different adapter per call."),
     "call": Part("lorary.cli.call", "", "Ask a server for text or for a label."),
+    "embed": Part("lorary.cli.embed", "", "Ask a server for the vectors of texts."),
     "chat": Part("lorary.cli.chat", "", "Talk to an adapter in a terminal."),
     "bench": Part("lorary.cli.bench", "", "Load a server; report throughput and latency."),
     "ps": Part("lorary.cli.ps", "", "Show a server, its adapters, rollouts and load."),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Required, TypeAlias, TypedDict, cast
+from typing import Any, Required, TypeAlias, TypedDict, TypeVar, cast
 
 from lorary.client.results import (
     AdapterInfo,
     Chunk,
     Classification,
     ComposedAdapter,
+    Embedding,
     Execution,
     FinishReason,
     GenerateResult,
+    Pooling,
     PositionLogprobs,
     Receipt,
     Scored,
@@ -31,6 +33,13 @@ from lorary.v1 import control_pb2, inference_pb2
 
 Adapters: TypeAlias = Sequence[tuple[str, float]] | Mapping[str, float]
 """Refs with weights."""
+Call = TypeVar(
+    "Call",
+    inference_pb2.GenerateRequest,
+    inference_pb2.ClassifyRequest,
+    inference_pb2.ScoreRequest,
+    inference_pb2.EmbedRequest,
+)
 
 FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -42,6 +51,8 @@ TOOL_MODES = {
     "auto": inference_pb2.TOOL_MODE_AUTO,
     "required": inference_pb2.TOOL_MODE_REQUIRED,
 }
+
+POOLINGS = {"mean": inference_pb2.POOLING_MEAN, "last": inference_pb2.POOLING_LAST}
 
 EXECUTIONS = {
     "auto": inference_pb2.EXECUTION_UNSPECIFIED,
@@ -252,10 +263,7 @@ def generate_request(
         routing_key=routing_key,
         execution=_execution(execution),
     )
-    _set("priority", setattr, request, "priority", priority)
-    if scale is not None:
-        _set("scale", setattr, request, "scale", scale)
-    return request
+    return _with_numbers(request, priority, scale)
 
 
 def classify_request(
@@ -282,6 +290,70 @@ def classify_request(
         routing_key=routing_key,
         execution=_execution(execution),
     )
+    return _with_numbers(request, priority, scale)
+
+
+def embed_request(
+    texts: str | Sequence[str] | None,
+    prompts: str | Sequence[str] | None,
+    token_ids: Sequence[Sequence[int]] | None,
+    adapter: str,
+    pooling: Pooling,
+    normalize: bool,
+    dimensions: int | None,
+    priority: int,
+    request_id: str,
+    adapters: Adapters = (),
+    scale: float | None = None,
+    routing_key: str = "",
+    execution: Execution = "auto",
+) -> inference_pb2.EmbedRequest:
+    """Return the request for vectors; limits are the server's affair.
+
+    Raises:
+        InvalidRequest: none or several of the three are given, or a value cannot be sent at all.
+    """
+    given = {"texts": texts, "prompts": prompts, "token_ids": token_ids}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise InvalidRequest(
+            f"give exactly one of {', '.join(given)}; got {named or 'none'}.", field="inputs"
+        )
+    if pooling not in POOLINGS:
+        raise InvalidRequest(
+            f"pooling is {pooling!r}; it is one of {', '.join(POOLINGS)}.", field="pooling"
+        )
+    inputs = (
+        [make_input(text, None, None, None) for text in _listed(texts)]
+        + [make_input(None, prompt, None, None) for prompt in _listed(prompts)]
+        + [make_input(None, None, None, ids) for ids in token_ids or ()]
+    )
+    request = inference_pb2.EmbedRequest(
+        adapter=adapter,
+        inputs=inputs,
+        pooling=POOLINGS[pooling],
+        request_id=request_id,
+        normalize=normalize,
+        adapters=weighted(adapters),
+        routing_key=routing_key,
+        execution=_execution(execution),
+    )
+    if dimensions is not None:
+        _set("dimensions", setattr, request, "dimensions", dimensions)
+    return _with_numbers(request, priority, scale)
+
+
+def _listed(texts: str | Sequence[str] | None) -> Sequence[str]:
+    """Return several texts; a single one may stand for a list of it."""
+    return [texts] if isinstance(texts, str) else texts or ()
+
+
+def _with_numbers(request: Call, priority: int, scale: float | None) -> Call:
+    """Return a call's request with the numbers that all calls have, if they can be sent.
+
+    Raises:
+        InvalidRequest: they cannot.
+    """
     _set("priority", setattr, request, "priority", priority)
     if scale is not None:
         _set("scale", setattr, request, "scale", scale)
@@ -327,10 +399,7 @@ def score_request(
         routing_key=routing_key,
         execution=_execution(execution),
     )
-    _set("priority", setattr, request, "priority", priority)
-    if scale is not None:
-        _set("scale", setattr, request, "scale", scale)
-    return request
+    return _with_numbers(request, priority, scale)
 
 
 def weighted(adapters: Adapters) -> list[inference_pb2.WeightedAdapter]:
@@ -492,6 +561,14 @@ def scored(continuations: Sequence[str], message: inference_pb2.ScoreResponse) -
         usage=usage(message.usage),
         receipt=receipt(message.receipt),
     )
+
+
+def embeddings(message: inference_pb2.EmbedResponse) -> list[Embedding]:
+    """Return vectors, in the order of their inputs."""
+    return [
+        Embedding(values=tuple(one.values), usage=usage(one.usage), receipt=receipt(one.receipt))
+        for one in message.embeddings
+    ]
 
 
 def tokens(message: inference_pb2.TokenizeResponse) -> Tokens:

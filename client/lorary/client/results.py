@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Pooling = Literal["mean", "last"]
+"""How the hidden states of an input's tokens become one vector."""
 FinishReason = Literal["stop", "length", "tool_calls"]
 Execution = Literal["auto", "batched", "merged"]
 """How an adapter takes part: beside the base's products, folded into a copy of them, or as the server sees fit."""
@@ -151,6 +153,15 @@ class Scored:
     """The continuations of one prompt, in the order they were sent."""
 
     texts: tuple[ScoredText, ...]
+    usage: Usage
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """The vector of one input: float32 numbers, as many as the base's hidden size unless fewer were asked for."""
+
+    values: tuple[float, ...]
     usage: Usage
     receipt: Receipt
 

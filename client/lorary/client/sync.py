@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         AdapterInfo,
         Chunk,
         Classification,
+        Embedding,
         Execution,
+        Pooling,
         Scored,
         ServerInfo,
         Tokens,
@@ -346,6 +348,53 @@ class Client(ControlCalls):
         )
         answer = self._call(self._inference.Score, request, timeout_s)
         return m.scored(continuations, answer)
+
+    def embed(
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        adapter: str = "",
+        adapters: m.Adapters = (),
+        scale: float | None = None,
+        pooling: Pooling = "mean",
+        normalize: bool = False,
+        dimensions: int | None = None,
+        priority: int = 0,
+        request_id: str = "",
+        routing_key: str = "",
+        execution: Execution = "auto",
+        timeout_s: float | None = None,
+    ) -> list[Embedding]:
+        """Return one vector for each input, in order: what the model's last norm makes of its tokens, pooled.
+
+        Exactly one of ``texts`` (plain, for the adapter's own template), ``prompts`` (complete, special tokens
+        included) and ``token_ids`` (of each input) is given; one text or prompt may stand for a list of it.
+        ``pooling`` is the ``mean`` over an input's tokens, or the ``last`` one's; ``dimensions`` keeps so many
+        components, the first ones; ``normalize`` gives vectors of length 1. The rest is as in ``generate``.
+
+        Example::
+
+            a, b = client.embed(prompts=["a red cat", "a blue dog"], adapter="search@prod", normalize=True)
+            similarity = sum(x * y for x, y in zip(a.values, b.values))
+        """
+        request = m.embed_request(
+            texts,
+            prompts,
+            token_ids,
+            adapter,
+            pooling,
+            normalize,
+            dimensions,
+            priority,
+            request_id,
+            adapters,
+            scale,
+            routing_key,
+            execution,
+        )
+        return m.embeddings(self._call(self._inference.Embed, request, timeout_s))
 
     def tokenize(
         self,

@@ -50,6 +50,11 @@ class InferenceStub(object):
                 request_serializer=lorary_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=lorary_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/lorary.v1.Inference/Embed',
+                request_serializer=lorary_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=lorary_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/lorary.v1.Inference/Tokenize',
                 request_serializer=lorary_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -88,6 +93,13 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turn each of several inputs into one vector: what the model's last layer makes of its tokens, pooled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turn an input into token ids exactly as Generate would.
         """
@@ -119,6 +131,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=lorary_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
                     response_serializer=lorary_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=lorary_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=lorary_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -213,6 +230,33 @@ class Inference(object):
             '/lorary.v1.Inference/Score',
             lorary_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
             lorary_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorary.v1.Inference/Embed',
+            lorary_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            lorary_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -163,6 +163,19 @@ def continuation_scores(
     ]
 
 
+def embedding(finish: Finish, receipt: pb.Receipt) -> pb.Embedding:
+    """Return the vector of one input.
+
+    Raises:
+        LoraryError: a component is not a finite number, which only a broken model gives.
+    """
+    if not all(map(math.isfinite, finish.embedding)):
+        raise LoraryError(
+            "the model's hidden states are not finite; no vector follows from that. Check the adapter's weights."
+        )
+    return pb.Embedding(values=finish.embedding, usage=usage(finish), receipt=receipt)
+
+
 def _logprobs(position: PositionLogprobs) -> pb.PositionLogprobs:
     return pb.PositionLogprobs(
         chosen=_logprob(position.chosen), top=[_logprob(pair) for pair in position.top]

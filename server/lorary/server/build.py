@@ -135,6 +135,8 @@ def build_backend(
     limits = Limits(
         max_context=_context(config.max_context, model.config),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        hidden_size=int(model.config.get_text_config().hidden_size),
+        max_message=config.max_message,
     )
     built = build_engine(
         config,

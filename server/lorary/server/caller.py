@@ -20,12 +20,16 @@ class Facts(Protocol):
         ...
 
 
-class Caller(Facts, Protocol):
-    """The part of ``grpc.aio.ServicerContext`` that the service uses."""
+class Waiting(Facts, Protocol):
+    """Somebody who waits for one whole answer."""
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline; None where there is none."""
         ...
+
+
+class Caller(Waiting, Protocol):
+    """The part of ``grpc.aio.ServicerContext`` that the service uses."""
 
     async def write(self, message: Any, /) -> None:
         """Send one event of a stream; waits for callers that read slowly."""

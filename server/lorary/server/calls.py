@@ -11,7 +11,7 @@ import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorary.errors import Overloaded, Unavailable
+from lorary.errors import InvalidRequest, Overloaded, Unavailable
 from lorary.server.engine.request import Output
 
 if TYPE_CHECKING:
@@ -52,26 +52,33 @@ class Calls:
         self._loop = loop
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a call as in flight while it runs.
+    def admitted(self, count: int = 1) -> Iterator[None]:
+        """Count a call as in flight while it runs; ``count`` of them, if it asks for so many answers apart.
 
         Raises:
+            InvalidRequest: these are more than may ever be in flight together.
             Unavailable: the server is draining.
             Overloaded: ``limit`` calls are in flight.
         """
+        if count > self._limit:
+            raise InvalidRequest(
+                f"{count} inputs were sent, each of which is a call; this server takes {self._limit} at once. "
+                "Send fewer.",
+                field="inputs",
+            )
         if self._refusal is not None:
             raise Unavailable(self._refusal, retry_after_s=0.0)
-        if self._num_in_flight >= self._limit:
+        if self._num_in_flight + count > self._limit:
             raise Overloaded(
                 f"{self._num_in_flight} calls are in flight; this server takes {self._limit}. "
                 "Retry later; it is safe."
             )
-        self._num_in_flight += 1
+        self._num_in_flight += count
         self._idle.clear()
         try:
             yield
         finally:
-            self._num_in_flight -= 1
+            self._num_in_flight -= count
             if self._num_in_flight == 0:
                 self._idle.set()
 

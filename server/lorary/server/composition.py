@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     from lorary.server.targets import Targets
     from lorary.v1 import inference_pb2 as pb
 
-    HasAdapters = pb.GenerateRequest | pb.ClassifyRequest | pb.ScoreRequest | pb.TokenizeRequest
+    HasAdapters = (
+        pb.GenerateRequest
+        | pb.ClassifyRequest
+        | pb.ScoreRequest
+        | pb.EmbedRequest
+        | pb.TokenizeRequest
+    )
 
 MAX_PARTS = 8
 MAX_WEIGHT = 16.0

@@ -37,6 +37,7 @@ from lorary.server.current_call import current_call, request_id
 from lorary.server.engine.request import Constraint, Request, Sampling
 from lorary.server.interceptors import add_trailing, set_request_id
 from lorary.server.rollout.shadow import Prepared
+from lorary.server.together import together
 from lorary.server.tools.definitions import check_options, read_toolset
 from lorary.server.tools.grammar import closed_schema
 from lorary.server.tracing.span import current_span, watched
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from lorary.server.answers import ServerFacts
-    from lorary.server.caller import Caller, Facts
+    from lorary.server.caller import Caller, Facts, Waiting
     from lorary.server.calls import Calls
     from lorary.server.composition import HasAdapters
     from lorary.server.engine.request import Execution, Finish, Grammar, Lease, Output
@@ -66,14 +67,18 @@ if TYPE_CHECKING:
     from lorary.server.tools.reader import CallReader
 
     Context = Caller
+    OneInput = pb.GenerateRequest | pb.ClassifyRequest | pb.ScoreRequest
+    AdapterCall = OneInput | pb.EmbedRequest
     # Texts, and the ids of each.
     _Continuations = tuple[Sequence[str], tuple[tuple[int, ...], ...]]
 
-Scores = TypeVar("Scores")
+Told = TypeVar("Told")
 
 ADAPTER_KEY = "lorary-adapter"
 VERSION_KEY = "lorary-adapter-version"
 DIGEST_KEY = "lorary-adapter-digest"
+EMBED_WINDOW = 64
+"""Inputs of one call that are with the engine at once: its steps are full, and its queue is left to others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +110,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Stream chunks and one complete event per answer."""
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
-            kind = self._check(request, context)
-            execution = validate.check_execution(request.execution)
+            self._check(request, context)
+            kind = self._check_input(request)
             sampling, num_answers = validate.read_sampling(request.sampling, self._parts.limits)
             toolset = _toolset(request.input, request.sampling)
-            key = request.routing_key or request_id()
-            target = await self._target(request, context, key)
-            self._check_mergeable(execution, target)
+            target, execution = await self._chosen(request, context)
             if target.is_shadowed and sampling.seed is None:
                 # A sampled answer and its copy can only be compared when they draw alike.
                 sampling = replace(sampling, seed=secrets.randbits(63))
@@ -144,7 +147,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     await self._stream(outputs, target, prototype, readers, observation, context)
 
     async def Classify(  # noqa: N802
-        self, request: pb.ClassifyRequest, context: Context
+        self, request: pb.ClassifyRequest, context: Waiting
     ) -> pb.ClassifyResponse:
         """Score every label in one prefill."""
 
@@ -159,7 +162,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return pb.ClassifyResponse(scores=scores, usage=usage, receipt=receipt)
 
     async def Score(  # noqa: N802
-        self, request: pb.ScoreRequest, context: Context
+        self, request: pb.ScoreRequest, context: Waiting
     ) -> pb.ScoreResponse:
         """Score every continuation in one prefill, token by token."""
         validate.check_continuations(request.continuations, self._parts.limits)
@@ -176,51 +179,116 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         scores, usage, receipt = await self._scored(request, context, read, tell)
         return pb.ScoreResponse(scores=scores, usage=usage, receipt=receipt)
 
+    async def Embed(  # noqa: N802
+        self, request: pb.EmbedRequest, context: Waiting
+    ) -> pb.EmbedResponse:
+        """Turn every input into a vector; they share steps with one another and with all other calls."""
+        arrived_s = time.monotonic()
+        pooling = validate.read_pooling(request, self._parts.limits)
+        with self._parts.calls.admitted(len(request.inputs)):
+            self._check(request, context)
+            kinds = []
+            for place, message in enumerate(request.inputs):
+                with _naming_input(place):
+                    kinds.append(validate.check_input(message, self._parts.limits))
+            if (span := current_span()) is not None:
+                span.on_request(request, kinds[0])
+            target, execution = await self._chosen(request, context)
+            window = asyncio.Semaphore(EMBED_WINDOW)
+
+            async def embed(place: int) -> pb.Embedding:
+                async def prepare(target: Target) -> Prepared:
+                    message, kind = request.inputs[place], kinds[place]
+                    with _naming_input(place):
+                        prototype = await self._prefill(message, kind, target, arrived_s, context)
+                    prototype.pooling = pooling
+                    prototype.priority = request.priority
+                    return Prepared(request=prototype)
+
+                def tell(_prepared: Prepared, finish: Finish) -> pb.Embedding:
+                    receipt = answers.receipt(self._parts.facts, target, request_id(), finish)
+                    return answers.embedding(finish, receipt)
+
+                async with window:
+                    told, _ = await self._read_once(target, prepare, execution, tell, arrived_s)
+                return told
+
+            embeddings = await together(map(embed, range(len(kinds))))
+        return pb.EmbedResponse(embeddings=embeddings)
+
     async def _scored(
         self,
         request: pb.ClassifyRequest | pb.ScoreRequest,
-        context: Context,
+        context: Waiting,
         read: Callable[[Target], Awaitable[_Continuations]],
-        tell: Callable[[Prepared, Finish], Scores],
-    ) -> tuple[Scores, pb.Usage, pb.Receipt]:
+        tell: Callable[[Prepared, Finish], Told],
+    ) -> tuple[Told, pb.Usage, pb.Receipt]:
         """Run a call that scores texts behind its prompt: what ``read`` finds, as ``tell`` says it."""
         arrived_s = time.monotonic()
         with self._parts.calls.admitted():
-            kind = self._check(request, context)
-            execution = validate.check_execution(request.execution)
-            key = request.routing_key or request_id()
-            target = await self._target(request, context, key)
-            self._check_mergeable(execution, target)
+            self._check(request, context)
+            kind = self._check_input(request)
+            target, execution = await self._chosen(request, context)
 
             async def prepare(target: Target) -> Prepared:
                 texts, text_ids = await read(target)
                 # All texts but their last tokens lie behind the prompt in the cache, side by side.
                 room = max(1, sum(len(ids) - 1 for ids in text_ids))
-                prompt_ids = await self._prompt_ids(
-                    request.input, kind, target, room=room, toolset=_toolset(request.input)
+                prototype = await self._prefill(
+                    request.input, kind, target, arrived_s, context, room=room
                 )
-                prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
-                prototype.active_from = await self._active_from(target, prompt_ids)
                 prototype.labels = text_ids
                 prototype.priority = request.priority
                 return Prepared(request=prototype, labels=texts)
 
-            with self._parts.rollout.observer.observed(target) as observation:
-                prepared = await prepare(target)
-                with (
-                    self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
-                    self._running(target, prepared.request, 1, execution) as outputs,
-                ):
-                    measured = self._parts.metrics.answer(target.name, arrived_s)
-                    (meter,) = watched([measured], prepared.request)
-                    output = await _next(outputs)
-                    meter.on_output(output)
-                    observation.see(output)
-                if output.finish is None:
-                    raise LoraryError("the engine answered a scoring request without scores.")
-                scores = tell(prepared, output.finish)
-        receipt = answers.receipt(self._parts.facts, target, request_id(), output.finish)
-        return scores, answers.usage(output.finish), receipt
+            told, finish = await self._read_once(target, prepare, execution, tell, arrived_s)
+        receipt = answers.receipt(self._parts.facts, target, request_id(), finish)
+        return told, answers.usage(finish), receipt
+
+    async def _prefill(
+        self,
+        message: pb.Input,
+        kind: str,
+        target: Target,
+        arrived_s: float,
+        context: Waiting,
+        *,
+        room: int = 1,
+    ) -> Request:
+        """Return the request to read an input, and ``room`` tokens behind it, and to generate nothing."""
+        prompt_ids = await self._prompt_ids(
+            message, kind, target, room=room, toolset=_toolset(message)
+        )
+        prototype = self._request(prompt_ids, Sampling(max_tokens=1), arrived_s, context)
+        prototype.active_from = await self._active_from(target, prompt_ids)
+        return prototype
+
+    async def _read_once(
+        self,
+        target: Target,
+        prepare: Callable[[Target], Awaitable[Prepared]],
+        execution: Execution,
+        tell: Callable[[Prepared, Finish], Told],
+        arrived_s: float,
+    ) -> tuple[Told, Finish]:
+        """Run a request that its prefill answers; return its answer, as ``tell`` says it, and its end."""
+        with self._parts.rollout.observer.observed(target) as observation:
+            prepared = await prepare(target)
+            with (
+                self._parts.rollout.shadows.copying(target, prepared, observation, prepare),
+                self._running(target, prepared.request, 1, execution) as outputs,
+            ):
+                measured = self._parts.metrics.answer(target.name, arrived_s)
+                (meter,) = watched([measured], prepared.request)
+                output = await _next(outputs)
+                meter.on_output(output)
+                observation.see(output)
+            if output.finish is None:
+                raise LoraryError(
+                    "the engine has begun to answer a request that generates nothing."
+                )
+            told = tell(prepared, output.finish)
+        return told, output.finish
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, context: Facts
@@ -257,20 +325,33 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             num_waiting=self._parts.engine.num_waiting,
         )
 
-    def _check(
-        self, request: pb.GenerateRequest | pb.ClassifyRequest | pb.ScoreRequest, context: Context
-    ) -> str:
-        """Check what can be checked without a registry; return the input's kind."""
+    def _check(self, request: AdapterCall, context: Waiting) -> None:
+        """Check what all calls have, as far as that needs no registry."""
         validate.check_routing_key(request.routing_key)
         validate.check_request_id(request.request_id)
         if request.request_id:
             set_request_id(context, request.request_id)
         validate.check_priority(request.priority)
+
+    def _check_input(self, request: OneInput) -> str:
+        """Check the only input of a call; return its kind."""
         kind = validate.check_input(request.input, self._parts.limits)
         span = current_span()
         if span is not None:
             span.on_request(request, kind)
         return kind
+
+    async def _chosen(self, request: AdapterCall, context: Waiting) -> tuple[Target, Execution]:
+        """Return what answers a call, and how it takes part.
+
+        Raises:
+            LoraryError: the ref means nothing, or what it means cannot take part so.
+        """
+        execution = validate.check_execution(request.execution)
+        key = request.routing_key or request_id()
+        target = await self._target(request, context, key)
+        self._check_mergeable(execution, target)
+        return target, execution
 
     def _check_mergeable(self, execution: Execution, target: Target) -> None:
         """Refuse what can never run on merged weights here.
@@ -353,7 +434,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return start
 
     def _request(
-        self, prompt_ids: Sequence[int], sampling: Sampling, arrived_s: float, context: Context
+        self, prompt_ids: Sequence[int], sampling: Sampling, arrived_s: float, context: Waiting
     ) -> Request:
         """Return the request that all answers of a call are copies of.
 
@@ -480,6 +561,21 @@ def _toolset(message: pb.Input, params: pb.SamplingParams | None = None) -> Tool
     if toolset is not None and params is not None:
         check_options(toolset, params)
     return toolset
+
+
+@contextmanager
+def _naming_input(place: int) -> Iterator[None]:
+    """Let errors about a call's only input be about the one at ``place`` among several."""
+    try:
+        yield
+    except InvalidRequest as error:
+        head, dot, rest = error.field.partition(".")
+        if head != "input":
+            raise
+        field, text = f"inputs[{place}]{dot}{rest}", str(error)
+        if text.startswith(f"{error.field} "):
+            text = field + text.removeprefix(error.field)
+        raise InvalidRequest(text, field=field) from error
 
 
 async def _next(outputs: asyncio.Queue[Output]) -> Output:

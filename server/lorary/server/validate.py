@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lorary.errors import InvalidRequest
-from lorary.server.engine.request import Constraint, Execution, Sampling
+from lorary.server.engine.request import Constraint, Execution, Pooling, Sampling
 from lorary.server.interceptors import MAX_REQUEST_ID_CHARS, is_valid_request_id
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 256
 MAX_ANSWERS = 16
 MAX_LABELS = 128
+MAX_INPUTS = 1024
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
@@ -38,18 +39,26 @@ MAX_ROUTING_KEY = 256
 # No real text has this many characters per token; longer inputs are refused before the tokenizer
 # spends seconds on them.
 MAX_CHARS_PER_TOKEN = 32
+# What a vector's receipt and counts take in a message, generously.
+RECEIPT_BYTES = 2048
 
 
 # By the numbers of inference.proto.
 _EXECUTIONS: dict[int, Execution] = {0: "auto", 1: "auto", 2: "batched", 3: "merged"}
+_POOLINGS: dict[int, Literal["mean", "last"]] = {0: "mean", 1: "mean", 2: "last"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the resident base allows: tokens of prompt and answer together, and ids."""
+    """What the resident base allows: tokens of prompt and answer together, ids, and components of a vector.
+
+    ``max_message`` is the most bytes that an answer of one message may have.
+    """
 
     max_context: int
     vocab_size: int
+    hidden_size: int
+    max_message: int
 
 
 def check_request_id(value: str) -> None:
@@ -241,6 +250,41 @@ def check_continuations(texts: Sequence[str], limits: Limits) -> None:
         )
     for i, text in enumerate(texts):
         _check_text(text, f"continuations[{i}]", limits)
+
+
+def read_pooling(request: pb.EmbedRequest, limits: Limits) -> Pooling:
+    """Return how each input of a call becomes a vector.
+
+    Raises:
+        InvalidRequest: no inputs or too many, a pooling that is not known, more dimensions than there are,
+            or vectors that no message can hold together.
+    """
+    if not 0 < len(request.inputs) <= MAX_INPUTS:
+        raise InvalidRequest(
+            f"{len(request.inputs)} inputs were sent; send 1 to {MAX_INPUTS}.", field="inputs"
+        )
+    kind = _POOLINGS.get(request.pooling)
+    if kind is None:
+        raise InvalidRequest(
+            f"pooling is {request.pooling}, which this server does not know; it is MEAN or LAST.",
+            field="pooling",
+        )
+    dimensions = request.dimensions if request.HasField("dimensions") else limits.hidden_size
+    if not 0 < dimensions <= limits.hidden_size:
+        raise InvalidRequest(
+            f"dimensions is {dimensions}; it must be between 1 and the base's hidden size, "
+            f"{limits.hidden_size}.",
+            field="dimensions",
+        )
+    num_bytes = len(request.inputs) * (4 * dimensions + RECEIPT_BYTES)
+    if num_bytes > limits.max_message:
+        raise InvalidRequest(
+            f"{len(request.inputs)} vectors of {dimensions} components take up to {num_bytes} bytes with their "
+            f"receipts; this server's messages hold {limits.max_message}. Send fewer inputs, ask for fewer "
+            "dimensions, or raise --max-message.",
+            field="inputs",
+        )
+    return Pooling(kind=kind, dimensions=dimensions, is_normalized=request.normalize)
 
 
 # name: (default, lowest, highest, how the range reads)

@@ -67,18 +67,20 @@ class Answers:
         Args:
             batch: what the step was.
             found: its result: logits float32 [rows, vocab], which are changed in place, so in inference
-                mode only; or of a greedy step the tokens.
+                mode only; or of a greedy step the tokens. Hidden states are with the batch.
 
         Returns:
             An output for each sequence that has got further, and how many drafted tokens were right.
         """
         if isinstance(found, list):
-            return [*map(self._append, batch.samplers, found)], 0
+            outputs = [*map(self._append, batch.samplers, found), *self._embed(batch)]
+            return outputs, 0
         logits = found
         self._read_prompts(batch, logits)
         outputs = self._choose(batch.samplers, logits[: len(batch.samplers)])
         kept = [self._keep_drafted(*part) for part in self._drafted_logits(batch, logits)]
         outputs += [output for output, _ in kept] + self._score(batch, logits)
+        outputs += self._embed(batch)
         return outputs, sum(count for _, count in kept)
 
     def _read_prompts(self, batch: Batch, logits: torch.Tensor) -> None:
@@ -198,12 +200,30 @@ class Answers:
             outputs.append(self._end(sequence, finish=finish))
         return outputs
 
+    def _embed(self, batch: Batch) -> list[Output]:
+        """Pool hidden states; whoever's prompt has been read to its end has its vector."""
+        row = 0
+        outputs = []
+        for sequence, count in batch.embedders:
+            assert sequence.pool is not None
+            if count:
+                assert batch.hidden is not None, "a step that has not run"
+                sequence.pool.add(batch.hidden[row : row + count])
+            row += count
+            if not sequence.num_uncomputed:
+                sequence.first_token_ns = time.monotonic_ns()
+                vector = sequence.pool.vector()
+                finish = self._finish(sequence, "embedded", "", embedding=vector)
+                outputs.append(self._end(sequence, finish=finish))
+        return outputs
+
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
         matched: str,
         scores: tuple[tuple[float, ...], ...] = (),
+        embedding: tuple[float, ...] = (),
     ) -> Finish:
         now = time.monotonic_ns()
         lease = cast("DeviceLease", sequence.request.lease)
@@ -221,6 +241,7 @@ class Answers:
             decode_ns=now - sequence.first_token_ns,
             label_token_logprobs=scores,
             prompt_logprobs=self._prompt_logprobs(sequence),
+            embedding=embedding,
             is_merged=sequence.merged is not None,
         )
 

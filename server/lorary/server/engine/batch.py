@@ -36,16 +36,20 @@ class Batch:
         logits_rows: int64 [L], rows whose logits are wanted: samplers' rows first, in the order of
             ``samplers``, then every drafted sequence's, then every scorer's, prompt end first, then its
             branches in order; last the rows of prompts whose log probabilities are wanted.
+        hidden_rows: int64 [H], rows whose hidden states are wanted, in the order of ``embedders``.
         samplers: sequences that get a token from this step.
         drafted: sequences that get one or more, with their drafts: a row for the last token and one
             for each drafted one.
         scorers: scoring sequences whose labels are answered by this step.
         prompts: sequences whose prompts' rows are among the logits, and how many each has.
+        embedders: sequences with rows among the hidden states, and how many each has.
         advanced: tokens computed per sequence, drafted ones apart.
         num_decode: sequences that decode, drafted ones included.
         num_prefill_tokens: prompt tokens, branches included.
         num_distinct_adapters: adapters in the step, the bare base not counted.
         merged: the weights that all of it runs on, with an adapter in them; None for the base's.
+        hidden: float32 [H, width], the hidden states of ``hidden_rows``, which the runner has found; None where
+            there are no such rows.
         is_greedy: whether all that is wanted of it are the most likely tokens.
         native: what the native layers have laid out for it, by addresses that ``advance`` keeps.
     """
@@ -55,16 +59,19 @@ class Batch:
     plan: AttentionPlan
     segments: Segments | None
     logits_rows: torch.Tensor
+    hidden_rows: torch.Tensor
     samplers: tuple[Sequence, ...]
     drafted: tuple[tuple[Sequence, list[int]], ...]
     scorers: tuple[Sequence, ...]
     prompts: tuple[tuple[Sequence, int], ...]
+    embedders: tuple[tuple[Sequence, int], ...]
     advanced: tuple[tuple[Sequence, int], ...]
     num_decode: int
     num_prefill_tokens: int
     num_distinct_adapters: int
     merged: MergedWeights | None = None
     is_greedy: bool = field(init=False)
+    hidden: torch.Tensor | None = field(default=None, init=False)
     native: NativeStep | None = field(default=None, init=False)
     _moving: _Moving | None = field(default=None, init=False)
 
@@ -201,6 +208,8 @@ def build_batch(
     scorer_rows: list[int] = []
     prompts: list[tuple[Sequence, int]] = []
     prompt_rows: list[int] = []
+    embedders: list[tuple[Sequence, int]] = []
+    hidden_rows: list[int] = []
     sampler_rows = list(range(len(decode)))
     chunks: list[Chunk] = []
     advanced = [(sequence, 1) for sequence in decode]
@@ -223,6 +232,10 @@ def build_batch(
             wanted = range(first, min(stop, sequence.num_prompt - 1))
             prompts.append((sequence, len(wanted)))
             prompt_rows += [first_row + position - start for position in wanted]
+        if sequence.pool is not None:
+            pooled = sequence.pool.wanted(sequence, start, stop)
+            embedders.append((sequence, len(pooled)))
+            hidden_rows += [first_row + position - start for position in pooled]
         is_last = stop == len(sequence.token_ids)
         tree = None
         if is_last and sequence.request.labels:
@@ -231,7 +244,7 @@ def build_batch(
             first_branch = len(rows.tokens)
             tree = _add_branches(rows, sequence, start, count, device)
             scorer_rows += range(first_branch, len(rows.tokens))
-        elif is_last:
+        elif is_last and sequence.request.is_text:
             samplers.append(sequence)
             sampler_rows.append(len(rows.tokens) - 1)
         length = len(rows.tokens) - first_row
@@ -251,10 +264,12 @@ def build_batch(
         logits_rows=torch.tensor(
             sampler_rows + draft_rows + scorer_rows + prompt_rows, dtype=torch.long, device=device
         ),
+        hidden_rows=torch.tensor(hidden_rows, dtype=torch.long, device=device),
         samplers=tuple(samplers),
         drafted=tuple(drafts.items()),
         scorers=tuple(scorers),
         prompts=tuple(prompts),
+        embedders=tuple(embedders),
         advanced=tuple(advanced),
         num_decode=len(scheduled.decode),
         num_prefill_tokens=len(rows.tokens) - num_decode_rows,

@@ -153,8 +153,7 @@ class Blocks:
         Returns:
             What it shares, or None when it is better to wait until a running prompt has been read.
         """
-        # Log probabilities of a prompt need its rows, which keys and values are no substitute for.
-        if not self.share or sequence.request.sampling.prompt_logprobs is not None:
+        if not self.share or sequence.request.needs_every_row:
             return Shared()
         request, tokens = sequence.request, sequence.token_ids
         # The last token is always read: its logits choose the next one.

@@ -34,6 +34,7 @@ from lorary.server.engine.batch import Batch, build_batch
 from lorary.server.engine.blocks import BLOCK
 from lorary.server.engine.detokenizer import Detokenizer
 from lorary.server.engine.places import Places
+from lorary.server.engine.pooling import Pool
 from lorary.server.engine.request import Finish, Output, Request, StepStats
 from lorary.server.engine.sequence import Sequence
 from lorary.server.engine.speculation import Drafter
@@ -233,7 +234,9 @@ class Engine:
             token_ids=list(request.prompt_ids),
             arrived_ns=int(request.arrived_s * 1e9) or now,
         )
-        if not request.labels:
+        if request.pooling is not None:
+            sequence.pool = Pool(request.pooling)
+        if request.is_text:
             sequence.text = self._detokenizer.stream(
                 request.sampling.stop, request.sampling.shown_ids
             )

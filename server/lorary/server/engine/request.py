@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.merged import MergedWeights
     from lorary.server.adapters.segments import PoolEntry
 
-FinishReason = Literal["stop", "length", "scored"]
+FinishReason = Literal["stop", "length", "scored", "embedded"]
 Execution = Literal["auto", "batched", "merged"]
 """How a request's adapter takes part: added behind the base's products, or folded into a copy of its weights."""
 
@@ -76,6 +76,21 @@ class Sampling:
             or self.presence_penalty != 0.0
             or self.repetition_penalty != 1.0
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """How a prompt's hidden states, which enter the head, become one vector.
+
+    Attributes:
+        kind: the mean over all tokens, or the last one's.
+        dimensions: how many components are kept, the first ones; 0 keeps all.
+        is_normalized: whether what is kept is made to have length 1.
+    """
+
+    kind: Literal["mean", "last"]
+    dimensions: int = 0
+    is_normalized: bool = False
 
 
 class Matcher(Protocol):
@@ -161,7 +176,7 @@ class MergeableLease(DeviceLease, Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """One answer to be made. ``labels`` (token ids each) turns it into a scoring request.
+    """One answer to be made: text, or with ``labels`` (token ids each) scores, or with ``pooling`` a vector.
 
     Unless ``execution`` is "batched", the lease is a ``MergeableLease``; ``is_on_merged`` is the engine's to set.
 
@@ -178,6 +193,7 @@ class Request:
     lease: Lease
     index: int = 0
     labels: tuple[tuple[int, ...], ...] = ()
+    pooling: Pooling | None = None
     grammar: Grammar | None = None
     priority: int = 0
     account: str = ""
@@ -203,6 +219,17 @@ class Request:
         """
         digest = self.lease.digest
         return (f"{digest}/merged" if self.is_on_merged else digest, self.active_from)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether tokens are to be generated."""
+        return not self.labels and self.pooling is None
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether something is wanted of each of its prompt's rows, which keys and values cannot stand for."""
+        is_mean = self.pooling is not None and self.pooling.kind == "mean"
+        return is_mean or self.sampling.prompt_logprobs is not None
 
     @property
     def num_base(self) -> int:
@@ -249,6 +276,7 @@ class Finish:
     decode_ns: int
     label_token_logprobs: tuple[tuple[float, ...], ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    embedding: tuple[float, ...] = ()
     cached_base_tokens: int = 0
     is_merged: bool = False
     """Whether its last step ran on merged weights."""

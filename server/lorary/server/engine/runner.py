@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,14 @@ from lorary.server.adapters.layers import step_segments, step_weights
 from lorary.server.engine.attention import NAME, step_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorary.server.engine.batch import Batch
     from lorary.server.native.decoder import FusedModel
 
 
 class Runner:
-    """The model behind a function from ``Batch`` to logits; engine thread only."""
+    """The model behind a function from ``Batch`` to logits and hidden states; engine thread only."""
 
     def __init__(self, model: Any, fused: FusedModel | None = None) -> None:
         if not getattr(model, "_supports_attention_backend", False):
@@ -34,7 +37,8 @@ class Runner:
 
         Returns:
             Float32 logits [L, vocab] of ``batch.logits_rows``, the caller's until the next step; of a greedy
-            step, where the layers run natively, the L tokens where they are largest.
+            step, where the layers run natively, the L tokens where they are largest. ``batch.hidden`` then
+            holds what enters the head of ``batch.hidden_rows``, if there are any.
         """
         merged = batch.merged
         assert merged is None or not merged.is_freed, "a step on weights that are gone"
@@ -42,7 +46,12 @@ class Runner:
         if fused is not None:
             return fused.forward(batch)
         in_place = None if merged is None else merged.in_place
-        with step_plan(batch.plan), step_segments(batch.segments), step_weights(in_place):
+        with (
+            step_plan(batch.plan),
+            step_segments(batch.segments),
+            step_weights(in_place),
+            self._keeping_hidden(batch),
+        ):
             output = self.model(
                 input_ids=batch.token_ids,
                 position_ids=batch.position_ids,
@@ -51,3 +60,23 @@ class Runner:
             )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    @contextmanager
+    def _keeping_hidden(self, batch: Batch) -> Iterator[None]:
+        """Let a forward within the block leave what its last norm gives of ``hidden_rows`` with the batch.
+
+        Steps from which nobody wants any are as they would be without.
+        """
+        if not batch.embedders:
+            yield
+            return
+
+        def keep(_module: Any, _arguments: Any, output: Any) -> None:
+            batch.hidden = output.last_hidden_state[0, batch.hidden_rows].float()
+
+        body = getattr(self.model, self.model.base_model_prefix)
+        handle = body.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()

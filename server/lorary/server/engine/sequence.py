@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorary.server.engine.blocks import Node
     from lorary.server.engine.detokenizer import TextStream
     from lorary.server.engine.fair_queue import Account
+    from lorary.server.engine.pooling import Pool
     from lorary.server.engine.request import Matcher, PositionLogprobs, Request
     from lorary.server.engine.speculation import Drafter
 
@@ -31,11 +32,12 @@ class Sequence:
         path: nodes of the tree that spell its beginning, one for each of the first blocks.
         entry: its adapter's place in the pool, None for the bare base and on merged weights.
         merged: the weights with its adapter in them that it runs on, None for the base's.
-        text: turns ids into text, None for scoring requests.
+        text: turns ids into text, None where none are generated.
         drafter: guesses its next tokens, None where nobody does.
         matcher: where it stands in the grammar of its answer, None where it is free.
         prompt_logprobs: those of its prompt's tokens from the second on, as far as it has been read and
             they were asked for.
+        pool: what the hidden states of its prompt have come to, where they are wanted.
         generator: its own stream of random numbers, None when greedy.
         account: what pays for it, while it runs; the queue's.
         num_prompt: tokens of the prompt.
@@ -55,6 +57,7 @@ class Sequence:
     generator: Random | None = None
     matcher: Matcher | None = None
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    pool: Pool | None = None
     drafter: Drafter | None = None
     started_ns: int = 0
     first_token_ns: int = 0

@@ -3,6 +3,7 @@
 ======  ======================  ===============================================================
 POST    /v1/chat/completions    chat, whole or streamed
 POST    /v1/completions         text, whole or streamed
+POST    /v1/embeddings          texts to vectors
 GET     /v1/models, …/{ref}     the base, adapters with versions and aliases
 POST    /tokenize, /detokenize  as vLLM has them
 GET     /health                 200 while the process can answer at all
@@ -25,6 +26,7 @@ from starlette.routing import Route
 
 from lorary.server.http.answers import Pieces
 from lorary.server.http.call import Endpoint
+from lorary.server.http.embeddings import Embeddings
 from lorary.server.http.generate import Generation
 from lorary.server.http.models import Models
 from lorary.server.http.problems import problem
@@ -99,6 +101,7 @@ def build_app(
         routes=[
             post("/v1/chat/completions", "ChatCompletions", generation.chat),
             post("/v1/completions", "Completions", generation.completion),
+            post("/v1/embeddings", "Embeddings", Embeddings(service, facts).embeddings),
             get("/v1/models", "Models", models.list),
             get("/v1/models/{ref:path}", "Models", models.retrieve),
             post("/tokenize", "HttpTokenize", tokens.tokenize),

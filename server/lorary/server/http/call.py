@@ -86,6 +86,10 @@ class HttpCall:
         """Replace the facts."""
         self._facts = tuple(metadata)
 
+    def time_remaining(self) -> float | None:
+        """HTTP has no deadlines; a client whose patience ends goes away."""
+        return None
+
     # -- what endpoints answer with --------------------------------------------------------------
 
     async def answer(

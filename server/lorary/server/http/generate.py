@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorary.server.current_call import request_id
 from lorary.server.http import answers
 from lorary.server.http.requests import read_chat, read_completion
+from lorary.server.together import together
 from lorary.server.tracing.span import current_span
 from lorary.v1 import inference_pb2 as pb
 
@@ -74,13 +75,10 @@ class Generation:
         if len(ask.requests) == 1:
             await self._service.Generate(ask.requests[0], _Prompt(call, 0, on_event))
             return
-        try:
-            async with asyncio.TaskGroup() as group:
-                for place, request in enumerate(ask.requests):
-                    prompt = _Prompt(call, place, on_event)
-                    group.create_task(self._service.Generate(request, prompt))
-        except ExceptionGroup as several:
-            raise several.exceptions[0] from several
+        await together(
+            self._service.Generate(request, _Prompt(call, place, on_event))
+            for place, request in enumerate(ask.requests)
+        )
 
     def _common(self, ask: Ask, shape: Shape) -> dict[str, Any]:
         """Return what every object of one answer says."""
@@ -113,8 +111,7 @@ class _Prompt:
     on_event: OnEvent
 
     def time_remaining(self) -> float | None:
-        """HTTP has no deadlines; a client whose patience ends goes away."""
-        return None
+        return self.call.time_remaining()
 
     def trailing_metadata(self) -> Any:
         return self.call.trailing_metadata()

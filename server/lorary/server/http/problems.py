@@ -56,6 +56,7 @@ _PARAMS = (
     (re.compile(r"^input\.chat$"), "messages"),
     (re.compile(r"^input\.text$"), "messages"),
     (re.compile(r"^input\.token_ids\.ids"), "prompt"),
+    (re.compile(r"^inputs(\[\d+\])?(\..*)?$"), r"input\1"),
     (re.compile(r"^input(\.prompt)?$"), "prompt"),
     (re.compile(r"^adapter$"), "model"),
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.server.http.body import Fields, unicode_text
 from lorary.server.http.tools import read_tool_calls, read_tools
+from lorary.server.validate import MAX_INPUTS
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ _EXECUTIONS = {
     "merged": pb.EXECUTION_MERGED,
 }
 
+_POOLINGS = {"mean": pb.POOLING_MEAN, "last": pb.POOLING_LAST}
+
 # OpenAI's own defaults, where ours differ: a client that sends no temperature expects to sample.
 DEFAULT_TEMPERATURE = 1.0
 
@@ -74,6 +77,15 @@ class Ask:
     has_usage: bool
     is_echo: bool = False
     is_silent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingsAsk:
+    """What a body of /v1/embeddings asks for; ``model`` is told again, vectors as numbers or as their bytes."""
+
+    model: str
+    request: pb.EmbedRequest
+    is_base64: bool
 
 
 def read_chat(members: Mapping[str, Any], base: str) -> Ask:
@@ -116,7 +128,7 @@ def read_completion(members: Mapping[str, Any], base: str) -> Ask:
     """Return what a body of /v1/completions asks for; raises as ``read_chat``."""
     fields = Fields(members)
     model, adapter = read_model(fields, base)
-    prompts = _prompts(fields)
+    prompts = _prompts(fields, "prompt", field="prompt", most=MAX_PROMPTS)
     params = _sampling(fields)
     logprobs = fields.integer("logprobs")
     if logprobs is not None:
@@ -158,6 +170,45 @@ def read_completion(members: Mapping[str, Any], base: str) -> Ask:
         is_echo=is_echo,
         is_silent=is_silent,
     )
+
+
+def read_embeddings(members: Mapping[str, Any], base: str) -> EmbeddingsAsk:
+    """Return what a body of /v1/embeddings asks for; raises as ``read_chat``."""
+    fields = Fields(members)
+    model, adapter = read_model(fields, base)
+    inputs = _prompts(fields, "input", field="inputs", most=MAX_INPUTS)
+    if fields.switch("use_template"):
+        inputs = [_for_template(fields, one) for one in inputs]
+    encoding = fields.text("encoding_format") or "float"
+    if encoding not in ("float", "base64"):
+        raise fields.error(
+            "encoding_format", f"encoding_format is {encoding[:32]!r}; it is float or base64."
+        )
+    pooling = fields.text("pooling") or "mean"
+    if pooling not in _POOLINGS:
+        raise fields.error(
+            "pooling", f"pooling is {pooling[:32]!r}; it is one of {', '.join(_POOLINGS)}."
+        )
+    normalize = fields.boolean("normalize")
+    request = pb.EmbedRequest(
+        adapter=unicode_text(fields, "model", adapter),
+        inputs=inputs,
+        pooling=_POOLINGS[pooling],
+        # OpenAI's have length 1, and who compares them by their product relies on it.
+        normalize=normalize is not False,
+    )
+    _set(fields, request, "dimensions", fields.integer("dimensions"))
+    _read_place(fields, request)
+    fields.finish(IGNORED)
+    return EmbeddingsAsk(model=model, request=request, is_base64=encoding == "base64")
+
+
+def _for_template(fields: Fields, message: pb.Input) -> pb.Input:
+    if message.WhichOneof("input") == "token_ids":
+        raise fields.error(
+            "use_template", "use_template was sent with token ids, which are read as they are."
+        )
+    return pb.Input(text=message.prompt)
 
 
 def read_model(fields: Fields, base: str) -> tuple[str, str]:
@@ -209,17 +260,22 @@ def _part(part: Any, fields: Fields) -> str:
     raise fields.error("content", "content has a part that is no text; the base reads text only.")
 
 
-def _prompts(fields: Fields) -> list[pb.Input]:
-    """Return every prompt: a text, token ids, or a list of either."""
-    prompt = fields.take("prompt")
-    many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+def _prompts(fields: Fields, name: str, *, field: str, most: int) -> list[pb.Input]:
+    """Return every prompt of a member: a text, token ids, or a list of either; at most so many.
+
+    ``field`` is what errors are about, as the protocol calls it (``problems`` tells it as the member).
+    """
+    prompt = fields.take(name)
+    if prompt == []:
+        raise fields.error(field, f"{name} is empty; send a text, or token ids.")
+    many = isinstance(prompt, list) and not isinstance(prompt[0], int)
     prompts = prompt if many else [prompt]
-    if len(prompts) > MAX_PROMPTS:
+    if len(prompts) > most:
         raise fields.error(
-            "prompt", f"{len(prompts)} prompts were sent; at most {MAX_PROMPTS} are taken together."
+            field, f"{name} holds {len(prompts)} texts; at most {most} are taken together."
         )
     return [
-        _prompt(fields, one, f"prompt[{i}]" if many else "prompt") for i, one in enumerate(prompts)
+        _prompt(fields, one, f"{field}[{i}]" if many else field) for i, one in enumerate(prompts)
     ]
 
 
@@ -236,6 +292,12 @@ def _prompt(fields: Fields, prompt: Any, name: str) -> pb.Input:
 
 def _request(fields: Fields, adapter: str, params: pb.SamplingParams) -> pb.GenerateRequest:
     request = pb.GenerateRequest(adapter=unicode_text(fields, "model", adapter), sampling=params)
+    _read_place(fields, request)
+    return request
+
+
+def _read_place(fields: Fields, request: pb.GenerateRequest | pb.EmbedRequest) -> None:
+    """Read how soon, and in what way, a call is to be served."""
     priority = fields.integer("priority")
     if priority is not None:
         try:
@@ -250,7 +312,6 @@ def _request(fields: Fields, adapter: str, params: pb.SamplingParams) -> pb.Gene
                 f"execution is {execution[:32]!r}; it is one of {', '.join(_EXECUTIONS)}.",
             )
         request.execution = _EXECUTIONS[execution]
-    return request
 
 
 def _sampling(fields: Fields) -> pb.SamplingParams:
@@ -348,7 +409,12 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
 
 
 def _set(
-    fields: Fields, params: pb.SamplingParams, field: str, value: float | None, *, name: str = ""
+    fields: Fields,
+    params: pb.SamplingParams | pb.EmbedRequest,
+    field: str,
+    value: float | None,
+    *,
+    name: str = "",
 ) -> None:
     """Set a field; what protobuf cannot hold is out of range as well."""
     if value is None:

@@ -169,6 +169,7 @@ class NativeStep:
     Attributes:
         address: of the structure.
         normed: float32 [L, hidden], what the head reads.
+        hidden: float32 [H, hidden], what the head would read of the rows whose hidden states are wanted.
         head: the arguments of the head's function, where it is packed.
         logits: float32 [L, vocab], what it writes; None where it is not packed, and for a greedy step.
         found: likewise the most likely tokens [L] of a greedy step, whose logits are never written.
@@ -177,6 +178,7 @@ class NativeStep:
 
     address: int
     normed: torch.Tensor
+    hidden: torch.Tensor
     head: tuple[object, ...]
     logits: torch.Tensor | None
     found: ctypes.Array[ctypes.c_int64] | None
@@ -184,7 +186,7 @@ class NativeStep:
 
 
 class FusedModel:
-    """From token ids to logits: embeddings, layers and norm in one call, then the head.
+    """From token ids to logits and hidden states: embeddings, layers and norm in one call, then the head.
 
     Args:
         model: the transformers model whose layers these are.
@@ -261,6 +263,8 @@ class FusedModel:
             # What reads prompts is never advanced, and its logits may be large.
             batch.native = None if batch.plan.chunks else step
         self._function(self._address, step.address)
+        if batch.embedders:
+            batch.hidden = step.hidden
         if step.found is not None:
             self._largest_function(*step.head)
             return step.found[:]
@@ -272,7 +276,9 @@ class FusedModel:
 
     def _lay_out(self, batch: Batch) -> NativeStep:
         plan, positions, wanted = batch.plan, batch.position_ids, batch.logits_rows
-        rows = positions.numel()
+        rows, num_logits = positions.numel(), wanted.numel()
+        if batch.embedders:
+            wanted = torch.cat((wanted, batch.hidden_rows))
         normed = torch.empty(wanted.numel(), self._width)
         chunks = _chunks(plan)
         step = _Step(
@@ -292,16 +298,18 @@ class FusedModel:
             *self._workspace.pointers(rows),
             torch.get_num_threads(),
         )
-        address, held = ctypes.addressof(step), (step, chunks, self._workspace.buffers)
+        address, held = ctypes.addressof(step), (step, chunks, wanted, self._workspace.buffers)
+        normed, hidden = normed[:num_logits], normed[num_logits:]
         packed = self._packed_head
         if packed is None:
-            return NativeStep(address, normed, (), None, None, held)
+            return NativeStep(address, normed, hidden, (), None, None, held)
         if batch.is_greedy:
-            found = (ctypes.c_int64 * wanted.numel())()
+            found = (ctypes.c_int64 * num_logits)()
             head = packed.largest_arguments(normed, found)
-            return NativeStep(address, normed, head, None, found, held)
-        logits = torch.empty(wanted.numel(), packed.out_features)
-        return NativeStep(address, normed, packed.arguments(normed, logits), logits, None, held)
+            return NativeStep(address, normed, hidden, head, None, found, held)
+        logits = torch.empty(num_logits, packed.out_features)
+        head = packed.arguments(normed, logits)
+        return NativeStep(address, normed, hidden, head, logits, None, held)
 
     def _set_angles(self, positions: torch.Tensor) -> None:
         """Make the rotary tables of positions int64 [1, n]."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+SAME_DIRECTION = 1e-6
+"""Divergence of vectors that differ by float32's rounding alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,18 @@ def compare_labels(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Di
     distance = sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in p.keys() | q.keys()) / 2
     is_same_label = max(p, key=p.__getitem__) == max(q, key=q.__getitem__)
     return Difference(-1 if is_same_label else 0, min(1.0, distance))
+
+
+def compare_vectors(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Compare two embeddings of one input, by their directions.
+
+    Semantics: divergence = (1 - cos(ours, theirs)) / 2, where a vector of zeros has cosine 0 with any other; as
+    good as the same below ``SAME_DIRECTION``.
+    """
+    lengths = math.hypot(*ours) * math.hypot(*theirs)
+    cosine = sum(map(operator.mul, ours, theirs)) / lengths if lengths else float(ours == theirs)
+    divergence = min(1.0, max(0.0, (1.0 - cosine) / 2))
+    return Difference(-1 if divergence < SAME_DIRECTION else 0, divergence)
 
 
 def _softmax(logprobs: Mapping[str, float]) -> dict[str, float]:

@@ -25,12 +25,14 @@ class Observation:
     Attributes:
         token_ids: its first answer so far.
         logprobs: the log probabilities of its labels, of a classification.
+        embedding: its vector, of a call for one.
         first_token_s: seconds from arrival to the first token, without waiting for the adapter.
     """
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.logprobs: tuple[float, ...] = ()
+        self.embedding: tuple[float, ...] = ()
         self.first_token_s: float | None = None
 
     def see(self, output: Output) -> None:
@@ -41,6 +43,7 @@ class Observation:
         if output.finish is not None:
             finish = output.finish
             self.logprobs = finish.label_logprobs
+            self.embedding = finish.embedding
             # The rarer side of a split is the colder one: the traffic's doing, not the version's.
             wait_ns = finish.queue_ns + finish.prefill_ns - finish.adapter_load_ns
             self.first_token_s = max(0, wait_ns) / 1e9

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import LoraryError
-from lorary.server.rollout.compare import compare_labels, compare_tokens
+from lorary.server.rollout.compare import compare_labels, compare_tokens, compare_vectors
 from lorary.server.rollout.observed import NOT_ITS_FAULT, Observation
 from lorary.server.validate import MAX_PRIORITY
 
@@ -176,6 +176,8 @@ class Shadows:
 def _compare(
     ours: Observation, our_labels: Sequence[str], theirs: Observation, their_labels: Sequence[str]
 ) -> Difference:
+    if ours.embedding:
+        return compare_vectors(ours.embedding, theirs.embedding)
     if not our_labels:
         return compare_tokens(ours.token_ids, theirs.token_ids)
     return compare_labels(

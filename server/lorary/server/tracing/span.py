@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lorary.server.engine.request import Finish, Output, Request
     from lorary.server.targets import Target
 
-    Asked = pb.GenerateRequest | pb.ClassifyRequest | pb.ScoreRequest
+    Asked = pb.GenerateRequest | pb.ClassifyRequest | pb.ScoreRequest | pb.EmbedRequest
 
 PROVIDER = "lorary"
 MAX_NAME_CHARS = 256
@@ -46,7 +46,8 @@ MAX_NAME_CHARS = 256
 FAULTS = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
-_SCORING = {pb.ClassifyRequest: "classify", pb.ScoreRequest: "score"}
+# What calls do that generate no text; the conventions have a name for the last.
+_READING = {pb.ClassifyRequest: "classify", pb.ScoreRequest: "score", pb.EmbedRequest: "embeddings"}
 # What a call may say of sampling, and the conventions' name for it.
 _SAMPLING = {
     name: f"gen_ai.request.{name}"
@@ -127,7 +128,7 @@ class CallSpan:
 
     def on_request(self, request: Asked, kind: str) -> None:
         """Note what is asked; ``kind`` is the input's: text, prompt, chat or token_ids."""
-        self._operation = _SCORING.get(type(request)) or (
+        self._operation = _READING.get(type(request)) or (
             "chat" if kind == "chat" else "text_completion"
         )
         facts: dict[str, Any] = {
@@ -136,7 +137,10 @@ class CallSpan:
         }
         if isinstance(request, pb.GenerateRequest):
             facts |= _sampling(request.sampling)
-        if self._has_content and (messages := _messages(request.input, kind)):
+        if isinstance(request, pb.EmbedRequest):
+            if request.HasField("dimensions"):
+                facts["gen_ai.embeddings.dimension.count"] = request.dimensions
+        elif self._has_content and (messages := _messages(request.input, kind)):
             facts["gen_ai.input.messages"] = messages
         self._span.set_attributes(facts)
 
@@ -233,10 +237,10 @@ class CallSpan:
 
     def _on_finish(self, index: int, finish: Finish, asked: _Asked) -> None:
         """Make the children of an answer that has ended."""
-        is_scored = finish.reason == "scored"
+        is_read = finish.reason in ("scored", "embedded")
         if index == 0:  # a prompt counts once, however many answers it has
             self._num_cached += finish.cached_tokens
-        if not is_scored:
+        if not is_read:
             self._ended[asked.place, index] = (finish.reason, finish.text)
         started_ns = asked.arrived_ns + finish.queue_ns
         first_ns = started_ns + finish.prefill_ns
@@ -252,7 +256,7 @@ class CallSpan:
             "lorary.cached_tokens": finish.cached_tokens,
         }
         self._child("lorary.prefill", started_ns, first_ns, read)
-        if not is_scored:
+        if not is_read:
             written = {
                 **which,
                 "lorary.generated_tokens": finish.completion_tokens,
