@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorary.server.config import ServerConfig
     from lorary.server.http.listener import Listener
     from lorary.server.metrics import ServerMetrics
+    from lorary.server.open_inference.service import OpenInference
     from lorary.server.tracing.calls import Tracing
 
 log = logging.getLogger("lorary.server")
@@ -80,6 +81,7 @@ class Server:
         self._hurry = asyncio.Event()
         self._grpc: grpc.aio.Server | None = None
         self._http: Listener | None = None
+        self._open_inference: OpenInference | None = None
         self._is_ready = False
 
     async def start(self) -> Addresses:
@@ -173,6 +175,19 @@ class Server:
         register(core.inference, server)
         register = control_pb2_grpc.add_ControlServicer_to_server
         register(core.control, server)
+        if config.open_inference:
+            from lorary.oip import open_inference_pb2_grpc
+            from lorary.server.open_inference.service import OpenInference
+
+            self._open_inference = OpenInference(
+                core.inference,
+                core.parts,
+                core.backend.registry,
+                is_ready=lambda: self._is_ready,
+                has_failed=lambda: core.failure is not None,
+            )
+            register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+            register(self._open_inference, server)
         health_pb2_grpc.add_HealthServicer_to_server(core.health, server)
         if config.has_reflection:
             services = [
@@ -181,6 +196,8 @@ class Server:
             ]
             names = [service.full_name for service in services]
             names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
+            if config.open_inference:
+                names.append("inference.GRPCInferenceService")
             reflection.enable_server_reflection(names, server)
         return server
 
@@ -211,6 +228,17 @@ class Server:
                 max_body=config.max_message,
                 guard=core.guard,
             )
+        v2 = []
+        if self._open_inference is not None:
+            from lorary.server.http.open_inference import open_inference_routes
+
+            v2 = open_inference_routes(
+                self._open_inference,
+                core.metrics,
+                max_body=config.max_message,
+                guard=core.guard,
+                tracing=core.tracing,
+            )
         app = build_app(
             core.inference,
             core.control,
@@ -219,7 +247,7 @@ class Server:
             is_ready=lambda: self._is_ready,
             has_failed=lambda: core.failure is not None,
             guard=core.guard,
-            console=console,
+            further=[*console, *v2],
             tracing=core.tracing,
         )
         self._http = Listener(app, config.tls)

@@ -160,6 +160,10 @@ class ServerConfig:
         "Serve the console, a web page, at /console of the HTTP door; by default on a loopback host, or "
         "with --access.",
     )
+    open_inference: bool = _option(
+        False,
+        "Speak the Open Inference Protocol of KServe and Triton, too: on the gRPC port, and at /v2 of the HTTP door.",
+    )
     insecure_bind: bool = _option(
         False, "Allow a host that is not loopback without TLS, or without --access."
     )

@@ -51,9 +51,14 @@ def _methods(module: Any) -> frozenset[str]:
 
 ADAPTER_HEALTH = "lorary.adapter/"
 """Health by adapter tells which there are, so it is the tenants' (``rollout.health``)."""
-OPEN = _methods(health_pb2)
+# By name, for its messages are registered only where that door is open (``open_inference``).
+_OPEN_INFERENCE = "/inference.GRPCInferenceService/"
+OPEN = _methods(health_pb2) | {_OPEN_INFERENCE + name for name in ("ServerLive", "ServerReady")}
 """For anybody: load balancers have no tokens."""
-USERS = _methods(inference_pb2)
+USERS = _methods(inference_pb2) | {
+    _OPEN_INFERENCE + name
+    for name in ("ServerMetadata", "ModelReady", "ModelMetadata", "ModelInfer")
+}
 ADMINS = _methods(control_pb2) | _methods(reflection_pb2)
 
 

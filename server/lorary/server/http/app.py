@@ -10,6 +10,7 @@ GET     /health                 200 while the process can answer at all
 GET     /ready                  200 while it wants new calls; 503 while it drains
 GET     /metrics                what --metrics-port serves
 …       /console/…              a page for people, with --console (``console.routes``)
+…       /v2/…                   with --open-inference (``open_inference``)
 ======  ======================  ===============================================================
 """
 
@@ -53,7 +54,7 @@ def build_app(
     is_ready: Callable[[], bool],
     has_failed: Callable[[], bool],
     guard: Guard | None = None,
-    console: Sequence[Route] = (),
+    further: Sequence[Route] = (),
     tracing: Tracing | None = None,
 ) -> Starlette:
     """Return the HTTP door as an ASGI application.
@@ -66,7 +67,8 @@ def build_app(
         is_ready: whether new calls are wanted.
         has_failed: whether the engine broke.
         guard: asks who calls; None asks nobody. With one, metrics are left to their own port.
-        console: the routes of the console, where there is to be one; it looks every second, and has no spans.
+        further: the routes of what else is behind the door: the console, which looks every second and has no
+            spans, and the Open Inference Protocol.
         tracing: gives every request of the API a span; None gives none.
     """
     metrics, facts, prompts = parts.metrics, parts.facts, parts.prompts
@@ -109,7 +111,7 @@ def build_app(
             Route("/health", health),
             Route("/ready", ready),
             *([] if guard is not None else [Route("/metrics", scrape)]),
-            *console,
+            *further,
         ],
         exception_handlers={HTTPException: _refused},
     )

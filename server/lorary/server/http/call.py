@@ -25,7 +25,7 @@ from lorary.server.interceptors import REQUEST_ID_KEY, is_valid_request_id, set_
 from lorary.server.service import ADAPTER_KEY, DIGEST_KEY, VERSION_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
     from starlette.types import Receive, Scope, Send
 
@@ -61,8 +61,16 @@ class _Gone(Exception):
 class HttpCall:
     """One request: what was sent, and what its answer is written to."""
 
-    def __init__(self, scope: Scope, send: Send, *, members: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        *,
+        members: Mapping[str, Any],
+        error_body: Callable[[Problem], bytes],
+    ) -> None:
         self.members = members
+        self._error_body = error_body
         self.path: Mapping[str, str] = scope.get("path_params", {})
         self._headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
         self.is_started = False
@@ -130,9 +138,10 @@ class HttpCall:
     async def fail(self, found: Problem) -> None:
         """Send an error: as a status where nothing was sent yet, else as a stream's last event."""
         if not self.is_started:
-            await self.answer(found.body, code=found.status, headers=found.headers)
+            body = self._error_body(found)
+            await self.answer(body, code=found.status, headers=found.headers)
             return
-        await self._stream(b"data: " + found.body + b"\n\n", is_last=True)
+        await self._stream(b"data: " + self._error_body(found) + b"\n\n", is_last=True)
 
     async def _stream(self, data: bytes, *, is_last: bool = False) -> None:
         if not self.is_started:
@@ -175,6 +184,7 @@ class Endpoint:
         metrics: who counts it.
         max_body: largest body accepted, in bytes; 0 for methods without one.
         guard: asks who calls; None asks nobody.
+        error_body: what an error is told as; OpenAI's object unless it says otherwise.
         role: whom it is for. What an admin's call with a body asks for leaves a line of the audit log.
         tracing: gives every request a span; None gives none.
         path: its route, for the span.
@@ -191,7 +201,9 @@ class Endpoint:
         role: Role = "user",
         tracing: Tracing | None = None,
         path: str = "",
+        error_body: Callable[[Problem], bytes] = lambda found: found.body,
     ) -> None:
+        self._error_body = error_body
         self._guard = guard
         self._tracing = tracing
         self._path = path
@@ -207,7 +219,7 @@ class Endpoint:
         code = "OK"
         ended_by: BaseException | None = None
         headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        call = HttpCall(scope, send, members={})
+        call = HttpCall(scope, send, members={}, error_body=self._error_body)
         given = headers.get(b"x-request-id", "")
         begin_call()
         set_request_id(call, given if is_valid_request_id(given) else secrets.token_hex(8))
