@@ -30,7 +30,7 @@ from lorary.server.access.tokens import token_hash
 from lorary.server.config import ServerConfig
 from lorary.server.on_ray.replica_call import ReplicaCall
 from lorary.server.tracing import collector
-from lorary.server.tracing.span import watched
+from lorary.server.tracing.span import MAX_TOLD, watched
 from lorary.v1 import control_pb2
 from lorary.v1 import inference_pb2 as pb
 from tests.edge.fakes import FINGERPRINT, digest_of, eventually, serving
@@ -199,7 +199,10 @@ async def test_a_call_that_ray_brings_is_traced_like_any() -> None:
     assert "lorary.decode" in seen.children(span)
 
 
-async def test_prompts_of_one_body_are_one_span_with_the_phases_of_each() -> None:
+async def test_prompts_of_one_body_are_one_span_with_the_phases_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "true")
     seen = Seen()
     body = {"model": "alpha", "prompt": ["2 5", "9"], "max_tokens": 2}
     async with traced(seen, http_port=0) as edge:
@@ -216,6 +219,19 @@ async def test_prompts_of_one_body_are_one_span_with_the_phases_of_each() -> Non
         if span.name == "lorary.prefill"
     }
     assert read == {0: 2, 1: 1}
+    asked = json.loads(str(said["gen_ai.input.messages"]))
+    assert [one["parts"][0]["content"] for one in asked] == ["2 5", "9"]
+
+
+async def test_of_many_inputs_only_some_have_phases_and_all_are_counted() -> None:
+    seen, inputs = Seen(), [pb.Input(prompt="2 5") for _ in range(20)]
+    async with traced(seen) as edge:
+        await edge.inference.Embed(pb.EmbedRequest(adapter="beta", inputs=inputs))
+        (call,) = await seen.calls()
+    assert call.name == "embeddings beta"
+    assert (call.attributes or {})["gen_ai.usage.input_tokens"] == 40
+    prefills = [s for s in seen.get_finished_spans() if s.name == "lorary.prefill"]
+    assert len(prefills) == MAX_TOLD
 
 
 async def test_a_tenants_refused_call_names_the_tenant_and_the_error(tmp_path: Path) -> None:
@@ -313,6 +329,16 @@ async def test_a_cancelled_call_tells_its_phase_and_the_tokens_it_got() -> None:
     assert (said["error.type"], said["lorary.phase"]) == ("CANCELLED", "decode")
     assert said["gen_ai.usage.output_tokens"] >= 1  # type: ignore[operator]
     assert span.status.status_code == StatusCode.UNSET
+    waiting, decode = (seen.children(span)[f"lorary.{name}"] for name in ("waiting", "decode"))
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert span.start_time <= waiting.start_time < waiting.end_time  # type: ignore[operator]
+    assert waiting.end_time == decode.start_time
+    assert decode.end_time <= span.end_time  # type: ignore[operator]
+    # It ended where the caller left it, and not where the engine, which was held, would have gone on.
+    assert (decode.attributes or {})["lorary.generated_tokens"] == said[
+        "gen_ai.usage.output_tokens"
+    ]
 
 
 async def test_prompts_and_answers_are_told_only_where_the_conventions_switch_is_on(

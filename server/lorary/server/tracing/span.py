@@ -10,8 +10,11 @@ November 2026) and Lorary's own beside them (``lorary.*``). Its children are the
       lorary.prefill                    first step to first token
       lorary.decode                     first token to last
 
-They are made of the timings that the engine measures anyway, when the answer has ended: nothing is done
-per token but to count it.
+They are made when the call has ended, of the timings that the engine measures anyway: nothing is done per
+token but to count it. Of an answer that was cut short only its tokens are known::
+
+      lorary.waiting                    arrival to the first token, or to the end
+      lorary.decode                     first token to the end
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import json
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorary.errors import LoraryError, reason
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 PROVIDER = "lorary"
 MAX_NAME_CHARS = 256
+MAX_TOLD = 16
+"""Answers of one call whose phases are told: of a thousand inputs to embed nobody would read them all."""
 
 # A server's span is an error where the server, and not its caller, is at fault (OpenTelemetry's conventions
 # for gRPC servers; over HTTP these are the statuses from 500 on).
@@ -48,6 +52,8 @@ FAULTS = frozenset(
 )
 # What calls do that generate no text; the conventions have a name for the last.
 _READING = {pb.ClassifyRequest: "classify", pb.ScoreRequest: "score", pb.EmbedRequest: "embeddings"}
+# Ends of answers that generated nothing.
+_READ_ONLY = ("scored", "embedded")
 # What a call may say of sampling, and the conventions' name for it.
 _SAMPLING = {
     name: f"gen_ai.request.{name}"
@@ -114,12 +120,9 @@ class CallSpan:
         self._began_ns = time.monotonic_ns()
         self._operation = ""
         self._is_stream = False
-        self._phase = "prepare"
-        self._first_token_ns = 0
-        self._num_read = self._num_cached = self._num_generated = 0
         self._num_prompts = 0
-        # By prompt, and by answer to it: why it ended, and its text.
-        self._ended: dict[tuple[int, int], tuple[str, str]] = {}
+        self._asked: list[dict[str, Any]] = []
+        self._answers: list[_Answer] = []
 
     def will_stream(self) -> None:
         """Note that the caller gets the answer piece by piece."""
@@ -140,8 +143,9 @@ class CallSpan:
         if isinstance(request, pb.EmbedRequest):
             if request.HasField("dimensions"):
                 facts["gen_ai.embeddings.dimension.count"] = request.dimensions
-        elif self._has_content and (messages := _messages(request.input, kind)):
-            facts["gen_ai.input.messages"] = messages
+        elif self._has_content and kind != "token_ids":
+            self._asked += _messages(request.input, kind)
+            facts["gen_ai.input.messages"] = json.dumps(self._asked, ensure_ascii=False)
         self._span.set_attributes(facts)
 
     def on_refs(self, named: Sequence[tuple[str, float]]) -> None:
@@ -165,26 +169,22 @@ class CallSpan:
             self._span.update_name(f"{self._operation} {name}")
 
     def watch(self, meters: Sequence[Meter], request: Request) -> Sequence[Meter]:
-        """Return meters that tell this span what they are told; see ``watched``."""
-        self._phase = "waiting"
-        self._num_read += len(request.prompt_ids)
-        asked = _Asked(
-            place=self._num_prompts,
-            arrived_ns=int(request.arrived_s * 1e9),
-            submitted_ns=time.monotonic_ns(),
-        )
+        """Return meters that remember for this span what they are told; see ``watched``."""
+        submitted_ns = time.monotonic_ns()
+        new = [
+            _Answer(
+                meter,
+                prompt=self._num_prompts,
+                index=index,
+                num_read=len(request.prompt_ids),
+                arrived_ns=int(request.arrived_s * 1e9),
+                submitted_ns=submitted_ns,
+            )
+            for index, meter in enumerate(meters)
+        ]
         self._num_prompts += 1
-        return [_Watched(meter, self, asked) for meter in meters]
-
-    def on_output(self, output: Output, asked: _Asked) -> None:
-        """Count what one step made of an answer; its phases are known when it has ended."""
-        if output.token_ids:
-            if not self._first_token_ns:
-                self._first_token_ns = time.monotonic_ns()
-                self._phase = "decode"
-            self._num_generated += len(output.token_ids)
-        if output.finish is not None:
-            self._on_finish(output.index, output.finish, asked)
+        self._answers += new
+        return new
 
     def end(self, code: str, error: BaseException | None, facts: Mapping[str, Any]) -> None:
         """End the span.
@@ -203,8 +203,10 @@ class CallSpan:
         span.set_attribute("lorary.request_id", request_id())
         if tenant := tenant_name():
             span.set_attribute("lorary.tenant", tenant)
-        if self._phase != "prepare":
+        if self._answers:
             span.set_attributes(self._usage())
+            for answer in self._answers[:MAX_TOLD]:
+                self._tell_phases(answer)
         if code != "OK":
             what = reason(type(error)) if isinstance(error, LoraryError) else code
             span.set_attribute("error.type", what)
@@ -216,39 +218,59 @@ class CallSpan:
                 span.set_status(StatusCode.ERROR, what)
         span.end()
 
+    @property
+    def _first_token_ns(self) -> int:
+        """When the first token of any answer came; 0 before."""
+        return min((one.first_ns for one in self._answers if one.first_ns), default=0)
+
+    @property
+    def _phase(self) -> str:
+        if not self._answers:
+            return "prepare"
+        return "decode" if self._first_token_ns else "waiting"
+
     def _usage(self) -> dict[str, Any]:
+        # A prompt counts once, however many answers it has.
+        prompts = [one for one in self._answers if one.index == 0]
         facts: dict[str, Any] = {
-            "gen_ai.usage.input_tokens": self._num_read,
-            "gen_ai.usage.output_tokens": self._num_generated,
+            "gen_ai.usage.input_tokens": sum(one.num_read for one in prompts),
+            "gen_ai.usage.output_tokens": sum(one.num_written for one in self._answers),
         }
-        if self._num_cached:
-            facts["gen_ai.usage.cache_read.input_tokens"] = self._num_cached
+        if cached := sum(one.finish.cached_tokens for one in prompts if one.finish is not None):
+            facts["gen_ai.usage.cache_read.input_tokens"] = cached
         if self._is_stream and self._first_token_ns:
             waited_ns = self._first_token_ns - self._began_ns
             facts["gen_ai.response.time_to_first_chunk"] = waited_ns / 1e9
-        if self._ended:
-            ended = [self._ended[key] for key in sorted(self._ended)]
-            facts["gen_ai.response.finish_reasons"] = [why for why, _ in ended]
+        written = [
+            one.finish
+            for one in self._answers
+            if one.finish is not None and one.finish.reason not in _READ_ONLY
+        ]
+        if written:
+            facts["gen_ai.response.finish_reasons"] = [finish.reason for finish in written]
             if self._has_content:
                 facts["gen_ai.output.messages"] = json.dumps(
-                    [_message("assistant", text) for _, text in ended], ensure_ascii=False
+                    [_message("assistant", finish.text) for finish in written], ensure_ascii=False
                 )
         return facts
 
-    def _on_finish(self, index: int, finish: Finish, asked: _Asked) -> None:
-        """Make the children of an answer that has ended."""
-        is_read = finish.reason in ("scored", "embedded")
-        if index == 0:  # a prompt counts once, however many answers it has
-            self._num_cached += finish.cached_tokens
-        if not is_read:
-            self._ended[asked.place, index] = (finish.reason, finish.text)
-        started_ns = asked.arrived_ns + finish.queue_ns
+    def _tell_phases(self, answer: _Answer) -> None:
+        """Make the children of one answer."""
+        which = {"lorary.prompt": answer.prompt, "lorary.answer": answer.index}
+        arrived_ns, finish = answer.arrived_ns, answer.finish
+        if finish is None:
+            now_ns = time.monotonic_ns()
+            self._child("lorary.waiting", arrived_ns, answer.first_ns or now_ns, which)
+            if answer.first_ns:
+                written = {**which, "lorary.generated_tokens": answer.num_written}
+                self._child("lorary.decode", answer.first_ns, now_ns, written)
+            return
+        started_ns = arrived_ns + finish.queue_ns
         first_ns = started_ns + finish.prefill_ns
-        which = {"lorary.prompt": asked.place, "lorary.answer": index}
-        self._child("lorary.queue", asked.arrived_ns, started_ns, which)
+        self._child("lorary.queue", arrived_ns, started_ns, which)
         if finish.adapter_load_ns:
             # It began a moment before the engine had the request, and was over before the first step.
-            loaded_ns = min(asked.submitted_ns + finish.adapter_load_ns, started_ns)
+            loaded_ns = min(answer.submitted_ns + finish.adapter_load_ns, started_ns)
             self._child("lorary.adapter_load", loaded_ns - finish.adapter_load_ns, loaded_ns, which)
         read = {
             **which,
@@ -256,7 +278,7 @@ class CallSpan:
             "lorary.cached_tokens": finish.cached_tokens,
         }
         self._child("lorary.prefill", started_ns, first_ns, read)
-        if not is_read:
+        if finish.reason not in _READ_ONLY:
             written = {
                 **which,
                 "lorary.generated_tokens": finish.completion_tokens,
@@ -274,26 +296,46 @@ class CallSpan:
         child.end(end_ns + self._to_day_ns)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """One prompt of a call: its place among them, and when it came and went to the engine."""
+class _Answer:
+    """A meter that remembers, for its call's span, what one answer came to.
 
-    place: int
-    arrived_ns: int
-    submitted_ns: int
+    Args:
+        meter: is told everything, too.
+        prompt: which prompt of the call it answers.
+        index: which answer to it this is.
+        num_read: tokens of the prompt.
+        arrived_ns: when the call came, by the monotonic clock.
+        submitted_ns: when the engine had got it.
+    """
 
-
-class _Watched:
-    """A meter, and the span of the call that it measures an answer of."""
-
-    def __init__(self, meter: Meter, span: CallSpan, asked: _Asked) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        prompt: int,
+        index: int,
+        num_read: int,
+        arrived_ns: int,
+        submitted_ns: int,
+    ) -> None:
         self._meter = meter
-        self._span = span
-        self._asked = asked
+        self.prompt = prompt
+        self.index = index
+        self.num_read = num_read
+        self.arrived_ns = arrived_ns
+        self.submitted_ns = submitted_ns
+        self.first_ns = 0
+        self.num_written = 0
+        self.finish: Finish | None = None
 
     def on_output(self, output: Output) -> None:
+        """See what one step made of it."""
         self._meter.on_output(output)
-        self._span.on_output(output, self._asked)
+        if output.token_ids:
+            self.first_ns = self.first_ns or time.monotonic_ns()
+            self.num_written += len(output.token_ids)
+        if output.finish is not None:
+            self.finish = output.finish
 
 
 def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
@@ -320,15 +362,11 @@ def _plain(value: float) -> float:
     return float(f"{value:g}") if isinstance(value, float) else value
 
 
-def _messages(message: pb.Input, kind: str) -> str:
-    """Return an input as the conventions have it, in JSON; empty where it has no text."""
+def _messages(message: pb.Input, kind: str) -> list[dict[str, Any]]:
+    """Return an input of text as the conventions have it."""
     if kind == "chat":
-        told = [_turn(one) for one in message.chat.messages]
-    elif kind in ("text", "prompt"):
-        told = [_message("user", getattr(message, kind))]
-    else:
-        return ""
-    return json.dumps(told, ensure_ascii=False)
+        return [_turn(one) for one in message.chat.messages]
+    return [_message("user", message.text if kind == "text" else message.prompt)]
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
