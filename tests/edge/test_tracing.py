@@ -277,6 +277,24 @@ async def test_scores_and_control_have_spans_and_health_has_none() -> None:
     assert "gen_ai.operation.name" not in (listed.attributes or {})
 
 
+async def test_vectors_have_one_span_with_the_phases_of_each_input() -> None:
+    seen = Seen()
+    async with traced(seen) as edge:
+        inputs = [pb.Input(prompt="2 5"), pb.Input(prompt="7")]
+        request = pb.EmbedRequest(adapter="beta", inputs=inputs, dimensions=2)
+        await edge.inference.Embed(request)
+        (embedded,) = await seen.calls(1)
+        assert len(seen.get_finished_spans()) == 1 + 2 * 3
+    assert embedded.name == "embeddings beta"
+    expected = {
+        "gen_ai.operation.name": "embeddings",
+        "gen_ai.embeddings.dimension.count": 2,
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 0,
+    }
+    assert expected.items() <= dict(embedded.attributes or {}).items()
+
+
 def refused(edge: Edge) -> Any:
     return generate(edge, "no-such-adapter")
 
