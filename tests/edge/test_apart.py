@@ -33,6 +33,7 @@ from lorary.server.engine.request import (
     Constraint,
     Finish,
     Output,
+    Pooling,
     PositionLogprobs,
     Request,
     Sampling,
@@ -141,6 +142,8 @@ def answers(client: Client) -> dict[str, Any]:
         client.classify(token_ids=IDS, adapter="bravo", labels=["good", "bad"])
     )
     told["scored"] = without_times(client.score([" cat", " dog mat"], prompt="the", with_end=True))
+    vectors = client.embed(prompts=["the cat", "a dog"], adapter="alpha", dimensions=8)
+    told["vectors"] = [without_times(vector) for vector in vectors]
     told["tokens"] = dataclasses.asdict(client.tokenize(prompt="the cat sat"))
     pieces = list(client.stream(token_ids=IDS, adapter="alpha", **kept))
     told["stream"] = [p.token_ids for p in pieces if isinstance(p, Chunk)]
@@ -386,6 +389,11 @@ def carried(*message: Any) -> list[Any]:
     return received
 
 
+def defaults_of(noun: Any) -> set[str]:
+    """Return the fields that have their default."""
+    return {f.name for f in dataclasses.fields(noun) if getattr(noun, f.name) == f.default}
+
+
 def test_a_request_travels_whole() -> None:
     sampling = Sampling(
         max_tokens=7, temperature=0.1, stop=("\n", "\u2028é\ud800"), stop_token_ids=(1, 2),
@@ -394,13 +402,15 @@ def test_a_request_travels_whole() -> None:
     request = Request(
         request_id="r/1", prompt_ids=[1, 2, 3], sampling=sampling, lease=BaseLease(), index=2,
         labels=((4, 5), (6,)), priority=-3, account="sha256:a", keep_prefix=False, arrived_s=0.1 + 0.2,
-        deadline_s=None, salt="acme", active_from=2,
+        deadline_s=1.5, salt="acme", active_from=2, pooling=Pooling(kind="mean", dimensions=8),
     )  # fmt: skip
     versions = Resolved(name="a", version=1, digest="sha256:a", alias="prod", deprecated="")
     wanted = nouns.Wanted(digest="mix:x", parts=((versions, 0.5),), execution="auto")
     what, row, held = carried("submit", request, wanted)
     assert what == "submit"
     assert nouns.request(row, request.lease) == request
+    # A field that is new and not in here is not known to travel.
+    assert defaults_of(request) == {"grammar", "execution", "is_on_merged"}
     assert nouns.wanted(held) == wanted
     assert wanted.resolved is None
     assert dataclasses.replace(wanted, digest="sha256:a").resolved == versions
@@ -412,12 +422,14 @@ def test_outputs_travel_whole() -> None:
         reason="stop", text="x\ny", matched_stop="\n", prompt_tokens=3, completion_tokens=2,
         cached_tokens=1, queue_ns=10**12, adapter_load_ns=0, prefill_ns=5, decode_ns=6,
         label_token_logprobs=((-1.0, -2.0), (-3.5,)), prompt_logprobs=(position,), is_merged=True,
+        embedding=(0.1, -2.5), cached_base_tokens=1,
     )  # fmt: skip
     outputs = [
         Output(request_id="a/1", index=0, text=" the", token_ids=[7], logprobs=(position,)),
         Output(request_id="a/1", index=1, finish=finish),
         Output(request_id="b/2", index=0, error=Unavailable("later", retry_after_s=2.5)),
     ]
+    assert not defaults_of(finish)
     _, rows = carried("outputs", outputs)
     arrived = [nouns.output(row) for row in rows]
     assert arrived[:2] == outputs[:2]

@@ -23,6 +23,7 @@ from lorary.server.engine.request import (
     Execution,
     Finish,
     Output,
+    Pooling,
     PositionLogprobs,
     Request,
     Sampling,
@@ -70,13 +71,20 @@ class Ready:
     can_merge: bool
 
 
-# Not among them: ``lease`` and ``grammar``, which are made on the other side, and what is the engine's to set.
-_REQUEST = (
-    *("request_id", "prompt_ids", "sampling", "index", "labels", "priority", "account"),
-    *("keep_prefix", "arrived_s", "deadline_s", "salt", "active_from"),
-)
+# Made on the other side, or the engine's to set.
+_NOT_SENT = ("lease", "grammar", "execution", "is_on_merged")
 _WHOLE = (
-    *(Constraint, Finish, HostStats, Limits, MergedAdapter, Output, PositionLogprobs, Ready),
+    *(
+        Constraint,
+        Finish,
+        HostStats,
+        Limits,
+        MergedAdapter,
+        Output,
+        Pooling,
+        PositionLogprobs,
+        Ready,
+    ),
     *(ResidentAdapter, Resolved, Sampling, ServerFacts, StepStats, Verdict, Wanted),
 )
 
@@ -86,7 +94,7 @@ def _names(noun: type[Any]) -> tuple[str, ...]:
 
 
 _NAMES: dict[Any, tuple[str, ...]] = {noun: _names(noun) for noun in _WHOLE}
-_NAMES[Request] = _REQUEST
+_NAMES[Request] = tuple(name for name in _names(Request) if name not in _NOT_SENT)
 _TO_ROW: dict[Any, Callable[[Any], Any]] = {
     noun: attrgetter(*names) for noun, names in _NAMES.items()
 }
@@ -140,9 +148,11 @@ def output(row: Row) -> Output:
 
 def request(row: Row, lease: Lease) -> Request:
     """Return a request with ``lease``; its grammar is still to be compiled."""
-    given = dict(zip(_REQUEST, row, strict=True))
+    given = dict(zip(_NAMES[Request], row, strict=True))
     given["sampling"] = _sampling(given["sampling"])
     given["labels"] = _tuples(given["labels"])
+    if given["pooling"] is not None:
+        given["pooling"] = plain(Pooling, given["pooling"])
     return Request(**given, lease=lease)
 
 
@@ -199,7 +209,8 @@ def _sampling(row: Row) -> Sampling:
 
 def _finish(row: Row) -> Finish:
     given = dict(zip(_NAMES[Finish], row, strict=True))
-    given["label_token_logprobs"] = _tuples(given["label_token_logprobs"])
+    for name in ("label_token_logprobs", "embedding"):
+        given[name] = _tuples(given[name])
     given["prompt_logprobs"] = tuple(map(_position, given["prompt_logprobs"]))
     return Finish(**given)
 
