@@ -1,7 +1,7 @@
-"""A histogram that one thread writes, for what is observed in every step.
+"""A histogram that one thread writes, for what is observed in every step or for every token.
 
-prometheus_client's own takes a lock for each number and walks along its bounds. Four of them took as long
-as a sixth of what a step costs in Python beside the model (docs/log.md).
+prometheus_client's own takes a lock for each number and walks along its bounds: six times as long, and four of
+them were 5 % of what a step cost in Python (docs/log.md).
 """
 
 from __future__ import annotations

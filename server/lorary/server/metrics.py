@@ -1,8 +1,9 @@
 """Every metric of the server, declared once, children bound once.
 
 ``ServerMetrics`` is what the engine and the residency report to (``ports.Observer``), from their
-own threads; prometheus_client's metrics are safe for that, and steps are told of by one thread only. Gauges
-that mirror a state (what is resident, what runs now) are read when Prometheus asks, by ``StateCollector``.
+own threads; prometheus_client's metrics are safe for that. What every step or token tells has one writer: the
+engine's thread, or the event loop. Gauges that mirror a state (what is resident, what runs now) are read when
+Prometheus asks, by ``StateCollector``.
 
 Names are ``lorary_*``; docs/operations.md lists them, and a test compares.
 """
@@ -147,7 +148,7 @@ class ServerMetrics:
             buckets=TTFT_S,
             registry=r,
         )
-        self.inter_token = Histogram(
+        self.inter_token = OneWriterHistogram(
             "lorary_inter_token_seconds",
             "Between two tokens of an answer.",
             buckets=ITL_S,
