@@ -15,6 +15,7 @@ from lorary.bases import find_base
 from lorary.bases.load import load_model
 from lorary.errors import NotMergeable, Unavailable
 from lorary.registry import BaseCard, Registry
+from lorary.server.engine.request import Pooling
 from lorary.server.native import library as native
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, greedy, write_manifest
 from tests.server.conftest import EngineWorld
@@ -286,6 +287,28 @@ def test_prefixes_are_not_shared_between_the_two(make: Callable[..., EngineWorld
         cached.append(finish.cached_tokens)
     assert cached[:2] == [0, 0]
     assert min(cached[2:]) >= 64
+
+
+@pytest.mark.parametrize("path", ["layers", "torch"])
+def test_vectors_on_merged_weights_are_pefts(
+    make: Callable[..., EngineWorld],
+    tiny_base: Path,
+    tiny_adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    take_path(path, monkeypatch)
+    world = make()
+    prompt = prompts(1)[0]
+    asked = world.submit(prompt, "alpha", execution="merged", pooling=Pooling(kind="mean"))
+    _, finish, error = world.collector.wait(asked)
+    assert error is None
+    assert finish is not None
+    assert finish.is_merged
+    body = merged_model(tiny_base, tiny_adapters["alpha"]).model
+    with torch.inference_mode():
+        hidden = body(torch.tensor([prompt])).last_hidden_state[0]
+    assert finish.embedding == pytest.approx(hidden.mean(0).tolist(), abs=1e-4)
 
 
 def test_when_memory_runs_short_the_copy_goes_first(
