@@ -25,6 +25,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from lorary.errors import ConfigError, CorruptArtifact, LoraryError, MissingDependency
+from lorary.oip import open_inference_pb2 as oip
+from lorary.oip import open_inference_pb2_grpc
 from lorary.server import logs
 from lorary.server.access.tokens import token_hash
 from lorary.server.config import ServerConfig
@@ -259,6 +261,23 @@ async def test_a_tenants_refused_call_names_the_tenant_and_the_error(tmp_path: P
     assert known.name == "POST /v1/completions"
     assert "lorary.adapter.name" not in (known.attributes or {})
     assert token not in known.to_json() + stranger.to_json()
+
+
+async def test_calls_of_the_open_inference_protocol_have_spans() -> None:
+    seen = Seen()
+    async with traced(seen, open_inference=True) as edge:
+        kind: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub
+        stub = kind(edge.channel)
+        request = oip.ModelInferRequest(model_name="alpha")
+        tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+        tensor.contents.bytes_contents.append(b"2 5")
+        await stub.ServerReady(oip.ServerReadyRequest())
+        await stub.ModelInfer(request, metadata=(("traceparent", SAMPLED),))
+        (call,) = await seen.calls()
+    assert call.name == "text_completion alpha"
+    assert call.parent is not None
+    assert f"{call.parent.span_id:016x}" == PARENT
+    assert (call.attributes or {})["rpc.method"] == "inference.GRPCInferenceService/ModelInfer"
 
 
 async def test_scores_and_control_have_spans_and_health_has_none() -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from lorary.server.interceptors import Context
 
-_OURS = "/lorary.v1."
+# Lorary's own services, and what clients of the Open Inference Protocol call about models.
+_TRACED = ("/lorary.v1.", "/inference.GRPCInferenceService/Model")
 _STREAMED = "/Generate"
 
 
@@ -72,7 +73,7 @@ class Tracing:
 
 
 class TracingInterceptor(Around):
-    """Gives every call of Lorary's own services a span; load balancers' health checks get none."""
+    """Gives every call about models and adapters a span; load balancers' health checks get none."""
 
     def __init__(self, tracing: Tracing) -> None:
         self._tracing = tracing
@@ -92,7 +93,7 @@ class _Traced:
         self._span: CallSpan | None = None
 
     async def __aenter__(self) -> None:
-        if not self._method.startswith(_OURS):
+        if not self._method.startswith(_TRACED):
             return
         metadata = self._context.invocation_metadata() or ()
         headers = {key: value for key, value in metadata if isinstance(value, str)}
