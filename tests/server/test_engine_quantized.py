@@ -185,9 +185,10 @@ def test_plans_that_this_device_cannot_do_are_refused(tiny_base: Path) -> None:
 
 
 def test_what_cannot_be_rounded_is_refused(make_world: Callable[..., EngineWorld]) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2))
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).double()
     with pytest.raises(ConfigError, match="cannot be rounded to 8 bits"):
         make_world(model=model, int8=True)
 

@@ -104,9 +104,12 @@ class LoraGroup:
         loaded = [p.data for layer in self.layers for p in layer.parameters(recurse=False)]
         self.weight, self.bias = _fuse(self.layers)
         self.packed: PackedLinear | None = None
-        if kernels is not None and self.weight is not None and kernels.can_pack(self.weight):
+        weight, bias = self.weight, self.bias
+        if kernels is not None and weight is None:
+            weight, bias = _turned(self.layers)
+        if kernels is not None and weight is not None and kernels.can_pack(weight):
             pack = kernels.pack_int8 if int8 else kernels.pack
-            self.packed = pack(self.weight, self.bias)
+            self.packed = pack(weight, bias)
             self.weight = self.bias = None
             for layer in self.layers:
                 _give_up(layer)
@@ -426,6 +429,16 @@ def _give_up(layer: nn.Module) -> None:
     """Free a layer's own weight and bias: the packed copy stands for them."""
     for parameter in layer.parameters(recurse=False):
         parameter.data = parameter.data.new_empty(0)
+
+
+def _turned(
+    layers: Sequence[nn.Module],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Copy the weight of one of GPT-2's layers, kept as [in, out], to [out, in]."""
+    if [type(layer).__name__ for layer in layers] != ["Conv1D"]:
+        return None, None
+    layer: Any = layers[0]
+    return layer.weight.data.t().contiguous(), layer.bias.data
 
 
 def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -35,7 +35,7 @@ from lorary.server.engine.sequence import Sequence
 from lorary.server.interpreter import name_thread
 from lorary.server.maths_threads import use_threads
 from lorary.server.native import library as native
-from lorary.server.native.decoder import fuse, kept_dtype
+from lorary.server.native.decoder import FusedModel, describe, kept_dtype
 from lorary.server.startup import Startup
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from lorary.server.adapters.verification import VerificationObserver
     from lorary.server.engine.engine import EngineObserver
     from lorary.server.engine.request import Output
-    from lorary.server.native.decoder import FusedModel
+    from lorary.server.native.families import ModelForm
 
 logger = logging.getLogger(__name__)
 
@@ -169,19 +169,22 @@ def assemble(
         )
     shape = KVShape.from_config(model.config, limits.max_context)
     kernels = lora.kernels
-    kept = None if kernels is None else kept_dtype(model, lora.groups, kernels, dtype)
-    kv_dtype = kept or dtype
+    form: ModelForm | str = "there are no native kernels"
+    if kernels is not None:
+        form = describe(model, lora.groups, kernels, dtype)
+    kv_dtype = dtype if isinstance(form, str) else kept_dtype(dtype)
     num_blocks = _plan_blocks(model, lora, shape, limits, kv_dtype, device)
     cache = KVCache(
         shape, num_slots=limits.max_batch, num_blocks=num_blocks, dtype=kv_dtype, device=device
     )
     fused = None
-    if kernels is not None and kept is not None:
-        fused = fuse(model, lora.groups, cache, kernels, dtype)
-    if device.type == "cpu" and fused is None:
+    if kernels is not None and not isinstance(form, str):
+        fused = FusedModel(form, cache, kernels, dtype)
+    elif device.type == "cpu":
         logger.info(
-            "%s runs operator by operator: slower than a base whose layers run natively",
+            "%s runs operator by operator, slower than a base whose layers run natively: %s",
             type(model).__name__,
+            form,
         )
     runner = Runner(model, fused)
     with startup.phase("warming up"):

@@ -68,7 +68,7 @@ struct Chunk {
 
 inline void cap(float* scores, int64_t count, float softcap) {
     if (softcap > 0.0f)
-        for (int64_t p = 0; p < count; ++p) scores[p] = softcap * std::tanh(scores[p] / softcap);
+        over_lanes(scores, count, [&](Lanes some) { return tanh_of(some / softcap) * softcap; });
 }
 
 // Turn count scores into weights, in place; -infinity becomes exactly 0.

@@ -148,6 +148,32 @@ inline Lanes exp_of(Lanes x) {
     return is_nothing ? Lanes{} : p;
 }
 
+// tanh x (Cephes' tanhf), within 2 units of the last place: an odd polynomial near 0, where 1 - 2 / (e^2x + 1)
+// would leave few digits.
+inline Lanes tanh_of(Lanes x) {
+    const Lanes size = x < 0.0f ? -x : x, square = x * x;
+    Lanes p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    p = p * square * x + x;
+    const Lanes far = 1.0f - 2.0f / (exp_of(size + size) + 1.0f);
+    return size < 0.625f ? p : x < 0.0f ? -far : far;
+}
+
+// x[i] = f(x[i]) for n elements, the last ones among zeros, so that a result does not depend on its place.
+template <typename F>
+void over_lanes(float* x, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) narrow(x + i, f(widen(x + i)));
+    if (i < n) {
+        float last[kLanes] = {};
+        std::memcpy(last, x + i, (n - i) * sizeof *x);
+        narrow(last, f(widen(last)));
+        std::memcpy(x + i, last, (n - i) * sizeof *x);
+    }
+}
+
 // Memory of one thread that lives as long as the thread: 64-byte aligned, contents undefined.
 inline float* scratch(int64_t floats) {
     static thread_local std::vector<float> memory;

@@ -1,7 +1,7 @@
-"""A decoder of the Llama kind in one native call, from embeddings to the last norm (semantics in layer.cpp).
+"""A decoder in one native call, from embeddings to the last norm (semantics in layer.cpp).
 
-The rotary tables (with their scaling) are made by transformers' own module; the head is a call of its own.
-The residual stream is float32 from the embeddings on.
+``families`` reads a model into what is built here. The rotary tables (with their scaling) are made by
+transformers' own module; the head is a call of its own. The residual stream is float32 from the embeddings on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorary.server.native.library import NativeKernels
+from lorary.errors import ConfigError
+from lorary.server.native.families import FAMILIES, ModelForm, read_model
 from lorary.server.native.products import BoundKernel
 
 if TYPE_CHECKING:
@@ -24,13 +25,10 @@ if TYPE_CHECKING:
     from lorary.server.engine.attention import AttentionPlan
     from lorary.server.engine.batch import Batch
     from lorary.server.engine.kv_cache import KVCache
+    from lorary.server.native.families import LayerForm, Norm
+    from lorary.server.native.library import NativeKernels
     from lorary.server.native.products import PackedLinear
 
-# Layers whose forward is exactly that of layer.cpp, in models whose forward is exactly embeddings,
-# rotary tables, layers, norm; whoever adds one adds its family's test.
-FAMILIES = frozenset(
-    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-)
 # Rotary embeddings whose tables depend on how long the sequences of a step are.
 _CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 # What keys and values are kept in, by what the layers multiply in; layer.cpp has the same pairs. float16
@@ -39,7 +37,8 @@ _CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 _KEPT = {torch.bfloat16: torch.float16, torch.float32: torch.float32}
 # Rests of a row, as in matmul.h.
 _RESTS = 4
-_PROJECTIONS = ("qkv", "o", "gate_up", "down")
+_PROJECTIONS = ("qkv", "o", "up", "down")
+_NORMS = ("attention_norm", "attention_after", "mlp_norm", "mlp_after", "q_norm", "k_norm")
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -58,17 +57,26 @@ class _Projection(ctypes.Structure):
     )
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", _P), ("bias", _P), ("eps", _F), ("is_centred", ctypes.c_int32))
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Projection) for name in _PROJECTIONS),
-        *((name, _P) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "k", "v")),
-        ("tables", _P),
+        *((name, _Norm) for name in _NORMS),
+        *((name, _P) for name in ("k", "v", "tables")),
         *(
             (name, _I)
             for name in ("width", "hidden", "inner", "kv_heads", "group", "dim", "window")
         ),
-        *((name, _F) for name in ("eps", "scale", "softcap")),
+        *((name, _I) for name in ("rotation", "activation", "is_parallel", "has_wide_norms")),
+        *((name, _F) for name in ("scale", "softcap", "residual")),
     )
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = (("cos", _P), ("sin", _P), ("dim", _I), ("is_interleaved", _I))
 
 
 class _Chunk(ctypes.Structure):
@@ -87,7 +95,9 @@ class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", _P),
         ("count", _I),
-        *((name, _P) for name in ("embeddings", "cos", "sin", "norm")),
+        *((name, _P) for name in ("embeddings", "positions", "rotations")),
+        ("norm", _Norm),
+        ("embedding_scale", _F),
     )
 
 
@@ -101,7 +111,7 @@ class _Step(ctypes.Structure):
         ("num_wanted", _I),
         ("out", _P),
         ("mix", _Mix),
-        *((name, _P) for name in ("hidden", "rounded", "rests", "qkv", "attended", "gate_up")),
+        *((name, _P) for name in ("hidden", "rounded", "rests", "qkv", "attended", "up")),
         *((name, _P) for name in ("bytes", "scales", "aside")),
         ("threads", ctypes.c_int32),
     )
@@ -119,7 +129,7 @@ class _Workspace:
             (2 * _RESTS, torch.int32),
             (layer.qkv.outputs, torch.float32),
             (layer.o.inputs, torch.float32),
-            (2 * layer.inner, torch.float32),
+            (layer.up.outputs, torch.float32),
             # 8-bit rows of whatever a projection reads, up to three bytes wider; a scale for each 64.
             (widest + 3, torch.uint8),
             (widest // 64 + 1, torch.float32),
@@ -189,40 +199,56 @@ class FusedModel:
     """From token ids to logits and hidden states: embeddings, layers and norm in one call, then the head.
 
     Args:
-        model: the transformers model whose layers these are.
-        layers: in order.
+        form: the model.
         cache: keys and values, in ``kept_dtype``.
         kernels: have the layers' function.
         dtype: what the layers multiply in.
+
+    Raises:
+        ConfigError: the cache has more positions than the model has learned.
     """
 
     def __init__(
-        self,
-        model: Any,
-        layers: Sequence[FusedLayer],
-        cache: KVCache,
-        kernels: NativeKernels,
-        dtype: torch.dtype,
+        self, form: ModelForm, cache: KVCache, kernels: NativeKernels, dtype: torch.dtype
     ) -> None:
-        inner = getattr(model, model.base_model_prefix)
-        structures = [layer.structure for layer in layers]
-        self._rotary = inner.rotary_emb
-        self._head = model.get_output_embeddings()
+        context = cache.shape.context
+        if form.positions is not None and context > len(form.positions):
+            raise ConfigError(
+                f"a context of {context} tokens is more than the {len(form.positions)} positions that this "
+                "base has learned; lower --max-context"
+            )
+        self._rotary = form.rotary
+        self._ropes = list(dict.fromkeys(x.rope for x in form.layers if x.rope is not None))
+        kinds = self._rotary.rope_type if self._ropes else ""
+        self._changes_rope = not _CHANGING_ROPE.isdisjoint(
+            kinds.values() if isinstance(kinds, dict) else {kinds}
+        )
+        self._head = form.head
         self._packed_head: PackedLinear | None = getattr(self._head, "packed", None)
         if self._packed_head is not None:
             self._head_function = self._packed_head.function(torch.float32)
             self._largest_function: Any = self._packed_head.largest
-        self._width = structures[0].hidden
+        self._logits_factor, self._logits_softcap = form.logits_factor, form.logits_softcap
+        layers = [_fused(layer, form.num_heads, cache, self._ropes) for layer in form.layers]
+        self._width = layers[0].structure.hidden
         self._function = kernels.layers_function(dtype)
-        self._workspace = _Workspace(structures[0], dtype)
-        assert ctypes.c_float(inner.norm.variance_epsilon).value == structures[0].eps
-        self._norm = inner.norm.weight.data.float().contiguous()
-        self._embeddings = inner.embed_tokens.weight.data.to(dtype).contiguous()
-        self._changes_rope = self._rotary.rope_type in _CHANGING_ROPE
-        self._structure = _Model()
+        self._workspace = _Workspace(layers[0].structure, dtype)
+        embeddings = form.embeddings.to(dtype).contiguous()
+        positions = None if form.positions is None else form.positions.to(dtype).contiguous()
+        rotations = [_Rotation(is_interleaved=form.is_interleaved) for _ in self._ropes]
+        self._rotations = (_Rotation * len(rotations))(*rotations)
+        self._structure = _Model(
+            embeddings=embeddings.data_ptr(),
+            positions=None if positions is None else positions.data_ptr(),
+            rotations=ctypes.addressof(self._rotations),
+            norm=_norm(form.norm),
+            embedding_scale=form.embedding_scale,
+        )
+        # Held, as the structure points into them.
+        self._tensors = (embeddings, positions, form.norm)
         self._set_layers(layers)
         if not self._changes_rope:
-            self._set_angles(torch.arange(cache.shape.context)[None])
+            self._set_angles(torch.arange(context)[None])
 
     def with_weights(self, in_place: Mapping[LoraGroup, Weights]) -> FusedModel:
         """Return the same function with other weights for some groups of its layers.
@@ -243,8 +269,6 @@ class FusedModel:
             ctypes.addressof(self._addresses),
             len(layers),
         )
-        self._structure.embeddings = self._embeddings.data_ptr()
-        self._structure.norm = self._norm.data_ptr()
         self._address = ctypes.addressof(self._structure)
 
     def forward(self, batch: Batch) -> torch.Tensor | list[int]:
@@ -270,9 +294,17 @@ class FusedModel:
             return step.found[:]
         if step.logits is not None:
             self._head_function(*step.head)
-            return step.logits
+            return self._finished(step.logits)
         logits: torch.Tensor = self._head(step.normed)
-        return logits.float()
+        return self._finished(logits.float())
+
+    def _finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return what the model makes of the head's product, in place; where it is largest stays the same."""
+        if self._logits_factor != 1.0:
+            logits.mul_(self._logits_factor)
+        if self._logits_softcap:
+            logits.div_(self._logits_softcap).tanh_().mul_(self._logits_softcap)
+        return logits
 
     def _lay_out(self, batch: Batch) -> NativeStep:
         plan, positions, wanted = batch.plan, batch.position_ids, batch.logits_rows
@@ -313,9 +345,11 @@ class FusedModel:
 
     def _set_angles(self, positions: torch.Tensor) -> None:
         """Make the rotary tables of positions int64 [1, n]."""
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), positions)
-        self._angles = cos[0].contiguous(), sin[0].contiguous()
-        self._structure.cos, self._structure.sin = (table.data_ptr() for table in self._angles)
+        dtype = torch.empty(0, dtype=torch.float32)
+        made = [self._rotary(dtype, positions, *([name] if name else [])) for name in self._ropes]
+        self._angles = [(cos[0].contiguous(), sin[0].contiguous()) for cos, sin in made]
+        for rotation, (cos, sin) in zip(self._rotations, self._angles, strict=True):
+            rotation.cos, rotation.sin, rotation.dim = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
 
 
 def _chunks(plan: AttentionPlan) -> ctypes.Array[_Chunk]:
@@ -327,93 +361,61 @@ def _chunks(plan: AttentionPlan) -> ctypes.Array[_Chunk]:
     )
 
 
-def kept_dtype(
+def describe(
     model: Any, groups: Sequence[LoraGroup], kernels: NativeKernels, dtype: torch.dtype
-) -> torch.dtype | None:
-    """Return what the cache of a model that ``fuse`` takes keeps keys and values in.
+) -> ModelForm | str:
+    """Return what ``FusedModel`` makes one function of, or the reason why it cannot.
 
-    ``groups`` are its linear layers, ``dtype`` is what they multiply in.
-
-    Returns:
-        The dtype; None when ``fuse`` does not take the model, because a layer is not of a known family,
-        has a projection that is not packed (a quantized base), another activation than SiLU, a rotary
-        embedding of a part of the head, or a dtype without a kernel.
+    ``groups`` are the model's linear layers, ``dtype`` is what they multiply in.
     """
-    layers = getattr(getattr(model, model.base_model_prefix, None), "layers", None)
-    if layers is None or not kernels.supports_layers(dtype):
-        return None
-    by_module = {name: group for group in groups for name in group.spec.modules}
-    names = {id(module): name for name, module in model.named_modules()}
-    is_known = all(_parts(layer, names[id(layer)], by_module, dtype) for layer in layers)
-    return _KEPT[dtype] if is_known else None
-
-
-def fuse(
-    model: Any,
-    groups: Sequence[LoraGroup],
-    cache: KVCache,
-    kernels: NativeKernels,
-    dtype: torch.dtype,
-) -> FusedModel:
-    """Make one function of a model whose linear layers are ``groups``; ``cache`` is of ``kept_dtype``."""
+    if not kernels.supports_layers(dtype):
+        return f"this CPU has no native product in {dtype}"
     expected = tuple(map(ctypes.sizeof, (_Layer, _Model, _Step)))
     assert kernels.structure_bytes == expected, "layer.cpp has other structures"
-    assert cache.k.dtype == _KEPT[dtype], f"a cache of {cache.k.dtype} for layers in {dtype}"
-    by_module = {name: group for group in groups for name in group.spec.modules}
-    names = {id(module): name for name, module in model.named_modules()}
-    layers = [
-        _fused(layer, _parts(layer, names[id(layer)], by_module, dtype), cache)
-        for layer in getattr(model, model.base_model_prefix).layers
-    ]
-    return FusedModel(model, layers, cache, kernels, dtype)
+    return read_model(model, groups, dtype, FAMILIES)
 
 
-def _parts(
-    layer: Any, name: str, groups: dict[str, LoraGroup], dtype: torch.dtype
-) -> list[LoraGroup]:
-    """Return a layer's projections: q/k/v, o, gate/up, down; none when layer.cpp is not its forward."""
-    config = layer.self_attn.config if type(layer).__name__ in FAMILIES else None
-    if getattr(config, "hidden_act", None) not in ("silu", "swish"):
-        return []
-    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        return []
-    paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-    parts = [groups[path] for path in (f"{name}.{path}" for path in paths) if path in groups]
-    if [len(group.layers) for group in parts] != [3, 1, 2, 1]:
-        return []
-    is_packed = all(g.packed is not None and g.packed.dtype in (dtype, torch.int8) for g in parts)
-    return parts if is_packed else []
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what layers that multiply in ``dtype`` keep keys and values in."""
+    return _KEPT[dtype]
 
 
-def _fused(layer: Any, parts: Sequence[LoraGroup], cache: KVCache) -> FusedLayer:
-    attention, config = layer.self_attn, layer.self_attn.config
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
-    weights = [None if norm is None else norm.weight.data.float().contiguous() for norm in norms]
-    index = int(attention.layer_idx)
-    k, v = cache.k[index], cache.v[index]
-    projections, kept = zip(*map(_projection, parts), strict=True)
-    window = getattr(attention, "sliding_window", None)
-    if type(layer).__name__ == "MistralDecoderLayer":
-        window = getattr(config, "sliding_window", None)
+def _fused(form: LayerForm, num_heads: int, cache: KVCache, ropes: Sequence[str]) -> FusedLayer:
+    shape = cache.shape
+    k, v = cache.k[form.index], cache.v[form.index]
+    projections, kept = zip(*map(_projection, form.groups), strict=True)
+    norms = [getattr(form, name) for name in _NORMS]
+    heads = num_heads + 2 * shape.num_kv_heads
+    assert projections[0].outputs == heads * shape.head_dim, "a cache of another shape"
     structure = _Layer(
         *projections,
-        *(None if w is None else w.data_ptr() for w in weights),
+        *map(_norm, norms),
         k.data_ptr(),
         v.data_ptr(),
         cache.tables.data_ptr(),
         cache.tables.shape[1],
         projections[0].inputs,
         projections[3].inputs,
-        cache.shape.num_kv_heads,
-        config.num_attention_heads // cache.shape.num_kv_heads,
-        cache.shape.head_dim,
-        window or 0,
-        norms[0].variance_epsilon,
-        attention.scaling,
-        0.0,
+        shape.num_kv_heads,
+        num_heads // shape.num_kv_heads,
+        shape.head_dim,
+        form.window,
+        -1 if form.rope is None else ropes.index(form.rope),
+        form.activation,
+        form.is_parallel,
+        form.q_norm is not None and form.q_norm.weight.numel() != shape.head_dim,
+        form.scale,
+        form.softcap,
+        form.residual,
     )
-    return FusedLayer(structure, tuple(parts), (weights, k, v, cache.tables, kept))
+    return FusedLayer(structure, form.groups, (norms, k, v, cache.tables, kept))
+
+
+def _norm(norm: Norm | None) -> _Norm:
+    if norm is None:
+        return _Norm()
+    bias = None if norm.bias is None else norm.bias.data_ptr()
+    return _Norm(norm.weight.data_ptr(), bias, norm.eps, norm.is_centred)
 
 
 def _projection(group: LoraGroup) -> tuple[_Projection, tuple[object, ...]]:

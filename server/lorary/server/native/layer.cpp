@@ -1,10 +1,17 @@
-// A decoder of the Llama kind but for its head, in one call: embeddings, layers, last norm; per layer
-// RMSNorm, q/k/v, rotary embedding, attention over the paged cache, output projection, RMSNorm, gated SiLU; every
-// projection with its rows' adapters.
+// A decoder but for its head, in one call: embeddings, layers, last norm; every projection with its rows'
+// adapters. A layer is, with x the residual stream of a row:
+//
+//   h  = attention_norm(x)
+//   x += residual * attention_after(o . attend(q_norm, k_norm, rotary, v of qkv . h))
+//   h' = mlp_norm(x), or h where the two are parallel
+//   x += residual * mlp_after(down . (f(gate . h') * (up . h')))      or f(up . h') without a gate
+//
+// A norm is RMSNorm or LayerNorm, and what a family has none of is left out: a null weight, rotation -1,
+// softcap 0. families.py says what each family has; nothing here knows of families.
 //
 // The residual stream and everything between products is float32; only what enters a product is
-// rounded to the weights' dtype, and keys and values to what the cache keeps. Called once per step, so that a step costs no interpreter time per
-// operator or layer, and one team of threads goes through all of it.
+// rounded to the weights' dtype, and keys and values to what the cache keeps. Called once per step, so that
+// a step costs no interpreter time per operator or layer, and one team of threads goes through all of it.
 
 #include "adapters.h"
 #include "attention.h"
@@ -27,14 +34,26 @@ struct Projection {
     int64_t storage;
 };
 
+// What enters is left as it is where `weight` is null.
+struct Norm {
+    const float *weight, *bias;  // [n]; bias null: none
+    float eps;
+    int32_t is_centred;  // LayerNorm; else RMSNorm
+};
+
+// f in the formula above; families.py has the same numbers.
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
+
 struct Layer {
-    Projection qkv, o, gate_up, down;
-    const float *attention_norm, *mlp_norm;  // [hidden]
-    const float *q_norm, *k_norm;            // [dim], or null
+    Projection qkv, o, up, down;  // `up` has the gate's outputs first, where there is one
+    Norm attention_norm, attention_after, mlp_norm, mlp_after;  // [hidden]
+    Norm q_norm, k_norm;  // [dim]; [all heads' dims] where they are wide
     void *k, *v;
     const int32_t* tables;  // [slots, width], every slot's blocks
     int64_t width, hidden, inner, kv_heads, group, dim, window;
-    float eps, scale, softcap;
+    int64_t rotation;  // which of the model's rotary tables
+    int64_t activation, is_parallel, has_wide_norms;
+    float scale, softcap, residual;
 };
 
 // What a model with weights of T keeps keys and values in; decoder.py says why.
@@ -49,18 +68,27 @@ struct CacheOf<uint16_t> {
 };
 #endif
 
+// Tables of a rotary embedding of each head's first `dim` elements.
+struct Rotation {
+    const float *cos, *sin;  // [positions, dim]
+    int64_t dim;
+    int64_t is_interleaved;  // pairs are neighbours, as in GPT-J; else halves apart, as in Llama
+};
+
 struct Model {
     const Layer* const* layers;
     int64_t count;
-    const void* embeddings;   // [vocabulary, hidden]
-    const float *cos, *sin;   // [positions, dim]
-    const float* norm;        // [hidden]
+    const void* embeddings;  // [vocabulary, hidden]
+    const void* positions;   // [positions, hidden], added to the embeddings; or null
+    const Rotation* rotations;
+    Norm norm;  // [hidden]
+    float embedding_scale;
 };
 
 struct Step {
     int64_t rows, num_decode;
     const int64_t* tokens;     // [rows]
-    const int64_t* angles;     // [rows], whose row of cos and sin; null: each has its own
+    const int64_t* angles;     // [rows], whose row of the tables of positions; null: each has its own
     const int32_t* slots;      // [rows]
     const int32_t* positions;  // [rows], in the sequence
     const int32_t* lengths;    // [num_decode]
@@ -75,42 +103,106 @@ struct Step {
     Rest* rests;       // [rows, kRests], what rounding it left
     float* qkv;        // [rows, qkv.out]
     float* attended;   // [rows, o.in]
-    float* gate_up;    // [rows, 2 * inner]
+    float* up;         // [rows, up.out]
     uint8_t* bytes;    // [rows, widest input], where weights are 8-bit
     float* scales;     // [rows, their groups], likewise
-    float* aside;      // [rows, hidden], of rows with column scales: the residual stream meanwhile
+    // [rows, hidden], of rows with column scales: the residual stream meanwhile; or what is to be
+    // normed or scaled before it is added to that.
+    float* aside;
     int32_t threads;
 };
 
 // x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467).
-void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+void rms_norm(const float* x, const Norm& norm, int64_t n, float* out) {
     Lanes squares = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) squares += widen(x + i) * widen(x + i);
     for (; i < n; ++i) squares[i % kLanes] += x[i] * x[i];
-    const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + eps);
+    const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + norm.eps);
+    const float* weight = norm.weight;
     for (i = 0; i + kLanes <= n; i += kLanes) narrow(out + i, widen(x + i) * scale * widen(weight + i));
     for (; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-// Rotary embedding of one head, in place (Su et al. 2021, arXiv:2104.09864; halves, as in Llama).
-void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
-    const int64_t half = dim / 2;
-    for (int64_t d = 0; d < half; ++d) {
-        const float a = x[d], b = x[d + half];
-        x[d] = a * cos[d] - b * sin[d];
-        x[d + half] = b * cos[d + half] + a * sin[d + half];
+// (x - mean(x)) / sd(x) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
+void layer_norm(const float* x, const Norm& norm, int64_t n, float* out) {
+    Lanes sums = {}, squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) sums += widen(x + i);
+    for (; i < n; ++i) sums[i % kLanes] += x[i];
+    const float mean = sum_of(sums) / static_cast<float>(n);
+    for (i = 0; i + kLanes <= n; i += kLanes) {
+        const Lanes off = widen(x + i) - mean;
+        squares += off * off;
+    }
+    for (; i < n; ++i) squares[i % kLanes] += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + norm.eps);
+    const float *weight = norm.weight, *bias = norm.bias;
+    for (i = 0; i + kLanes <= n; i += kLanes) {
+        const Lanes value = (widen(x + i) - mean) * scale * widen(weight + i);
+        narrow(out + i, bias ? value + widen(bias + i) : value);
+    }
+    for (; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0f);
+}
+
+// Of a norm that is there; in place is fine.
+void normalize(const Norm& norm, const float* x, int64_t n, float* out) {
+    if (norm.is_centred) {
+        layer_norm(x, norm, n, out);
+    } else {
+        rms_norm(x, norm, n, out);
     }
 }
 
-// gate / (1 + e^-gate) * up, into `gate`
-void gated_silu(float* gate, const float* up, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const Lanes g = widen(gate + i);
-        narrow(gate + i, g / (exp_of(-g) + 1.0f) * widen(up + i));
+// Rotary embedding of one head at a position, in place (Su et al. 2021, arXiv:2104.09864).
+void rotate(float* x, const Rotation& rotation, int64_t position) {
+    const int64_t half = rotation.dim / 2;
+    const float *cos = rotation.cos + position * rotation.dim, *sin = rotation.sin + position * rotation.dim;
+    const auto turn = [&](int64_t i, int64_t j) {
+        const float a = x[i], b = x[j];
+        x[i] = a * cos[i] - b * sin[i];
+        x[j] = b * cos[j] + a * sin[j];
+    };
+    if (rotation.is_interleaved) {
+        for (int64_t d = 0; d < half; ++d) turn(2 * d, 2 * d + 1);
+    } else {
+        for (int64_t d = 0; d < half; ++d) turn(d, d + half);
     }
-    for (; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// x / (1 + e^-x)
+struct Silu {
+    Lanes operator()(Lanes x) const { return x / (exp_of(-x) + 1.0f); }
+};
+
+// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), as (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+// (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2).
+struct GeluTanh {
+    Lanes operator()(Lanes x) const {
+        return x / (exp_of((x + x * x * x * 0.044715f) * -1.5957691216057308f) + 1.0f);
+    }
+};
+
+struct Relu {
+    Lanes operator()(Lanes x) const { return x > 0.0f ? x : Lanes{}; }
+};
+
+// Into `x`: f(x) * by, without `by` f(x).
+template <typename F>
+void apply(float* x, const float* by, int64_t n, F f) {
+    if (!by) return over_lanes(x, n, f);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) narrow(x + i, f(widen(x + i)) * widen(by + i));
+    over_lanes(x + i, n - i, f);
+    for (; i < n; ++i) x[i] *= by[i];
+}
+
+void activate(Activation kind, float* x, const float* by, int64_t n) {
+    switch (kind) {
+        case kSilu: return apply(x, by, n, Silu{});
+        case kGeluTanh: return apply(x, by, n, GeluTanh{});
+        case kRelu: return apply(x, by, n, Relu{});
+    }
 }
 
 // Called by every thread of a parallel region; they share the rows. make(r) returns row r, float32 [n],
@@ -122,12 +214,14 @@ void enter(const Step& step, int64_t n, Make make) {
         round_row(make(r), n, static_cast<T*>(step.rounded) + r * n, step.rests + r * kRests);
 }
 
-// Likewise, of the residual stream.
+// Likewise, of the residual stream, normed.
 template <typename T>
-void normalize(const Layer& layer, const float* weight, const Step& step, const float* hidden) {
-    enter<T>(step, layer.hidden, [&](int64_t r) {
-        float* row = scratch(layer.hidden);
-        rms_norm(hidden + r * layer.hidden, weight, layer.hidden, layer.eps, row);
+void enter_normed(const Norm& norm, int64_t n, const Step& step) {
+    enter<T>(step, n, [&](int64_t r) {
+        float* from = step.hidden + r * n;
+        if (!norm.weight) return from;
+        float* row = scratch(n);
+        normalize(norm, from, n, row);
         return row;
     });
 }
@@ -172,65 +266,114 @@ void project(const Projection& p, const Step& step, float* y) {
         });
 }
 
-// Called by every thread of a parallel region.
+// Called by every thread of a parallel region. x += residual * after(what has entered . w), x being the
+// residual stream.
 template <typename T>
-void run(const Layer& layer, const Model& model, const Step& step) {
-    float* hidden = step.hidden;
-    const int64_t rows = step.rows, dim = layer.dim, width = layer.qkv.out;
-    const int64_t heads = layer.kv_heads * layer.group;
-    const AttentionShape shape{layer.kv_heads, layer.group,   dim,
-                               layer.scale,    layer.softcap, layer.window};
-    using Kept = typename CacheOf<T>::Kept;
-    const LayerCache<Kept> cache{static_cast<Kept*>(layer.k), static_cast<Kept*>(layer.v), layer.tables,
-                                 layer.width};
-    const LayerCache<const Kept> seen{cache.k, cache.v, cache.tables, cache.width};
-    normalize<T>(layer, layer.attention_norm, step, hidden);
-    project<Into::replace, T>(layer.qkv, step, step.qkv);
+void join(const Projection& p, const Norm& after, float residual, const Step& step) {
+    if (!after.weight && residual == 1.0f) return project<Into::add, T>(p, step, step.hidden);
+    const int64_t n = p.out;
+    project<Into::replace, T>(p, step, step.aside);
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        float* row = step.qkv + r * width;
-        const int64_t angle = (step.angles ? step.angles[r] : r) * dim;
+    for (int64_t r = 0; r < step.rows; ++r) {
+        float *row = step.aside + r * n, *to = step.hidden + r * n;
+        if (after.weight) normalize(after, row, n, row);
+        for (int64_t i = 0; i < n; ++i) to[i] += residual * row[i];
+    }
+}
+
+// Called by every thread of a parallel region: norms and rotary embedding of queries and keys, in place;
+// keys and values into the cache.
+template <typename Kept>
+void place(const Layer& layer, const Model& model, const Step& step, const LayerCache<Kept>& cache,
+           const AttentionShape& shape) {
+    const int64_t dim = layer.dim, heads = layer.kv_heads * layer.group;
+    const Rotation* rotation = layer.rotation < 0 ? nullptr : model.rotations + layer.rotation;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < step.rows; ++r) {
+        float *row = step.qkv + r * layer.qkv.out, *keys = row + heads * dim;
+        const int64_t angle = step.angles ? step.angles[r] : r;
+        if (layer.has_wide_norms) {
+            normalize(layer.q_norm, row, heads * dim, row);
+            normalize(layer.k_norm, keys, layer.kv_heads * dim, keys);
+        }
         for (int64_t h = 0; h < heads + layer.kv_heads; ++h) {
-            const float* norm = h < heads ? layer.q_norm : layer.k_norm;
-            if (norm) rms_norm(row + h * dim, norm, dim, layer.eps, row + h * dim);
-            rotate(row + h * dim, model.cos + angle, model.sin + angle, dim);
+            const Norm& norm = h < heads ? layer.q_norm : layer.k_norm;
+            float* head = row + h * dim;
+            if (norm.weight && !layer.has_wide_norms) normalize(norm, head, dim, head);
+            if (rotation) rotate(head, *rotation, angle);
         }
         for (int64_t h = 0; h < layer.kv_heads; ++h) {
-            const float *key = row + (heads + h) * dim, *value = key + layer.kv_heads * dim;
+            const float *key = keys + h * dim, *value = key + layer.kv_heads * dim;
             const int64_t slot = step.slots[r], position = step.positions[r];
             convert(key, dim, cache.keys(slot, h, shape).at(position));
             convert(value, dim, cache.values(slot, h, shape).at(position));
         }
     }
-    attend_decode(step.qkv, width, dim, seen, step.attended, step.slots, step.lengths, step.num_decode,
-                  shape);
+}
+
+// Called by every thread of a parallel region.
+template <typename T>
+void run(const Layer& layer, const Model& model, const Step& step) {
+    const int64_t width = layer.qkv.out;
+    const AttentionShape shape{layer.kv_heads, layer.group,   layer.dim,
+                               layer.scale,    layer.softcap, layer.window};
+    using Kept = typename CacheOf<T>::Kept;
+    const LayerCache<Kept> cache{static_cast<Kept*>(layer.k), static_cast<Kept*>(layer.v), layer.tables,
+                                 layer.width};
+    const LayerCache<const Kept> seen{cache.k, cache.v, cache.tables, cache.width};
+    enter_normed<T>(layer.attention_norm, layer.hidden, step);
+    project<Into::replace, T>(layer.qkv, step, step.qkv);
+    if (layer.is_parallel) project<Into::replace, T>(layer.up, step, step.up);
+    place(layer, model, step, cache, shape);
+    attend_decode(step.qkv, width, layer.dim, seen, step.attended, step.slots, step.lengths,
+                  step.num_decode, shape);
     attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, step.attended, layer.o.in, shape);
     enter<T>(step, layer.o.in, [&](int64_t r) { return step.attended + r * layer.o.in; });
-    project<Into::add, T>(layer.o, step, hidden);
-    normalize<T>(layer, layer.mlp_norm, step, hidden);
-    project<Into::replace, T>(layer.gate_up, step, step.gate_up);
+    join<T>(layer.o, layer.attention_after, layer.residual, step);
+    if (!layer.is_parallel) {
+        enter_normed<T>(layer.mlp_norm, layer.hidden, step);
+        project<Into::replace, T>(layer.up, step, step.up);
+    }
     enter<T>(step, layer.inner, [&](int64_t r) {
-        float* gate = step.gate_up + r * 2 * layer.inner;
-        gated_silu(gate, gate + layer.inner, layer.inner);
-        return gate;
+        float* row = step.up + r * layer.up.out;
+        const bool is_gated = layer.up.out > layer.inner;
+        activate(static_cast<Activation>(layer.activation), row, is_gated ? row + layer.inner : nullptr,
+                 layer.inner);
+        return row;
     });
-    project<Into::add, T>(layer.down, step, hidden);
+    join<T>(layer.down, layer.mlp_after, layer.residual, step);
+}
+
+// Write row r of the residual stream.
+template <typename T>
+void embed(const Model& model, const Step& step, int64_t r, int64_t width) {
+    const T *embeddings = static_cast<const T*>(model.embeddings),
+            *positions = static_cast<const T*>(model.positions);
+    float* row = step.hidden + r * width;
+    convert(embeddings + step.tokens[r] * width, width, row);
+    if (model.embedding_scale != 1.0f)
+        for (int64_t i = 0; i < width; ++i) row[i] *= model.embedding_scale;
+    if (positions)
+        for (int64_t i = 0; i < width; ++i) row[i] += load(positions + step.angles[r] * width + i);
 }
 
 template <typename T>
 void run_all(const Model& model, const Step& step) {
     const int64_t width = model.layers[0]->hidden;
-    const float eps = model.layers[0]->eps;
-    const T* embeddings = static_cast<const T*>(model.embeddings);
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < step.rows; ++r)
-            convert(embeddings + step.tokens[r] * width, width, step.hidden + r * width);
+        for (int64_t r = 0; r < step.rows; ++r) embed<T>(model, step, r, width);
         for (int64_t i = 0; i < model.count; ++i) run<T>(*model.layers[i], model, step);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < step.num_wanted; ++r)
-            rms_norm(step.hidden + step.wanted[r] * width, model.norm, width, eps, step.out + r * width);
+        for (int64_t r = 0; r < step.num_wanted; ++r) {
+            const float* row = step.hidden + step.wanted[r] * width;
+            if (model.norm.weight) {
+                normalize(model.norm, row, width, step.out + r * width);
+            } else {
+                std::memcpy(step.out + r * width, row, width * sizeof *row);
+            }
+        }
     }
 }
 
