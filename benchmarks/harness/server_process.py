@@ -25,6 +25,7 @@ class ServerProcess:
         arguments: of ``lorary serve``, but for ports and ready file.
         folder: where its log and ready file go.
         environment: instead of this process' own.
+        module: which has the command line.
 
     Raises:
         RuntimeError: it ended before it was ready, or took too long; with the end of its log.
@@ -36,12 +37,13 @@ class ServerProcess:
         folder: Path,
         *,
         environment: Mapping[str, str] | None = None,
+        module: str = "lorary.cli.main",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log_path = folder / "server.log"
         self._ready_path = folder / "ready.json"
         self._ready_path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "lorary.cli.main", "serve", *arguments]
+        command = [sys.executable, "-m", module, "serve", *arguments]
         command += ["--port", "0", "--metrics-port", "0", "--ready-file", str(self._ready_path)]
         with self.log_path.open("wb") as log:
             # A session of its own: Ctrl-C comes to us, and we stop it in order.

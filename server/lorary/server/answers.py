@@ -41,20 +41,20 @@ class ServerFacts:
 
 def chunk(output: Output, piece: Piece | None = None) -> pb.GenerateResponse:
     """Return the event for new tokens of one answer; ``piece`` is what its text says where it may call tools."""
-    return pb.GenerateResponse(
-        chunk=pb.GenerateChunk(
-            index=output.index,
-            text=output.text if piece is None else piece.content,
-            token_ids=output.token_ids,
-            logprobs=[_logprobs(position) for position in output.logprobs],
-            tool_calls=[
-                pb.ToolCallChunk(
-                    index=part.index, id=part.id, name=part.name, arguments=part.arguments
-                )
-                for part in (piece.calls if piece is not None else ())
-            ],
+    event = pb.GenerateResponse()
+    # Once a token: fields are set in place, and only those that there are.
+    part = event.chunk
+    part.index = output.index
+    part.text = output.text if piece is None else piece.content
+    part.token_ids.extend(output.token_ids)
+    if output.logprobs:
+        part.logprobs.extend(map(_logprobs, output.logprobs))
+    if piece is not None:
+        part.tool_calls.extend(
+            pb.ToolCallChunk(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+            for call in piece.calls
         )
-    )
+    return event
 
 
 def complete(

@@ -1,7 +1,7 @@
 """Calls in flight: who may enter, and how the engine's outputs find their call.
 
 The engine hands over one list of outputs per step, from its own thread; one
-``call_soon_threadsafe`` carries it to the event loop, where each output goes to its call's queue.
+``call_soon_threadsafe`` carries it to the event loop, where each output goes to its call's mailbox.
 Everything but ``deliver`` runs on the event loop.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorary.errors import InvalidRequest, Overloaded, Unavailable
 from lorary.server.engine.request import Output
+from lorary.server.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,7 @@ class Calls:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._mailboxes: dict[str, Mailbox[Output]] = {}
         self._digests: dict[str, tuple[str, ...]] = {}
         self._num_in_flight = 0
         self._idle = asyncio.Event()
@@ -83,15 +84,15 @@ class Calls:
                 self._idle.set()
 
     @contextmanager
-    def listening(self, key: str, digests: tuple[str, ...] = ()) -> Iterator[asyncio.Queue[Output]]:
+    def listening(self, key: str, digests: tuple[str, ...] = ()) -> Iterator[Mailbox[Output]]:
         """Receive the outputs of the engine's request ``key``, in order; versions ``digests`` answer it."""
-        queue: asyncio.Queue[Output] = asyncio.Queue()
-        self._queues[key] = queue
+        mailbox: Mailbox[Output] = Mailbox()
+        self._mailboxes[key] = mailbox
         self._digests[key] = digests
         try:
-            yield queue
+            yield mailbox
         finally:
-            del self._queues[key], self._digests[key]
+            del self._mailboxes[key], self._digests[key]
 
     def deliver(self, outputs: list[Output]) -> None:
         """Hand over one step's outputs; called on the engine's thread."""
@@ -106,14 +107,14 @@ class Calls:
 
     def fail_all(self, error: LoraryError) -> None:
         """End every call in flight with ``error``."""
-        for key, queue in self._queues.items():
-            queue.put_nowait(Output(request_id=key, index=0, error=error))
+        for key, mailbox in self._mailboxes.items():
+            mailbox.put(Output(request_id=key, index=0, error=error))
 
     def fail_digest(self, digest: str, error: LoraryError) -> int:
         """End every call that a version answers with ``error``; return how many."""
         keys = [key for key, held in self._digests.items() if digest in held]
         for key in keys:
-            self._queues[key].put_nowait(Output(request_id=key, index=0, error=error))
+            self._mailboxes[key].put(Output(request_id=key, index=0, error=error))
         return len(keys)
 
     async def wait_idle(self, timeout_s: float) -> bool:
@@ -126,6 +127,6 @@ class Calls:
 
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:
-            queue = self._queues.get(output.request_id)
-            if queue is not None:  # else: cancelled, and this step did not know yet
-                queue.put_nowait(output)
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is not None:  # else: cancelled, and this step did not know yet
+                mailbox.put(output)

@@ -72,6 +72,9 @@ class CallMetrics(Protocol):
 class Around(_Interceptor):
     """Base: runs every handler of the server inside ``around``."""
 
+    def __init__(self) -> None:
+        self._wrappers: dict[str, tuple[Any, Any]] = {}
+
     def around(
         self, method: str, request: Any, context: Context
     ) -> AbstractAsyncContextManager[None]:
@@ -90,6 +93,14 @@ class Around(_Interceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        method = handler_call_details.method
+        known, wrapper = self._wrappers.get(method, (None, None))
+        if known is not handler:
+            wrapper = self._wrapper(handler, method)
+            self._wrappers[method] = handler, wrapper
+        return wrapper
+
+    def _wrapper(self, handler: Any, method: str) -> Any:
         wrap = _WRAPPERS[handler.request_streaming, handler.response_streaming]
         behaviour = next(
             b
@@ -102,7 +113,7 @@ class Around(_Interceptor):
             if b is not None
         )
         return wrap(
-            self._wrapped(behaviour, handler_call_details.method),
+            self._wrapped(behaviour, method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -199,6 +210,7 @@ class MetricsInterceptor(Around):
     """Counts and times every call."""
 
     def __init__(self, metrics: CallMetrics) -> None:
+        super().__init__()
         self._metrics = metrics
 
     def around(

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from lorary.server.calls import Calls
     from lorary.server.composition import HasAdapters
     from lorary.server.engine.request import Execution, Finish, Grammar, Lease, Output
+    from lorary.server.mailbox import Mailbox
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import (
         CompilerLike,
@@ -482,7 +483,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     @contextmanager
     def _running(
         self, target: Target, prototype: Request, num_answers: int, execution: Execution
-    ) -> Iterator[asyncio.Queue[Output]]:
+    ) -> Iterator[Mailbox[Output]]:
         """Run a call's answers on the engine, and cancel them if the call ends early.
 
         Every answer has a lease of its own, so that the first to end does not take the adapter
@@ -527,7 +528,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _stream(
         self,
-        outputs: asyncio.Queue[Output],
+        outputs: Mailbox[Output],
         target: Target,
         prototype: Request,
         readers: Sequence[CallReader | None],
@@ -578,7 +579,7 @@ def _naming_input(place: int) -> Iterator[None]:
         raise InvalidRequest(text, field=field) from error
 
 
-async def _next(outputs: asyncio.Queue[Output]) -> Output:
+async def _next(outputs: Mailbox[Output]) -> Output:
     output = await outputs.get()
     if output.error is not None:
         raise output.error

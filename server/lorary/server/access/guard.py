@@ -151,6 +151,7 @@ class AccessInterceptor(Around):
     """Lets through whom the guard knows, and keeps an audit log of what admins do."""
 
     def __init__(self, guard: Guard) -> None:
+        super().__init__()
         self._guard = guard
 
     def around(

@@ -76,6 +76,7 @@ class TracingInterceptor(Around):
     """Gives every call about models and adapters a span; load balancers' health checks get none."""
 
     def __init__(self, tracing: Tracing) -> None:
+        super().__init__()
         self._tracing = tracing
 
     def around(

@@ -1,0 +1,38 @@
+"""``lorary serve`` whose model is computed elsewhere: a step waits as one on a GPU does, and uses no core.
+
+Everything else is the server's own, the engine's thread, scheduler and sampling included; only the model's
+answer is not: the same row of logits for everybody. For what the service costs where the cores are its own.
+
+    STEP_MS=33 python -m benchmarks.harness.distant_server serve --base smollm2-135m …
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorary.cli.main import main
+from lorary.server.engine.runner import Runner
+
+if TYPE_CHECKING:
+    from lorary.server.engine.batch import Batch
+
+STEP_S = float(os.environ["STEP_MS"]) / 1000
+TOKEN = 314
+"""What every answer repeats; any token of letters."""
+
+
+@torch.inference_mode()
+def _forward(self: Runner, batch: Batch) -> torch.Tensor:
+    time.sleep(STEP_S)
+    logits = torch.zeros(len(batch.logits_rows), self.vocab_size)
+    logits[:, TOKEN] = 1.0
+    return logits
+
+
+if __name__ == "__main__":
+    Runner.forward = _forward  # type: ignore[method-assign]
+    main()
