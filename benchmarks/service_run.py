@@ -8,6 +8,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -48,6 +49,15 @@ BAR_STREAMS, BAR_IDLE_STREAMS, BAR_MINUTES = 256, 1000, 30.0
 PARTS = ("doors", "streams", "unary", "idle", "soak")
 SOAK_ADAPTERS, SOAK_RANK, SOAK_CONCURRENCY, SOAK_MEMORY = 48, 16, 8, "120MB"
 """A dozen of the adapters fit."""
+HERE, ELSEWHERE = "here", "elsewhere"
+"""Where a record's model is computed. The bars are for a service that has its cores to itself."""
+BESIDE_MODEL = (
+    ("streams", ("service_cpu_us_per_token",), "the same µs, the model computed on these cores"),
+    ("unary", ("beside_engine_ms", "p50"), "the same ms, the model computed on these cores"),
+)
+STEPS_MS = {"streams": "33", "unary": "0"}
+"""Of the server whose model is elsewhere: 30 tokens a second for each stream, and calls answered at once, so that
+the cores of whoever waits do not fall asleep: waking them is most of what a call after 12 idle ms takes."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -117,7 +127,37 @@ def main(
                         concurrency=SOAK_CONCURRENCY,
                     )
                 )
+        for part in ("streams", "unary"):
+            if part in parts:
+                with _distant(part, arguments, Path(scratch)) as server:
+                    work = _alone(part, server, prompts, setup)
+                    for _ in range(rounds):
+                        kept.measure(functools.partial(_with_model, work, ELSEWHERE))
     kept.finish(console, table_of)
+
+
+def _distant(part: str, arguments: Sequence[str], scratch: Path) -> ServerProcess:
+    """Start a server that does not compute its model on these cores, at the pace of a part."""
+    environment = {**os.environ, "STEP_MS": STEPS_MS[part], "PYTHONPATH": os.pathsep.join(sys.path)}
+    return ServerProcess(
+        arguments, scratch, environment=environment, module="benchmarks.harness.distant_server"
+    )
+
+
+def _with_model(work: Callable[[], dict[str, Any]], model: str) -> dict[str, Any]:
+    return {**work(), "model": model}
+
+
+def _alone(
+    part: str, server: ServerProcess, prompts: Sequence[Sequence[int]], setup: dict[str, Any]
+) -> Callable[[], dict[str, Any]]:
+    """Return what measures a round of ``streams`` or ``unary``."""
+    if part == "unary":
+        return functools.partial(measured.unary, server.address, prompts, setup["calls"])
+    pid = int(server.facts["pid"])
+    return functools.partial(
+        measured.streams, server.address, pid, prompts[: setup["many"]], setup["tokens"]
+    )
 
 
 def _registry(scratch: Path, base: str, *, is_filled: bool) -> tuple[Path, list[str]]:
@@ -264,12 +304,21 @@ def figures(records: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, 
         ),
     )
     for kind, path, name, most in bars:
-        values: list[float] = [
-            _value(r, path) for r in records if r["kind"] == kind and r["accepted"]
-        ]
-        value = statistics.median(values) if values else None
+        value = _median(records, kind, path, ELSEWHERE)
         found.append((name, value, f"at most {most:g}", value is not None and value <= most))
     return found
+
+
+def _median(
+    records: Sequence[dict[str, Any]], kind: str, path: Sequence[str], model: str
+) -> float | None:
+    """Return the median of a number of the accepted records of a kind, and of a model where they name one."""
+    values = [
+        _value(r, path)
+        for r in records
+        if r["kind"] == kind and r["accepted"] and r.get("model", model) == model
+    ]
+    return statistics.median(values) if values else None
 
 
 def _value(record: Any, path: Sequence[str]) -> float:
@@ -294,6 +343,10 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
     for name, value, bar, is_ok in figures(records):
         shown = "not measured on a quiet machine" if value is None else f"{value:.3g}"
         lines.append(row([name, shown, bar, "ok" if is_ok else "short"]))
+    for kind, path, name in BESIDE_MODEL:
+        value = _median(records, kind, path, HERE)
+        if value is not None:
+            lines.append(row([name, f"{value:.3g}", "", ""]))
     return "\n".join(lines)
 
 
