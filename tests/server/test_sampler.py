@@ -13,10 +13,9 @@ from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.sampler import (
     _draw_by_torch,
-    most_likely,
-    position_logprobs,
     sample,
     score_labels,
+    token_logprobs,
 )
 from lorary.server.engine.sequence import Sequence
 from lorary.server.native import library as native
@@ -118,7 +117,8 @@ def test_both_implementations_draw_the_same(vocab: int, limits: dict[str, Any]) 
         for i, u in enumerate(uniform)
     ]
     actual = kernels.draw(logits, draws)
-    expected = _draw_by_torch(logits.clone(), [sampling] * 64, uniform)
+    _, drawn = _draw_by_torch(logits.clone(), range(64), [sampling] * 64, uniform)
+    expected = drawn.tolist()
     assert sum(a != b for a, b in zip(actual, expected, strict=True)) <= 1
     assert not set(actual) & ({5, 6, 7, 8} if vocab > 40 else set())
 
@@ -133,6 +133,10 @@ def test_the_most_likely_token_is_the_first_of_the_largest(vocab: int) -> None:
     torch.manual_seed(vocab)
     logits = torch.randn(9, vocab + 3)[:, :vocab]
     expected = logits.argmax(dim=-1).tolist()
+
+    def most_likely(logits: torch.Tensor) -> list[int]:
+        return sample(logits, [row()] * len(logits), NO_EOS)
+
     assert most_likely(logits) == expected
     tied = torch.zeros(2, vocab)
     tied[1, vocab // 2 :] = 1.0
@@ -174,11 +178,14 @@ def test_min_tokens_forbids_the_end() -> None:
 
 
 def test_logprobs_are_a_log_softmax() -> None:
-    logits = torch.tensor([math.log(0.7), math.log(0.2), math.log(0.1)])
-    found = position_logprobs(logits, token=1, top=2)
+    """Two rows that want two others and none."""
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).log()
+    found, second = token_logprobs(logits, [1, 0], [2, 0])
     assert found.chosen[0] == 1
     assert found.chosen[1] == pytest.approx(math.log(0.2), abs=1e-5)
     assert [token for token, _ in found.top] == [0, 1]
+    assert (second.chosen[0], second.top) == (0, ())
+    assert second.chosen[1] == pytest.approx(math.log(0.1), abs=1e-5)
 
 
 def test_labels_are_scored_token_by_token() -> None:

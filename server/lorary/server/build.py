@@ -229,6 +229,7 @@ def build_engine(
             prefix_cache=config.prefix_cache,
             draft_rows=config.draft_rows,
             pin_threads=config.pin_threads,
+            cuda_graphs=config.cuda_graphs,
             verify=config.verify,
             quantization=quantization,
             merge_memory_bytes=config.merge_memory,

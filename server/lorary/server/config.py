@@ -266,6 +266,11 @@ class ServerConfig:
         low=0,
         high=256,
     )
+    cuda_graphs: bool = _option(
+        False,
+        "Run decode steps in a few fixed shapes, captured as CUDA graphs at start: less time between steps, for a "
+        "longer start and more GPU memory. Not yet run on a GPU.",
+    )
     max_waiting: int = _option(
         1024, "Answers that may wait for a place; more are refused.", low=1, high=2**20
     )

@@ -241,6 +241,7 @@ class LoraModel:
         kernels: the native kernels, if this device has them.
         long_from: an adapter with at least this many rows in a step is multiplied on its own, by
             torch operators.
+        has_triton: whether the Triton kernels add adapters, all rows of a step in one call a group.
     """
 
     def __init__(
@@ -287,6 +288,7 @@ class LoraModel:
         # torch's bfloat16 products with a rank's few columns cost 0.1 ms whatever their size, and
         # compile anew for every number of rows: the kernels take prompts, too (docs/log.md).
         self.long_from = 1 if row_kernels is None else NEVER
+        self.has_triton = isinstance(row_kernels, triton_ops.TritonKernels)
         for group, pool in zip(self.groups, self.pool.groups, strict=True):
             bound = None
             if row_kernels is not None:

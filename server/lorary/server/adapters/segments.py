@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorary.server.adapters.tiles import RowTiles
+from lorary.server.adapters.tiles import RowTiles, Tiling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,11 +96,24 @@ class Segments:
     device: torch.device
 
     @cached_property
+    def tiling(self) -> Tiling:
+        """Return the short part cut into tiles, on the host."""
+        return Tiling.cut(self.short_entry.tolist(), self.entries, self.short_rows.tolist())
+
+    @cached_property
     def tiles(self) -> RowTiles:
         """Return the short part as the GPU kernels want it; made when first asked for."""
-        return RowTiles.build(
-            self.short_entry.tolist(), self.entries, self.short_rows.tolist(), device=self.device
-        )
+        tiling = self.tiling
+        return tiling.on(tiling.flat(tiling.num_tiles).to(self.device), tiling.num_tiles)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether ``tiles`` are on the device already, from a step before."""
+        return "tiles" in self.__dict__
+
+    def place(self, flat: torch.Tensor) -> None:
+        """Take ``tiles`` from what has been copied to the device of ``tiling.flat``."""
+        self.__dict__["tiles"] = self.tiling.on(flat, self.tiling.num_tiles)
 
     @property
     def num_short(self) -> int:
@@ -119,6 +132,25 @@ class Segments:
         )
         columns = 0 if self.columns is None else self.columns.data_ptr()
         return (*(array.data_ptr() for array in arrays), columns, self.num_short)
+
+    @classmethod
+    def of_tiles(cls, tiles: RowTiles) -> Segments:
+        """Return what only the kernels that walk over tiles can read: all of it is on the device."""
+        nothing = tiles.rows[:0]
+        found = cls(
+            entries=(),
+            adapter_of_row=(),
+            long=(),
+            short_rows=tiles.rows,
+            short_entry=nothing,
+            rank_indptr=nothing,
+            rank_rows=tiles.rank_rows,
+            rank_scales=tiles.rank_scales,
+            columns=None,
+            device=tiles.rows.device,
+        )
+        found.__dict__["tiles"] = tiles
+        return found
 
     @classmethod
     def build(

@@ -58,6 +58,41 @@ class RowTiles:
         device: torch.device,
         num_tiles: int | None = None,
     ) -> RowTiles:
+        """Cut rows into tiles (``Tiling.cut``) and bring them to a device in one copy.
+
+        ``num_tiles`` is how many tiles to make, the rest empty; at least as many as are needed. The
+        number of rows always suffices. By default as many as are needed.
+        """
+        tiling = Tiling.cut(row_entries, entries, rows)
+        num_tiles = tiling.num_tiles if num_tiles is None else num_tiles
+        return tiling.on(tiling.flat(num_tiles).to(device), num_tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """``RowTiles`` on the host, as plain numbers.
+
+    Attributes:
+        tiles: ``TILE_FIELDS`` numbers for each tile.
+        rows: likewise of ``RowTiles``, as are the others.
+    """
+
+    tiles: list[int]
+    rows: list[int]
+    rank_rows: list[int]
+    rank_scales: list[float]
+    num_sums: int
+    max_rank: int
+
+    @property
+    def num_tiles(self) -> int:
+        """How many tiles are not empty."""
+        return len(self.tiles) // TILE_FIELDS
+
+    @classmethod
+    def cut(
+        cls, row_entries: Sequence[int], entries: Sequence[PoolEntry], rows: Sequence[int]
+    ) -> Tiling:
         """Cut rows into tiles.
 
         Args:
@@ -65,9 +100,6 @@ class RowTiles:
                 neighbours.
             entries: the adapters.
             rows: row numbers.
-            device: where the arrays go, in one copy.
-            num_tiles: how many tiles to make, the rest empty; at least as many as are needed. The
-                number of rows always suffices. By default as many as are needed.
         """
         first_rank, ranks = [], 0
         for entry in entries:
@@ -84,25 +116,36 @@ class RowTiles:
                 tiles += [start, stop - start, first_rank[index], rank, sums, columns]
                 sums += (stop - start) * rank
                 start = stop
-        needed = len(tiles) // TILE_FIELDS
-        num_tiles = needed if num_tiles is None else num_tiles
-        assert num_tiles >= needed, f"{needed} tiles do not fit in {num_tiles}"
-        tiles += [0] * TILE_FIELDS * (num_tiles - needed)
-        scales = torch.tensor([s for e in entries for s in e.scales], dtype=torch.float32)
-        parts = [
-            torch.tensor(tiles, dtype=torch.int32),
-            torch.tensor(rows, dtype=torch.int32),
-            torch.tensor([r for e in entries for r in e.rows], dtype=torch.int32),
-            scales.view(torch.int32),
-        ]
-        lengths = [part.numel() for part in parts]
-        there = torch.split(torch.cat(parts).to(device), lengths)
         return cls(
+            tiles=tiles,
+            rows=list(rows),
+            rank_rows=[r for e in entries for r in e.rows],
+            rank_scales=[s for e in entries for s in e.scales],
+            num_sums=sums,
+            max_rank=max(entries[index].rank for index in row_entries),
+        )
+
+    def flat(self, num_tiles: int) -> torch.Tensor:
+        """Return all of it as one int32 tensor on the host, scales by their bits, in ``num_tiles`` tiles."""
+        needed = self.num_tiles
+        assert num_tiles >= needed, f"{needed} tiles do not fit in {num_tiles}"
+        empty = [0] * TILE_FIELDS * (num_tiles - needed)
+        numbers = torch.tensor(
+            [*self.tiles, *empty, *self.rows, *self.rank_rows], dtype=torch.int32
+        )
+        scales = torch.tensor(self.rank_scales, dtype=torch.float32).view(torch.int32)
+        return torch.cat([numbers, scales])
+
+    def on(self, flat: torch.Tensor, num_tiles: int) -> RowTiles:
+        """Return the tiles that lie in ``flat``, wherever it is now."""
+        ranks = len(self.rank_rows)
+        there = torch.split(flat, [num_tiles * TILE_FIELDS, len(self.rows), ranks, ranks])
+        return RowTiles(
             tiles=there[0].view(num_tiles, TILE_FIELDS),
             rows=there[1],
             rank_rows=there[2],
             rank_scales=there[3].view(torch.float32),
             num_tiles=num_tiles,
-            num_sums=sums,
-            max_rank=max(entries[index].rank for index in row_entries),
+            num_sums=self.num_sums,
+            max_rank=self.max_rank,
         )

@@ -5,19 +5,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
+
 from lorary.errors import InvalidRequest, LoraryError
 from lorary.server.engine.request import DeviceLease, Finish, Output, PositionLogprobs
-from lorary.server.engine.sampler import (
-    position_logprobs,
-    prompt_logprobs,
-    sample,
-    score_labels,
-)
+from lorary.server.engine.sampler import sample, score_labels, token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from lorary.server.engine.batch import Batch
@@ -90,7 +86,8 @@ class Answers:
             kept = sequence.prompt_logprobs
             tokens = sequence.token_ids[len(kept) + 1 : len(kept) + 1 + count]
             top = sequence.request.sampling.prompt_logprobs or 0
-            kept += prompt_logprobs(logits[row : row + count], tokens, top)
+            if count:
+                kept += token_logprobs(logits[row : row + count], tokens, [top] * count)
             row += count
 
     def _choose(self, sequences: tuple[Sequence, ...], rows: torch.Tensor) -> list[Output]:
@@ -108,10 +105,13 @@ class Answers:
                 sequence.matcher.apply(rows[i])
         tokens = sample(rows, sequences, self._eos_ids)
         outputs = [*map(self._append, sequences, tokens)]
-        for i, logits in wanted.items():
-            if outputs[i].error is None:
-                top = sequences[i].request.sampling.logprobs or 0
-                outputs[i].logprobs = (position_logprobs(logits, tokens[i], top),)
+        if wanted:
+            tops = [sequences[i].request.sampling.logprobs or 0 for i in wanted]
+            logits = torch.stack(list(wanted.values()))
+            found = token_logprobs(logits, [tokens[i] for i in wanted], tops)
+            for i, logprobs in zip(wanted, found, strict=True):
+                if outputs[i].error is None:
+                    outputs[i].logprobs = (logprobs,)
         return outputs
 
     def _drafted_logits(

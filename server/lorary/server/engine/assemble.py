@@ -32,6 +32,7 @@ from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.runner import Runner
 from lorary.server.engine.scheduler import Scheduled, Scheduler
 from lorary.server.engine.sequence import Sequence
+from lorary.server.engine.static_step import StaticSteps
 from lorary.server.interpreter import name_thread
 from lorary.server.maths_threads import use_threads
 from lorary.server.native import library as native
@@ -81,6 +82,7 @@ class EngineLimits:
             0 guesses nothing.
         pin_threads: give every CPU thread of the engine a core of its own.
         verify: replay the golden probes of what is loaded: "off", "warn" or "enforce".
+        cuda_graphs: run decode steps in fixed shapes, captured as CUDA graphs at start.
         quantization: what the base is kept in, formats of a plan joined by ``+``.
         merge_memory_bytes: for the merged copy of one adapter's layers; 0 merges nothing.
         merge_share: part of the generated tokens from which on an adapter is merged unasked; 0 never is.
@@ -102,6 +104,7 @@ class EngineLimits:
     prefix_cache: bool = True
     draft_rows: int = 8
     pin_threads: bool = True
+    cuda_graphs: bool = False
     verify: Literal["off", "warn", "enforce"] = "off"
     quantization: str = "none"
     merge_memory_bytes: int = 0
@@ -148,7 +151,8 @@ def assemble(
 
     Raises:
         ConfigError: the model cannot be served: no fast tokenizer, a cache that is not keys and
-            values, attention that does not go through transformers' interface, no memory.
+            values, attention that does not go through transformers' interface, no memory, CUDA
+            graphs without a GPU.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
@@ -175,7 +179,13 @@ def assemble(
     kv_dtype = dtype if isinstance(form, str) else kept_dtype(dtype)
     num_blocks = _plan_blocks(model, lora, shape, limits, kv_dtype, device)
     cache = KVCache(
-        shape, num_slots=limits.max_batch, num_blocks=num_blocks, dtype=kv_dtype, device=device
+        shape,
+        num_slots=limits.max_batch,
+        num_blocks=num_blocks,
+        dtype=kv_dtype,
+        device=device,
+        has_scratch=limits.cuda_graphs,
+        has_triton=lora.has_triton,
     )
     fused = None
     if kernels is not None and not isinstance(form, str):
@@ -189,6 +199,12 @@ def assemble(
     runner = Runner(model, fused)
     with startup.phase("warming up"):
         _warm_up(runner, cache, lora.long_from)
+    if limits.cuda_graphs:
+        with startup.phase("capturing decode steps") as progress:
+            runner.static = StaticSteps(
+                model, cache, max_rows=limits.max_batch, max_rank=limits.max_rank
+            )
+            runner.static.prepare(progress)
     probes = ProbeRuns(
         manifest=registry.manifest,
         kinds=_kinds(limits, dtype, lora),
@@ -370,7 +386,12 @@ def _step_bytes(
     """Return the bytes of tensors that the largest step needs beside weights and cache, by making it."""
     length = min(limits.prefill_budget, shape.context - 1)
     cache = KVCache(
-        shape, num_slots=1, num_blocks=blocks_for(length + 1), dtype=dtype, device=device
+        shape,
+        num_slots=1,
+        num_blocks=blocks_for(length + 1),
+        dtype=dtype,
+        device=device,
+        has_triton=lora.has_triton,
     )
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

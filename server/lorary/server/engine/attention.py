@@ -87,27 +87,51 @@ class AttentionPlan:
         self._masks: dict[int | None, torch.Tensor] = {}
         self._chunk_blocks: dict[int, torch.Tensor] = {}
 
-    @cached_property
-    def write_index(self) -> torch.Tensor:
-        """Return int64 [T * kv_heads]: row of the flattened cache for every (token, head)."""
+    def arrays(self) -> list[torch.Tensor]:
+        """Return, on the host, all that attention reads on the device but masks; for ``place``."""
+        decode = [self._host_table(), self.lengths] if self.num_decode else []
+        chunks = [self._host_blocks(chunk) for chunk in self.chunks]
+        return [self._host_index(), *decode, *chunks]
+
+    def place(self, there: Sequence[torch.Tensor]) -> None:
+        """Take what ``arrays`` returned as it is on the device, so that nothing of it is copied again."""
+        rest = iter(there)
+        self.write_index = next(rest)
+        if self.num_decode:
+            self.decode_table, self.decode_lengths = next(rest), next(rest)
+        for chunk in self.chunks:
+            self._chunk_blocks[chunk.row] = next(rest)
+
+    def _host_index(self) -> torch.Tensor:
         positions = self.positions.long()
         block = self.cache.tables[self.slots.long(), positions // BLOCK].long()
         head = torch.arange(self.cache.shape.num_kv_heads)
         row = block[:, None] * self.cache.shape.num_kv_heads + head
         index = row * BLOCK + (positions % BLOCK)[:, None]
-        return index.view(-1).to(self.cache.k.device)
+        return index.view(-1)
+
+    def _host_table(self) -> torch.Tensor:
+        rows = self.slots[: self.num_decode].long()
+        return self.cache.tables[rows, : blocks_for(self.longest)]
+
+    def _host_blocks(self, chunk: Chunk) -> torch.Tensor:
+        count = blocks_for(chunk.start + chunk.length)
+        return self.cache.tables[chunk.slot, :count].long()
 
     @cached_property
-    def decode_blocks(self) -> torch.Tensor:
-        """Return int64 [num_decode, W]: the blocks of the decode rows, as many as the longest has."""
-        rows = self.slots[: self.num_decode].long()
-        blocks = self.cache.tables[rows, : blocks_for(self.longest)]
-        return blocks.long().to(self.cache.k.device)
+    def write_index(self) -> torch.Tensor:
+        """Return int64 [T * kv_heads]: row of the flattened cache for every (token, head)."""
+        return self._host_index().to(self.cache.k.device)
 
     @cached_property
     def decode_table(self) -> torch.Tensor:
-        """Return ``decode_blocks`` as int32."""
-        return self.decode_blocks.int()
+        """Return int32 [num_decode, W]: the blocks of the decode rows, as many as the longest has."""
+        return self._host_table().to(self.cache.k.device)
+
+    @cached_property
+    def decode_blocks(self) -> torch.Tensor:
+        """Return ``decode_table`` as int64."""
+        return self.decode_table.long()
 
     @cached_property
     def decode_lengths(self) -> torch.Tensor:
@@ -118,8 +142,7 @@ class AttentionPlan:
         """Return int64 [W]: the blocks that hold what a chunk sees."""
         blocks = self._chunk_blocks.get(chunk.row)
         if blocks is None:
-            count = blocks_for(chunk.start + chunk.length)
-            blocks = self.cache.tables[chunk.slot, :count].long().to(self.cache.k.device)
+            blocks = self._host_blocks(chunk).to(self.cache.k.device)
             self._chunk_blocks[chunk.row] = blocks
         return blocks
 

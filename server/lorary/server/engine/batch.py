@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """One step; most steps are the one before, ``advance``d.
+    """One step; most steps are the one before, ``advance``d. Its tensors are on the host, but for hidden ones.
 
     Attributes:
         token_ids: int64 [1, T].
@@ -102,10 +102,7 @@ class Batch:
         if self._moving is None:
             self._moving = _Moving(self)
         self._moving.follow(self.samplers)
-        plan, device = self.plan, self.token_ids.device
-        if device.type != "cpu":
-            self.token_ids = self._moving.token_ids.to(device)
-            self.position_ids = self._moving.position_ids.to(device)
+        plan = self.plan
         # A new one, for what was worked out of the old one's tensors is no longer true.
         self.plan = AttentionPlan(
             plan.cache, plan.slots, plan.positions, plan.num_decode, plan.chunks, plan.lengths
@@ -126,12 +123,12 @@ class _Moving:
     """The arrays of a step of decode rows that are different in the step after it, written in place.
 
     Attributes:
-        token_ids: int64 [1, T] on the host; the batch's own where the model runs there.
+        token_ids: int64 [1, T], the batch's own.
         position_ids: likewise.
     """
 
     def __init__(self, batch: Batch) -> None:
-        self.token_ids, self.position_ids = batch.token_ids.cpu(), batch.position_ids.cpu()
+        self.token_ids, self.position_ids = batch.token_ids, batch.position_ids
         # Held for as long as their addresses are written to.
         self._held = (self.token_ids, self.position_ids, batch.plan.positions, batch.plan.lengths)
         (self._tokens, self._positions, self._cache_positions, self._lengths) = map(
@@ -251,8 +248,8 @@ def build_batch(
         chunks.append(Chunk(first_row, length, sequence.slot, start, tree))
         advanced.append((sequence, count))
     return Batch(
-        token_ids=torch.tensor([rows.tokens], device=device),
-        position_ids=torch.tensor([rows.positions], device=device),
+        token_ids=torch.tensor([rows.tokens]),
+        position_ids=torch.tensor([rows.positions]),
         plan=AttentionPlan(
             cache,
             torch.tensor(rows.slots, dtype=torch.int32),
@@ -262,7 +259,7 @@ def build_batch(
         ),
         segments=Segments.build(rows.entries, device=device, long_from=long_from),
         logits_rows=torch.tensor(
-            sampler_rows + draft_rows + scorer_rows + prompt_rows, dtype=torch.long, device=device
+            sampler_rows + draft_rows + scorer_rows + prompt_rows, dtype=torch.long
         ),
         hidden_rows=torch.tensor(hidden_rows, dtype=torch.long, device=device),
         samplers=tuple(samplers),

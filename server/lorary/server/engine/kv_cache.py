@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorary.errors import ConfigError
-from lorary.server.adapters.ops import triton_ops
 from lorary.server.engine.blocks import BLOCK, blocks_for
 from lorary.server.lazy_memory import lazy_zeros
 from lorary.server.native import library as native
@@ -64,6 +63,8 @@ class KVCache:
             sequence's blocks are stale but name blocks that exist.
         native: the native kernels, where they serve this cache.
         has_triton: whether the Triton kernel attends over it.
+        scratch: number of a block that no sequence ever gets, for what rows write that only fill up a
+            step; -1 without one.
     """
 
     def __init__(
@@ -74,11 +75,20 @@ class KVCache:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
+        has_scratch: bool = False,
+        has_triton: bool = False,
     ) -> None:
         self.shape = shape
         self.num_slots = num_slots
         self.num_blocks = num_blocks
-        size = (shape.num_layers, num_blocks, shape.num_kv_heads, BLOCK, shape.head_dim)
+        self.scratch = num_blocks if has_scratch else -1
+        size = (
+            shape.num_layers,
+            num_blocks + has_scratch,
+            shape.num_kv_heads,
+            BLOCK,
+            shape.head_dim,
+        )
         try:
             # Zeros, and not whatever memory held before, because attention reads positions beyond a
             # row's own with a weight of exactly 0, and 0 times NaN would be NaN.
@@ -99,7 +109,7 @@ class KVCache:
             if isinstance(kernels, native.NativeKernels) and kernels.supports(dtype)
             else None
         )
-        self.has_triton = device.type == "cuda" and not isinstance(triton_ops.load(), str)
+        self.has_triton = has_triton
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property

@@ -10,16 +10,25 @@ import torch
 from lorary.errors import ConfigError
 from lorary.server.adapters.layers import step_segments, step_weights
 from lorary.server.engine.attention import NAME, step_plan
+from lorary.server.engine.upload import is_beside, upload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorary.server.engine.batch import Batch
+    from lorary.server.engine.static_step import StaticSteps
     from lorary.server.native.decoder import FusedModel
 
 
 class Runner:
-    """The model behind a function from ``Batch`` to logits and hidden states; engine thread only."""
+    """The model behind a function from ``Batch`` to logits and hidden states; engine thread only.
+
+    Attributes:
+        model: with Lorary's linear layers and attention.
+        fused: the native form of its layers, where there is one.
+        static: its decode steps in fixed shapes, where they are asked for.
+        vocab_size: tokens that it has an embedding for.
+    """
 
     def __init__(self, model: Any, fused: FusedModel | None = None) -> None:
         if not getattr(model, "_supports_attention_backend", False):
@@ -30,6 +39,7 @@ class Runner:
         model.set_attn_implementation(NAME)
         self.model = model
         self.fused = fused
+        self.static: StaticSteps | None = None
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
 
     def forward(self, batch: Batch) -> torch.Tensor | list[int]:
@@ -45,6 +55,9 @@ class Runner:
         fused = self.fused if merged is None else merged.fused
         if fused is not None:
             return fused.forward(batch)
+        if self.static is not None and (found := self.static.forward(batch)) is not None:
+            return found
+        token_ids, position_ids, logits_rows = _uploaded(batch)
         in_place = None if merged is None else merged.in_place
         with (
             step_plan(batch.plan),
@@ -53,10 +66,10 @@ class Runner:
             self._keeping_hidden(batch),
         ):
             output = self.model(
-                input_ids=batch.token_ids,
-                position_ids=batch.position_ids,
+                input_ids=token_ids,
+                position_ids=position_ids,
                 use_cache=False,
-                logits_to_keep=batch.logits_rows,
+                logits_to_keep=logits_rows,
             )
         logits: torch.Tensor = output.logits[0].float()
         return logits
@@ -80,3 +93,19 @@ class Runner:
             yield
         finally:
             handle.remove()
+
+
+def _uploaded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring all that a step says to the device, in one copy; return tokens, positions and rows there."""
+    own = (batch.token_ids, batch.position_ids, batch.logits_rows)
+    device = batch.plan.cache.k.device
+    if is_beside(device):
+        return own
+    segments = batch.segments
+    is_tiled = segments is not None and segments.num_short > 0 and not segments.has_tiles
+    tiles = [segments.tiling.flat(segments.tiling.num_tiles)] if segments and is_tiled else []
+    there = upload([*own, *tiles, *batch.plan.arrays()], device)
+    if segments is not None and is_tiled:
+        segments.place(there[len(own)])
+    batch.plan.place(there[len(own) + len(tiles) :])
+    return there[0], there[1], there[2]

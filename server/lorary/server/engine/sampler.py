@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorary.server.engine.request import PositionLogprobs
+from lorary.server.engine.upload import upload
 from lorary.server.native import library as native
 
 if TYPE_CHECKING:
@@ -48,20 +49,37 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[i
             logits[row, banned] = float("-inf")
         if not sampling.is_greedy:
             drawn.append(row)
-    tokens = most_likely(logits)
+    sampled = [sequences[row] for row in drawn]
+    parameters = [s.request.sampling for s in sampled]
+    uniform = [_number(s) for s in sampled]
+    kernels = native.load() if logits.device.type == "cpu" else None
+    if isinstance(kernels, native.NativeKernels):
+        return _by_kernels(kernels, logits, drawn, parameters, uniform)
+    best = logits.argmax(dim=-1)
     if drawn:
-        chosen = _draw(logits, drawn, [sequences[row] for row in drawn])
-        for row, token in zip(drawn, chosen, strict=True):
-            tokens[row] = token
+        rows, chosen = _draw_by_torch(logits, drawn, parameters, uniform)
+        best.index_copy_(0, rows, chosen)
+    # The one time that the host waits for the device.
+    tokens: list[int] = best.tolist()
     return tokens
 
 
-def most_likely(logits: torch.Tensor) -> list[int]:
-    """Return where each row of logits float32 [R, vocab] is largest."""
-    kernels = native.load() if logits.device.type == "cpu" else None
-    if isinstance(kernels, native.NativeKernels):
-        return kernels.argmax(logits)
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+def _by_kernels(
+    kernels: native.NativeKernels,
+    logits: torch.Tensor,
+    drawn: Rows[int],
+    sampling: Rows[Sampling],
+    uniform: Rows[float],
+) -> list[int]:
+    """Choose by the native kernels: the most likely, and for the rows ``drawn`` what is drawn."""
+    tokens = kernels.argmax(logits)
+    if drawn:
+        draws = [
+            native.Draw(row, p.top_k, u, p.temperature, p.top_p, p.min_p)
+            for row, p, u in zip(drawn, sampling, uniform, strict=True)
+        ]
+        for row, token in zip(drawn, kernels.draw(logits, draws), strict=True):
+            tokens[row] = token
     return tokens
 
 
@@ -79,86 +97,87 @@ def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _draw(logits: torch.Tensor, rows: list[int], sequences: Rows[Sequence]) -> list[int]:
-    """Draw one token for each of ``rows`` after temperature, top-k, top-p and min-p."""
-    sampling = [s.request.sampling for s in sequences]
-    uniform = [_number(s) for s in sequences]
-    kernels = native.load() if logits.device.type == "cpu" else None
-    if isinstance(kernels, native.NativeKernels):
-        return kernels.draw(
-            logits,
-            [
-                native.Draw(row, p.top_k, u, p.temperature, p.top_p, p.min_p)
-                for row, p, u in zip(rows, sampling, uniform, strict=True)
-            ],
-        )
-    return _draw_by_torch(logits[rows], sampling, uniform)
-
-
 def _number(sequence: Sequence) -> float:
     assert sequence.generator is not None, "a sampled row without a generator"
     return sequence.generator.random()
 
 
 def _draw_by_torch(
-    logits: torch.Tensor, sampling: Rows[Sampling], uniform: Rows[float]
-) -> list[int]:
-    """Draw one token per row, on any device; logits [R, vocab], R numbers in [0, 1)."""
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in sampling], device=device)
-    scaled = logits / temperature[:, None]
+    logits: torch.Tensor, drawn: Rows[int], sampling: Rows[Sampling], uniform: Rows[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token for each of the rows ``drawn`` after temperature, top-k, top-p and min-p.
+
+    Args:
+        logits: float32 [R, vocab], on any device.
+        drawn: D rows of it.
+        sampling: of each.
+        uniform: D numbers in [0, 1).
+
+    Returns:
+        The rows and the tokens, int64 [D] on the logits' device.
+    """
+    vocab = logits.shape[1]
+    there = upload(
+        [
+            torch.tensor(drawn),
+            torch.tensor([[p.temperature, p.top_p, p.min_p] for p in sampling]),
+            torch.tensor([p.top_k or vocab for p in sampling]),
+            torch.tensor(uniform, dtype=torch.float64),
+        ],
+        logits.device,
+    )
+    rows, shares, top_k, share = there
+    temperature, top_p, min_p = shares[:, :1], shares[:, 1:2], shares[:, 2:]
+    scaled = logits[rows] / temperature
     if any(p.top_k or p.top_p < 1.0 for p in sampling):
-        scaled = _filter_top(scaled, [p.top_k for p in sampling], [p.top_p for p in sampling])
+        scaled = _filter_top(scaled, top_k[:, None], top_p)
     probabilities = torch.softmax(scaled, dim=-1)
     if any(p.min_p for p in sampling):
-        floor = torch.tensor([p.min_p for p in sampling], device=device)[:, None]
         best = probabilities.max(dim=-1, keepdim=True).values
-        probabilities = probabilities.masked_fill(probabilities < floor * best, 0.0)
+        probabilities = probabilities.masked_fill(probabilities < min_p * best, 0.0)
     # In float64, so that the many small ones count.
     reached = probabilities.double().cumsum(dim=-1)
-    share = torch.tensor(uniform, dtype=torch.float64, device=device)
     places = torch.searchsorted(reached, (share * reached[:, -1])[:, None], right=True)
-    chosen: list[int] = places[:, 0].clamp_(max=logits.shape[1] - 1).tolist()
-    return chosen
+    return rows, places[:, 0].clamp_(max=vocab - 1)
 
 
-def _filter_top(scaled: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
-    """Set logits outside a row's top-k or its nucleus to -inf; the best token always stays."""
+def _filter_top(scaled: torch.Tensor, keep: torch.Tensor, nucleus: torch.Tensor) -> torch.Tensor:
+    """Set logits outside a row's top-k or its nucleus to -inf; the best token always stays.
+
+    Shapes: scaled [D, vocab]; keep [D, 1], how many stay, and nucleus [D, 1], the share that they reach.
+    """
     ordered, order = scaled.sort(dim=-1, descending=True)
-    vocab = scaled.shape[-1]
-    keep = torch.tensor([k or vocab for k in top_k], device=scaled.device)[:, None]
-    dropped = torch.arange(vocab, device=scaled.device) >= keep
+    dropped = torch.arange(scaled.shape[-1], device=scaled.device) >= keep
     ordered = ordered.masked_fill(dropped, float("-inf"))
     mass = torch.softmax(ordered, dim=-1).cumsum(dim=-1)
-    nucleus = torch.tensor(top_p, device=scaled.device)[:, None]
     # A token is outside once the tokens before it already reach top_p.
     before = mass - torch.softmax(ordered, dim=-1)
     ordered = ordered.masked_fill((before >= nucleus) & (nucleus < 1.0), float("-inf"))
     return torch.empty_like(scaled).scatter_(-1, order, ordered)
 
 
-def position_logprobs(logits: torch.Tensor, token: int, top: int) -> PositionLogprobs:
-    """Return log probabilities at one position; logits float32 [vocab]."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    best: tuple[tuple[int, float], ...] = ()
-    if top:
-        values, ids = logprobs.topk(top)
-        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return PositionLogprobs(chosen=(token, float(logprobs[token])), top=best)
+def token_logprobs(
+    logits: torch.Tensor, tokens: Rows[int], tops: Rows[int]
+) -> list[PositionLogprobs]:
+    """Return log probabilities of tokens, and of the likeliest beside them, in one copy to the host.
 
-
-def prompt_logprobs(logits: torch.Tensor, tokens: Rows[int], top: int) -> list[PositionLogprobs]:
-    """Return log probabilities of tokens that are given; logits float32 [R, vocab], R tokens."""
+    Args:
+        logits: float32 [R, vocab].
+        tokens: R tokens that were chosen, or given.
+        tops: how many of the likeliest each row wants.
+    """
     logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(top)
+    chosen = logprobs.gather(1, upload([torch.tensor(tokens)], logits.device)[0][:, None])
+    most = max(tops)
+    values, ids = logprobs.topk(most)
+    # As float32 an id is exact up to 2^24.
+    rows = torch.cat([chosen, values, ids.to(values.dtype)], dim=1).tolist()
     return [
         PositionLogprobs(
-            chosen=(token, logprob), top=tuple(zip(best_ids, best_values, strict=True))
+            chosen=(token, row[0]),
+            top=tuple(zip(map(int, row[1 + most : 1 + most + top]), row[1 : 1 + top], strict=True)),
         )
-        for token, logprob, best_ids, best_values in zip(
-            tokens, chosen, ids.tolist(), values.tolist(), strict=True
-        )
+        for token, top, row in zip(tokens, tops, rows, strict=True)
     ]
 
 
@@ -170,10 +189,13 @@ def score_labels(logits: torch.Tensor, labels: Rows[Rows[int]]) -> tuple[tuple[f
         labels: token ids of every label.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    scores: list[tuple[float, ...]] = []
+    rows: list[int] = []
     row = 1
     for label in labels:
-        rows = (0, *range(row, row + len(label) - 1))
-        scores.append(tuple(float(logprobs[r, t]) for r, t in zip(rows, label, strict=True)))
+        rows += (0, *range(row, row + len(label) - 1))
         row += len(label) - 1
-    return tuple(scores)
+    where = upload(
+        [torch.tensor(rows), torch.tensor([t for label in labels for t in label])], logits.device
+    )
+    found = iter(logprobs[where[0], where[1]].tolist())
+    return tuple(tuple(next(found) for _ in label) for label in labels)

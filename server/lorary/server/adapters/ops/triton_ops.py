@@ -14,6 +14,8 @@ from lorary.server.adapters.tiles import TILE_ROWS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lorary.server.adapters.tiles import RowTiles
+
 BLOCK_RANK = 16
 BLOCK_IN = 128
 BLOCK_OUT = 128
@@ -116,57 +118,64 @@ class TritonPool:
         Shapes: y [T, sum of outs] of any float dtype with unit stride in rows, x [T, in] contiguous, of
         the bound dtype.
         """
-        tiles = segments.tiles
+        # Triton launches on the current device.
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            self.expand_rows(y, self.shrink_rows(x, segments.tiles), segments.tiles)
+
+    def shrink_rows(self, x: torch.Tensor, tiles: RowTiles) -> torch.Tensor:
+        """Launch the first half: return the rank rows' sums, float32 [splits, members, sums], flat."""
         sums = self._split * self._members * tiles.num_sums
         t = torch.empty(sums, dtype=torch.float32, device=x.device)
         rank_programs = min(_RANK_PROGRAMS, -(-tiles.max_rank // BLOCK_RANK))
-        # Triton launches on the current device.
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            self._shrink[(tiles.num_tiles, self._members * self._split, rank_programs)](
-                x,
-                self._a,
-                t,
-                tiles.tiles,
-                tiles.rows,
-                tiles.rank_rows,
-                tiles.rank_scales,
-                tiles.rank_scales if self._row_scales is None else self._row_scales,
-                self._in_features,
-                self._cap,
-                self._members,
-                tiles.num_sums,
-                SPLIT=self._split,
-                HAS_SCALES=self._row_scales is not None,
-                DOT=self._dot,
-                BLOCK_ROWS=TILE_ROWS,
-                BLOCK_RANK=BLOCK_RANK,
-                BLOCK_IN=BLOCK_IN,
-                num_warps=4,
-                num_stages=3,
-            )
-            self._expand[(tiles.num_tiles, self._blocks.shape[0])](
-                y,
-                t,
-                self._table,
-                self._blocks,
-                t if self._bias is None else self._bias,
-                tiles.tiles,
-                tiles.rows,
-                tiles.rank_rows,
-                y.stride(0),
-                self._members,
-                tiles.num_sums,
-                SPLIT=self._split,
-                HAS_BIAS=self._bias is not None,
-                B=self._type,
-                ALIGN=self._align,
-                PRECISION=self._precision,
-                BLOCK_ROWS=TILE_ROWS,
-                BLOCK_RANK=BLOCK_RANK,
-                BLOCK_OUT=BLOCK_OUT,
-                num_warps=4,
-                num_stages=2,
-            )
+        self._shrink[(tiles.num_tiles, self._members * self._split, rank_programs)](
+            x,
+            self._a,
+            t,
+            tiles.tiles,
+            tiles.rows,
+            tiles.rank_rows,
+            tiles.rank_scales,
+            tiles.rank_scales if self._row_scales is None else self._row_scales,
+            self._in_features,
+            self._cap,
+            self._members,
+            tiles.num_sums,
+            SPLIT=self._split,
+            HAS_SCALES=self._row_scales is not None,
+            DOT=self._dot,
+            BLOCK_ROWS=TILE_ROWS,
+            BLOCK_RANK=BLOCK_RANK,
+            BLOCK_IN=BLOCK_IN,
+            num_warps=4,
+            num_stages=3,
+        )
+        return t
+
+    def expand_rows(self, y: torch.Tensor, t: torch.Tensor, tiles: RowTiles) -> None:
+        """Launch the second half: add what the sums ``t`` of ``shrink_rows`` make of B to ``y``, in place."""
+        self._expand[(tiles.num_tiles, self._blocks.shape[0])](
+            y,
+            t,
+            self._table,
+            self._blocks,
+            t if self._bias is None else self._bias,
+            tiles.tiles,
+            tiles.rows,
+            tiles.rank_rows,
+            y.stride(0),
+            self._members,
+            tiles.num_sums,
+            SPLIT=self._split,
+            HAS_BIAS=self._bias is not None,
+            B=self._type,
+            ALIGN=self._align,
+            PRECISION=self._precision,
+            BLOCK_ROWS=TILE_ROWS,
+            BLOCK_RANK=BLOCK_RANK,
+            BLOCK_OUT=BLOCK_OUT,
+            num_warps=4,
+            num_stages=2,
+        )
 
 
 def _type_of(language: Any, dtype: torch.dtype) -> Any:
