@@ -17,6 +17,7 @@ from scripts.engine_figures import (
     shown_figures,
     step_figures,
 )
+from scripts.gpu_figures import gpu_figures
 from scripts.measured import Measured
 from scripts.verify_figures import Figure
 from scripts.verify_run import check, console, exit_code, run, run_parts, test
@@ -68,7 +69,7 @@ def main(
         "exactness": lambda: measured.part("exactness", "exactness.py", [], exactness_figures),
         "mixes": lambda: measured.part("mixes", "mixes.py", [], mix_figures),
         "matrix": lambda: measured.part("matrix", "serving.py", _matrix_options(), matrix_figures),
-        "gpu": gpu,
+        "gpu": lambda: gpu(measured),
         "shows": lambda: shown_figures(ROOT),
     }
     minutes = sum(m for part, m in MINUTES.items() if not only or part in only)
@@ -83,17 +84,16 @@ def peers() -> list[Figure]:
     return [exit_code("make peers", run("peers", ["make", "peers"]))]
 
 
-def gpu() -> list[Figure]:
-    """Measure on a GPU where there is one."""
-    name = "GPU: decode with 32 adapters, tokens/s, times PEFT"
+def gpu(measured: Measured) -> list[Figure]:
+    """Test and measure on a GPU where there is one."""
     if not _has_gpu():
+        name = "GPU: decode with 32 adapters, tokens/s, times PEFT"
         return [Figure(name, "not run: no GPU", "see docs/benchmarks.md", is_ok=None)]
-    script = ROOT / "benchmarks" / "gpu.py"
-    if not script.exists():
-        note = "there is a GPU, and benchmarks/gpu.py is missing"
-        return [Figure(name, "not measured", "see docs/benchmarks.md", is_ok=False, note=note)]
-    done = run("gpu", [str(ROOT / ".venv/bin/python"), str(script)])
-    return [exit_code("benchmarks/gpu.py", done)]
+    python = str(ROOT / ".venv/bin/python")
+    tests = exit_code(
+        "pytest -m gpu", run("gpu-tests", [python, "-m", "pytest", "-q", "-m", "gpu"])
+    )
+    return [tests, *measured.part("gpu", "gpu.py", [], gpu_figures)]
 
 
 def _matrix_options() -> list[str]:

@@ -36,13 +36,23 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages whose speed is measured."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Return the versions of the packages whose speed is measured, of those that are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            # A checkout on a path is not installed; its commit says more.
+            continue
+    return found
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit of this checkout, and whether tracked files differ from it."""
-    head = _git("rev-parse", "HEAD")
+    """Return the commit of this checkout, and whether tracked files differ from it.
+
+    A copy without its history is told its commit by ``LORARY_COMMIT``.
+    """
+    head = _git("rev-parse", "HEAD") or os.environ.get("LORARY_COMMIT", "")
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": head or "unknown", "modified": bool(changed)}
 
@@ -59,10 +69,14 @@ def head(benchmark: str, setup: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def result_path(benchmark: str) -> Path:
-    """Return a new file for a benchmark's records, named after it, the processor and the time."""
+def result_path(benchmark: str, processor: str = "") -> Path:
+    """Return a new file for a benchmark's records, named after it, the processor and the time.
+
+    ``processor`` is what the figures are of; by default this machine's CPU.
+    """
     now = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
-    return RESULTS / f"{benchmark}-{cpu_slug()}-{now}.jsonl"
+    slug = _slug(processor) if processor else cpu_slug()
+    return RESULTS / f"{benchmark}-{slug}-{now}.jsonl"
 
 
 def newest_results(benchmark: str) -> Path:
@@ -80,7 +94,11 @@ def newest_results(benchmark: str) -> Path:
 def cpu_slug() -> str:
     """Return the processor's name as part of a file name."""
     name = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*", "", str(machine()["cpu"]), flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "cpu"
+    return _slug(name) or "cpu"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _git(*arguments: str) -> str:

@@ -18,6 +18,7 @@ from lorary.server.build import choose
 from lorary.server.native import decoder
 from lorary.server.native import library as native
 from tests.conftest import RECIPES, peft_greedy
+from tests.server.beside_peft import check_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,32 +26,6 @@ if TYPE_CHECKING:
 
     from lorary.server.adapters.rounding import Storage
     from tests.server.conftest import EngineWorld
-
-PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44], [90], [17, 18, 19, 20]]
-NAMES = ["alpha", "", "echo", "foxtrot"]
-
-
-def check_logprobs(
-    world: EngineWorld, adapters: dict[str, Path], load: Callable[[], Any], tolerance: float
-) -> None:
-    """Ask every prompt of its adapter at once; compare with PEFT over what ``load`` returns."""
-    from peft import PeftModel
-
-    ids = [
-        world.submit(p, n, logprobs=0, max_tokens=6, ignore_eos=True)
-        for p, n in zip(PROMPTS, NAMES, strict=True)
-    ]
-    for request_id, name, prompt in zip(ids, NAMES, PROMPTS, strict=True):
-        found = world.collector.logprobs(request_id)
-        tokens, _, _ = world.collector.wait(request_id)
-        model = load()
-        if name:
-            model = PeftModel.from_pretrained(model, str(adapters[name])).eval()
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].float()
-        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 :]
-        expected = [float(logprobs[i, token]) for i, token in enumerate(tokens)]
-        assert found == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -13,6 +13,8 @@ from tests.server.ops_cases import TOLERANCE, compile_for_gpus
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# With a card they are tests of that card: pytest -m gpu.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def reference(

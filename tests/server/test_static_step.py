@@ -52,30 +52,31 @@ def test_steps_in_fixed_shapes_equal_others_bit_by_bit_in_the_cache(
 ) -> None:
     """While answers begin and end at their own times: logits, keys and values, and PEFT's tokens."""
     world = make_world(max_batch=5, max_rank=33, cuda_graphs=True, draft_rows=0, start=False)
-    runner, cache = world.engine._runner, world.engine._cache
-    assert runner.static is not None
-    assert runner.static.forms[0] == Form(5, 8, 33)
-    static = runner.static.forward
+    runner, cache, steps = world.engine._runner, world.engine._cache, world.engine._runner.static
+    assert steps is not None
+    assert steps.forms[0] == Form(5, 8, 33)
+    static = steps.forward
     forms: set[Form | None] = set()
 
     def both(batch: Batch) -> torch.Tensor | None:
         """Make a step twice, in its form and without."""
-        forms.add(runner.static.form_of(batch))
+        forms.add(steps.form_of(batch))
         found = static(batch)
         if found is None:
             return None
         found = found.clone()
         kept = [part[:, : cache.num_blocks].clone() for part in (cache.k, cache.v)]
-        runner.static.forward = lambda _batch: None
+        runner.static = None
         expected = runner.forward(batch)
-        runner.static.forward = both
+        runner.static = steps
+        assert isinstance(expected, torch.Tensor)
         assert found.shape == expected.shape
         assert (found - expected).abs().max() < 1e-4
         for part, before in zip((cache.k, cache.v), kept, strict=True):
             assert (part[:, : cache.num_blocks] - before).abs().max() < 1e-5
         return found
 
-    runner.static.forward = both  # type: ignore[method-assign]
+    steps.forward = both  # type: ignore[method-assign]
     for name in {*NAMES} - {""}:
         world.residency.load(world.registry.resolve(name))
     asked = [[5 + i, 9, 30 + i, 11] * (1 + 3 * i) for i in range(len(NAMES))]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# With a card they are tests of that card: pytest -m gpu.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 OUTS = (40, 16)
 POPULARITY: dict[str, tuple[int, Callable[[int], int]]] = {
     # Number of adapters, and which one a row has; -1 is the bare base.
