@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks import options, report
 from benchmarks.harness.machine import head, result_path
-from benchmarks.harness.threads import pin_threads
+from benchmarks.harness.threads import pin_threads, unbind
 from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.synthetic import RANK
@@ -70,6 +70,7 @@ def main(
         "known": num_known,
         "rank": RANK,
     }
+    unbind()
     path = out or result_path(NAME)
     kept = Kept(path, head(NAME, setup), Quiet(tolerate=tolerate_load, retries=retries))
     with tempfile.TemporaryDirectory(prefix="lorary-lifecycle-") as scratch:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks import options, report
 from benchmarks.harness.machine import head, result_path
-from benchmarks.harness.threads import pin_threads
+from benchmarks.harness.threads import pin_threads, unbind
 from benchmarks.kept import Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.mix_cases import (
@@ -136,6 +136,7 @@ def main(
         "fitting": NUM_FITTING,
         "rank": RANK,
     }
+    unbind()
     path = out or result_path(NAME)
     with tempfile.TemporaryDirectory(prefix="lorary-mixes-") as scratch:
         is_complete = _run(Path(scratch), path, setup, concurrency, tolerate_load, retries)

@@ -75,3 +75,12 @@ def all_cores() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, bound)
+
+
+def unbind() -> None:
+    """Give this thread, and those that it will start, every core again, for good.
+
+    For an engine that pins its own threads as the server's does: what it starts beside them (loads) would share
+    this thread's one core, and leave the other to nobody.
+    """
+    os.sched_setaffinity(0, set(pinned_cores()))
