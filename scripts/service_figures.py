@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING
 from benchmarks import report
 from benchmarks.service_run import BAR_IDLE_STREAMS, BAR_MINUTES, BAR_STREAMS, NAME, figures
 from scripts.engine_figures import section_figure
-from scripts.verify_figures import Figure, at_least
+from scripts.verify_figures import Figure, at_least, at_most
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from scripts.proven import Proof
+
+DOORS = ("gRPC", "HTTP", "sockets")
+BAR_INPUTS, BAR_FUZZ_MB = 10_000, 24
+FUZZ_INPUTS = 12_000
+"""More than the bar: of inputs drawn at random, some are drawn twice and sent once."""
 
 
 def service_figures(path: Path) -> list[Figure]:
@@ -28,6 +36,31 @@ def service_figures(path: Path) -> list[Figure]:
     ]
     promised = (("many", BAR_STREAMS), ("idle", BAR_IDLE_STREAMS), ("minutes", BAR_MINUTES))
     return [*found, *(at_least(f"service: {key}", setup.get(key, 0), n) for key, n in promised)]
+
+
+def fuzz_figures(proofs: Sequence[Proof]) -> list[Figure]:
+    """Read how many inputs went through which door, what was wrong with them, and what they left behind."""
+    told = dict(pair for proof in proofs for pair in proof.recorded)
+    begins = "inputs through "
+    counts = {k.removeprefix(begins): int(v) for k, v in told.items() if k.startswith(begins)}
+    shown = ", ".join(f"{count} through {door}" for door, count in counts.items())
+    total = sum(counts.values())
+    return [
+        Figure(
+            "fuzz: inputs",
+            f"{total}" + (f": {shown}" if shown else ""),
+            f"at least {BAR_INPUTS}, through each of {', '.join(DOORS)}",
+            is_ok=total >= BAR_INPUTS and counts.keys() >= set(DOORS),
+        ),
+        _told_at_most("fuzz: faults", told.get("faults"), 0),
+        _told_at_most("fuzz: MB of memory more", told.get("megabytes more"), BAR_FUZZ_MB),
+    ]
+
+
+def _told_at_most(name: str, told: str | None, bar: float) -> Figure:
+    if told is None:
+        return Figure(name, "not measured", f"at most {bar:g}", is_ok=False)
+    return at_most(name, float(told), bar)
 
 
 def shown_figures(root: Path) -> list[Figure]:

@@ -9,7 +9,7 @@ import typer
 
 from benchmarks.harness.machine import ROOT
 from scripts.measured import Measured
-from scripts.service_figures import service_figures, shown_figures
+from scripts.service_figures import FUZZ_INPUTS, fuzz_figures, service_figures, shown_figures
 from scripts.verify_run import check, console, run_parts, run_tests
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ TESTS = {
         "tests/edge/test_status.py",
         "tests/edge/test_generate.py",
         "tests/edge/test_bad_input.py",
+        "tests/edge/test_bad_peers.py",
         "tests/edge/test_control.py",
         "tests/edge/test_ending.py",
         "tests/edge/test_edge_docs.py",
@@ -30,7 +31,8 @@ TESTS = {
     "openai": (
         "tests/edge/test_openai.py",
         "tests/edge/test_openai_fuzz.py",
-        "tests/edge/test_tools.py",
+        "tests/edge/test_description.py",
+        "tests/e2e/test_tools.py",
     ),
     "access": ("tests/edge/test_access.py", "tests/edge/test_jwt.py"),
     "life": ("tests/edge/test_serve_process.py", "tests/e2e/test_rollout.py"),
@@ -60,7 +62,9 @@ TESTS = {
     "console": ("tests/edge/test_console.py", "tests/e2e/test_console.py"),
 }
 """Tests that are promises of their own."""
-MINUTES = {"check": 2, **dict.fromkeys(TESTS, 1), "service": 45, "shows": 0}
+FUZZ = ("tests/fuzz",), (f"LORARY_FUZZ_INPUTS={FUZZ_INPUTS}",)
+"""Calls that nobody would make, through both doors: many more than in the suite."""
+MINUTES = {"check": 2, **dict.fromkeys(TESTS, 1), "fuzz": 5, "service": 45, "shows": 0}
 """What each part takes on two quiet cores."""
 
 
@@ -78,6 +82,7 @@ def main(
     parts: dict[str, Callable[[], Sequence[Figure]]] = {
         "check": check,
         **{part: partial(run_tests, part, files) for part, files in TESTS.items()},
+        "fuzz": lambda: run_tests("fuzz", FUZZ[0], fuzz_figures, variables=FUZZ[1]),
         "service": lambda: measured.part("service", "service.py", [], service_figures),
         "shows": lambda: shown_figures(ROOT),
     }

@@ -14,7 +14,8 @@ from benchmarks.library import Member, fill
 from benchmarks.service_run import BAR_GROWTH
 from lorary.bases import find_base
 from lorary.registry import Registry
-from scripts.service_figures import service_figures
+from scripts.proven import Proof
+from scripts.service_figures import DOORS, fuzz_figures, service_figures
 
 
 def test_parts_measure_a_real_server(
@@ -86,3 +87,20 @@ def test_every_bar_is_held_and_what_is_less_than_promised_is_short(tmp_path: Pat
     assert states(soak={"accepted": False}).count(False) == 3
     assert states({"many": 256, "idle": 1000, "minutes": 1.0}).count(False) == 1
     assert [f.is_ok for f in service_figures(tmp_path / "none")] == [False] * 10
+
+
+def test_fuzzing_is_short_when_it_was_less_or_found_something() -> None:
+    whole = {f"inputs through {door}": 4000 for door in DOORS}
+
+    def states(**changed: object) -> list[bool | None]:
+        told = {**whole, "faults": 0, "megabytes more": 1.5, **changed}
+        recorded = tuple((name, str(value)) for name, value in told.items())
+        return [
+            f.is_ok for f in fuzz_figures([Proof(name="x", has_passed=True, recorded=recorded)])
+        ]
+
+    assert states() == [True, True, True]
+    assert states(faults=1) == [True, False, True]
+    assert states(**{"inputs through HTTP": 1000}) == [False, True, True]
+    assert states(**{"megabytes more": 90}) == [True, True, False]
+    assert [f.is_ok for f in fuzz_figures([])] == [False] * 3

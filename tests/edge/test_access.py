@@ -345,6 +345,9 @@ async def test_tls_with_client_certificates_and_a_renewed_one(
         with pytest.raises(LoraryError):
             async with AsyncClient(edge.address, timeout_s=2) as plain:
                 await plain.server_info()
+        # Half written, it changes nothing for those who connect now.
+        server.key.write_text("half of it")
+        assert await ask(edge, certificate=mine.certificate, key=mine.key) == "8 "
         # Renewed by another authority: what connects now sees the new certificate.
         renewed = issue(tmp_path, stranger, "renewed", "DNS:localhost,IP:127.0.0.1")
         for fresh, old in ((renewed.key, server.key), (renewed.certificate, server.certificate)):

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
+from lorary.errors import InvalidRequest
 from lorary.v1 import inference_pb2 as pb
 from tests.edge.fakes import CONTEXT, VOCAB, serving
 
@@ -253,3 +254,51 @@ async def test_oversized_metadata_is_refused_and_the_server_lives(edge: Edge) ->
         await call
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (await edge.inference.GetServerInfo(pb.GetServerInfoRequest())).base == "tiny"
+
+
+GARBAGE = b"\xff\xff\xff"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lorary.v1.Inference/Generate",
+        "lorary.v1.Inference/Tokenize",
+        "lorary.v1.Control/ListAdapters",
+        "grpc.health.v1.Health/Check",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_bytes_that_are_no_message_are_bad_input_like_any_other(
+    edge: Edge, method: str
+) -> None:
+    """Of a unary method, of one that streams answers, and of one that streams both ways."""
+
+    async def sent() -> AsyncIterator[bytes]:
+        yield GARBAGE
+
+    bare: Any = edge.channel.stream_stream
+    call = bare(f"/{method}")(sent())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details(caught.value)["BadRequest"].field_violations[0].field == "request"
+    assert trailing(caught.value)["lorary-request-id"]
+    labels = {"method": method.rpartition("/")[2], "code": "INVALID_ARGUMENT"}
+    assert edge.metrics.registry.get_sample_value("lorary_requests_total", labels)
+
+
+async def test_what_an_error_quotes_fits_on_the_wire_in_any_script(edge: Edge) -> None:
+    """A status' text takes three bytes for one beyond ASCII, and peers cap all of an end at 8 KiB."""
+    edge.registry.broken = InvalidRequest("begin" + "\U0001f600" * 5000 + "end", field="adapter")
+    try:
+        request = pb.GenerateRequest(adapter="unheard-of", input=pb.Input(prompt="2"))
+        error = await generate_error(edge, request)
+    finally:
+        edge.registry.broken = None
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    said = details(error)["BadRequest"].field_violations[0].description
+    assert said == error.details()
+    assert said.startswith("begin\U0001f600")
+    assert said.endswith("\U0001f600end")

@@ -148,6 +148,9 @@ async def test_health_names_the_process_and_the_service(edge: Edge) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health_of(edge, "nobody")
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    stub: Any = health_pb2_grpc.HealthStub(edge.channel)
+    listed = await stub.List(health_pb2.HealthListRequest())
+    assert {"", "lorary.v1.Inference"} <= set(listed.statuses)
 
 
 async def test_drain_lets_running_calls_end_and_refuses_new_ones() -> None:

@@ -549,3 +549,39 @@ async def test_draining_finishes_streams_and_refuses_the_rest() -> None:
         reasons = [chunk.choices[0].finish_reason async for chunk in stream]
         assert reasons[-1] == "length"
         await served
+
+
+HALF = "\ud800"
+JSON = {"content-type": "application/json"}
+UNWRITABLE = [
+    ("/v1/chat/completions", {"messages": [{"role": HALF, "content": "2"}]}, "messages[0].role"),
+    ("/v1/chat/completions", {"model": HALF, "messages": GREETING}, "model"),
+    ("/v1/completions", {"prompt": "2", "execution": HALF}, "execution"),
+    ("/v1/completions", {"prompt": "2", "logit_bias": {"5": 10**400}}, "logit_bias.5"),
+    ("/v1/completions", {"prompt": "2", "logit_bias": {"5": True}}, "logit_bias.5"),
+    ("/tokenize", {"prompt": HALF}, "prompt"),
+    ("/tokenize", {"model": HALF, "prompt": "2"}, "model"),
+    ("/console/api/promote", {"name": HALF}, "name"),
+    ("/console/api/rollback", {"name": "alpha", "alias": HALF}, "alias"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), UNWRITABLE)
+async def test_json_that_no_message_can_hold_is_refused_by_its_member(
+    http: httpx.AsyncClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    """Half a surrogate pair, which JSON can write and Unicode cannot; numbers beyond any float."""
+    answer = await http.post(path, content=json.dumps(body), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("depth", [300, 900, 985, 990, 994, 3000])
+async def test_a_schema_of_any_depth_is_taken_or_refused(
+    http: httpx.AsyncClient, depth: int
+) -> None:
+    """Python's reader and writer of JSON give up at depths of their own."""
+    schema = '{"items":' * depth + "{}" + "}" * depth
+    wanted = f'{{"type":"json_schema","json_schema":{{"schema":{schema}}}}}'
+    body = f'{{"prompt":"2","max_tokens":1,"response_format":{wanted}}}'
+    answer = await http.post("/v1/completions", content=body, headers=JSON)
+    assert answer.status_code in (200, 400), answer.text

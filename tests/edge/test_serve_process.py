@@ -222,6 +222,12 @@ def test_a_port_in_use_is_exit_78_in_one_line_before_the_base_is_loaded(
             78,
             "--trusted-keys",
         ),
+        (
+            ["--base", "BASE", "--tls-cert", "/no/such.pem", "--tls-key", "/x.key"],
+            78,
+            "/no/such.pem",
+        ),
+        (["--base", "BASE", "--max-batches", "8"], 2, "--max-batches"),
         ([], 2, "--base"),
     ],
 )

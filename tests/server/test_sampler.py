@@ -123,6 +123,24 @@ def test_both_implementations_draw_the_same(vocab: int, limits: dict[str, Any]) 
     assert not set(actual) & ({5, 6, 7, 8} if vocab > 40 else set())
 
 
+@pytest.mark.parametrize("limits", [{}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.5}])
+@pytest.mark.parametrize("temperature", [2.0**-149, 1e-39, 1e-30])
+def test_next_to_zero_the_best_is_drawn(temperature: float, limits: dict[str, Any]) -> None:
+    """One over a denormal is infinite, and infinity times nothing is no number."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    best = [int(logits.argmax())]
+    assert sample(logits, [row(seed=1, temperature=temperature, **limits)], NO_EOS) == best
+    sampling = Sampling(max_tokens=1, temperature=temperature, **limits)
+    assert _draw_by_torch(logits, [0], [sampling], [0.9])[1].tolist() == best
+
+
+def test_a_penalty_next_to_zero_leaves_numbers() -> None:
+    logits = torch.tensor([[5.0, 3.0, 1.0]])
+    sequence = row(repetition_penalty=2.0**-149)  # of tokens 0 and 1
+    assert sample(logits, [sequence], NO_EOS) == [0]
+    assert not torch.log_softmax(logits, dim=-1).isnan().any()
+
+
 def test_ties_at_the_border_keep_the_lowest_tokens() -> None:
     found = frequencies(400, [1.0, 2.0, 1.0, 1.0], temperature=1.0, top_k=2)
     assert set(found) == {0, 1}

@@ -250,7 +250,7 @@ class Server:
             further=[*console, *v2],
             tracing=core.tracing,
         )
-        self._http = Listener(app, config.tls)
+        self._http = Listener(app, config.tls, stall_s=config.stall_timeout)
         try:
             port = await self._http.start(host, config.http_port or 0)
         except OSError as error:

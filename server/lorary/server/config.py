@@ -325,6 +325,12 @@ class ServerConfig:
     drain_timeout: float = _option(
         30.0, "Seconds that running calls get after that.", low=0.0, high=86_400.0
     )
+    stall_timeout: float = _option(
+        60.0,
+        "Seconds for which a stream waits for a caller who has stopped reading it; then it ends.",
+        low=0.1,
+        high=86_400.0,
+    )
     reflection: bool | None = _option(
         None, "Offer gRPC reflection; by default only on a loopback host."
     )

@@ -14,10 +14,16 @@ from lorary.errors import ConfigError, EngineFailed, Unavailable
 from lorary.server.access.grants import GrantsFile
 from lorary.server.access.guard import AccessInterceptor, Guard
 from lorary.server.control import ControlService
-from lorary.server.interceptors import ErrorInterceptor, MetricsInterceptor, RequestIdInterceptor
+from lorary.server.interceptors import (
+    DecodingInterceptor,
+    ErrorInterceptor,
+    MetricsInterceptor,
+    RequestIdInterceptor,
+)
 from lorary.server.rollout.build import build_rollout
 from lorary.server.rollout.health import AdapterHealth
 from lorary.server.service import InferenceService, Parts
+from lorary.server.state_metrics import LoopCollector
 from lorary.server.targets import Prompts, Targets
 from lorary.server.tracing.calls import TracingInterceptor
 
@@ -95,6 +101,7 @@ class Core:
             facts=backend.facts,
             limits=backend.limits,
             rollout=self.rollout,
+            stall_s=config.stall_timeout,
             merging=backend.merging,
             compositions=backend.compositions,
         )
@@ -116,12 +123,14 @@ class Core:
             MetricsInterceptor(self.metrics),
             *traced,
             *access,
+            DecodingInterceptor(),
         )
 
     def attach(self) -> None:
         """Take the running event loop for the one that brings the calls; before ``begin``."""
         loop = asyncio.get_running_loop()
         self.calls.attach(loop)
+        self.metrics.registry.register(LoopCollector(loop))
         self.metrics.on_failure = lambda error: loop.call_soon_threadsafe(self._on_failure, error)
 
     def begin(self) -> None:

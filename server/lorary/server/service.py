@@ -37,6 +37,7 @@ from lorary.server.current_call import current_call, request_id
 from lorary.server.engine.request import Constraint, Request, Sampling
 from lorary.server.interceptors import add_trailing, set_request_id
 from lorary.server.rollout.shadow import Prepared
+from lorary.server.stalls import Writer
 from lorary.server.together import together
 from lorary.server.tools.definitions import check_options, read_toolset
 from lorary.server.tools.grammar import closed_schema
@@ -96,6 +97,7 @@ class Parts:
     facts: ServerFacts
     limits: validate.Limits
     rollout: Rollout
+    stall_s: float
     merging: MergingLike | None = None
     compositions: CompositionsLike | None = None
 
@@ -541,19 +543,23 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             [metrics.answer(target.name, prototype.arrived_s) for _ in readers], prototype
         )
         num_open = len(readers)
-        while num_open:
-            output = await _next(outputs)
-            meters[output.index].on_output(output)
-            observation.see(output)
-            reader = readers[output.index]
-            if output.token_ids or output.text:
-                is_last = output.finish is not None
-                piece = reader.push(output.text, is_last=is_last) if reader else None
-                await context.write(answers.chunk(output, piece))
-            if output.finish is not None:
-                num_open -= 1
-                receipt = answers.receipt(self._parts.facts, target, request_id(), output.finish)
-                await context.write(answers.complete(output, output.finish, receipt, reader))
+        writer = Writer(context, self._parts.stall_s)
+        with writer.watched():
+            while num_open:
+                output = await _next(outputs)
+                meters[output.index].on_output(output)
+                observation.see(output)
+                reader = readers[output.index]
+                if output.token_ids or output.text:
+                    is_last = output.finish is not None
+                    piece = reader.push(output.text, is_last=is_last) if reader else None
+                    await writer.write(answers.chunk(output, piece))
+                if output.finish is not None:
+                    num_open -= 1
+                    receipt = answers.receipt(
+                        self._parts.facts, target, request_id(), output.finish
+                    )
+                    await writer.write(answers.complete(output, output.finish, receipt, reader))
 
 
 def _toolset(message: pb.Input, params: pb.SamplingParams | None = None) -> Toolset | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -95,6 +96,18 @@ class StateCollector:
         for resident in shown:
             info.add_metric([resident.name, str(resident.version), resident.digest], 1)
         yield info
+
+
+class LoopCollector:
+    """What runs on the event loop that brings the calls."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauge as it is now; on whichever thread Prometheus is answered."""
+        count = len(asyncio.all_tasks(self._loop))
+        yield _gauge("lorary_event_loop_tasks", "Tasks of the server's event loop.", count)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

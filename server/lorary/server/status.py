@@ -49,6 +49,8 @@ DOMAIN = "lorary"
 DETAILS_KEY = "grpc-status-details-bin"
 # Details travel in trailing metadata, which peers cap at 8 KiB; the message travels twice.
 MAX_MESSAGE_CHARS = 700
+MAX_WIRE_BYTES = 2048
+"""Of a message as gRPC writes it: three bytes for each byte that is no printable ASCII."""
 # Errors about the server's inside: the caller gets the status and an id, the log gets the text.
 PRIVATE = (ConfigError, EngineFailed, MissingDependency, StorageError, TrainingFailed)
 _FOLDERS = re.compile(r"(?<![\w/])/(?:[^\s'\":/]+/)+")
@@ -71,7 +73,10 @@ def public_message(error: LoraryError) -> str:
     message = str(error)
     if not isinstance(error, InvalidRequest | InvalidRef):
         message = _FOLDERS.sub("…/", message)
-    return clip(message)
+    message = clip(message)
+    while (size := _wire_bytes(message)) > MAX_WIRE_BYTES:
+        message = clip(message, len(message) * MAX_WIRE_BYTES // size)
+    return message
 
 
 def private_status(error: BaseException, error_id: str) -> status_pb2.Status:
@@ -152,6 +157,11 @@ def _retry_info(error: BaseException) -> list[Message]:
     delay = duration_pb2.Duration()
     delay.FromNanoseconds(round(retry_after_s * 1e9))
     return [error_details_pb2.RetryInfo(retry_delay=delay)]
+
+
+def _wire_bytes(message: str) -> int:
+    plain = sum(" " <= c <= "~" and c != "%" for c in message)
+    return plain + 3 * (len(message.encode(errors="replace")) - plain)
 
 
 def clip(text: str, limit: int = MAX_MESSAGE_CHARS) -> str:

@@ -20,7 +20,7 @@ from lorary.server.access.jwt_keys import JwtKeys
 from lorary.server.access.jwt_tokens import looks_like_jwt, subject_of
 from lorary.server.access.quotas import Quotas
 from lorary.server.access.tokens import token_hash
-from lorary.server.interceptors import Around
+from lorary.server.interceptors import Around, Undecodable
 from lorary.server.status import clip
 from lorary.v1 import control_pb2, inference_pb2
 
@@ -171,7 +171,9 @@ class AccessInterceptor(Around):
             raise AccessDenied(f"'{clip(method, 100)}' is open to nobody on this server.")
         is_admins = method in ADMINS
         line = audited(
-            tenant, method, lambda: str(request) if isinstance(request, Message) else "a stream"
+            tenant,
+            method,
+            lambda: str(request) if isinstance(request, Message | Undecodable) else "a stream",
         )
         with (
             line if is_admins else nullcontext(),

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from lorary.server.engine.sequence import Sequence
 
 
+COLDEST = 2.0**-126
+"""Least temperature that is divided by; devices may take what is smaller, a denormal, for 0."""
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def sample(logits: torch.Tensor, sequences: Rows[Sequence], eos_ids: frozenset[int]) -> list[int]:
     """Choose one token per row.
 
@@ -90,7 +95,8 @@ def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
         seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
         values = row[seen]
         factor = sampling.repetition_penalty
-        row[seen] = torch.where(values > 0, values / factor, values * factor)
+        # A factor next to 0 makes infinity, and the difference of two is no number.
+        row[seen] = torch.where(values > 0, values / factor, values * factor).clamp_(max=_LARGEST)
     if sequence.counts:
         ids = torch.tensor(list(sequence.counts), device=row.device)
         counts = torch.tensor(list(sequence.counts.values()), device=row.device, dtype=row.dtype)
@@ -128,13 +134,15 @@ def _draw_by_torch(
     )
     rows, shares, top_k, share = there
     temperature, top_p, min_p = shares[:, :1], shares[:, 1:2], shares[:, 2:]
-    scaled = logits[rows] / temperature
+    # From the best down, so that next to 0 what is left is the best, and not infinity less infinity.
+    best = logits.amax(dim=-1, keepdim=True)
+    scaled = (logits - best)[rows] / temperature.clamp(min=COLDEST)
     if any(p.top_k or p.top_p < 1.0 for p in sampling):
         scaled = _filter_top(scaled, top_k[:, None], top_p)
     probabilities = torch.softmax(scaled, dim=-1)
     if any(p.min_p for p in sampling):
-        best = probabilities.max(dim=-1, keepdim=True).values
-        probabilities = probabilities.masked_fill(probabilities < min_p * best, 0.0)
+        likely = probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < min_p * likely, 0.0)
     # In float64, so that the many small ones count.
     reached = probabilities.double().cumsum(dim=-1)
     places = torch.searchsorted(reached, (share * reached[:, -1])[:, None], right=True)

@@ -9,6 +9,7 @@ POST    /tokenize, /detokenize  as vLLM has them
 GET     /health                 200 while the process can answer at all
 GET     /ready                  200 while it wants new calls; 503 while it drains
 GET     /metrics                what --metrics-port serves
+GET     /openapi.json           all of this but the console, for tools
 …       /console/…              a page for people, with --console (``console.routes``)
 …       /v2/…                   with --open-inference (``open_inference``)
 ======  ======================  ===============================================================
@@ -26,10 +27,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorary.server.http.answers import Pieces
-from lorary.server.http.call import Endpoint
+from lorary.server.http.call import Endpoint, encode
 from lorary.server.http.embeddings import Embeddings
 from lorary.server.http.generate import Generation
 from lorary.server.http.models import Models
+from lorary.server.http.openapi import description
 from lorary.server.http.problems import problem
 from lorary.server.http.tokens import Tokens
 
@@ -96,6 +98,13 @@ def build_app(
         text = await asyncio.to_thread(generate_latest, metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
+    document = encode(
+        description(facts.version, has_metrics=guard is None, has_tenants=guard is not None)
+    )
+
+    async def describe(_: Request) -> Response:
+        return Response(document, media_type="application/json")
+
     generation = Generation(service, prompts, Pieces(prompts.pieces), facts)
     models = Models(control, parts.targets, facts)
     tokens = Tokens(service, prompts, facts, parts.limits)
@@ -110,6 +119,7 @@ def build_app(
             post("/detokenize", "HttpDetokenize", tokens.detokenize),
             Route("/health", health),
             Route("/ready", ready),
+            Route("/openapi.json", describe),
             *([] if guard is not None else [Route("/metrics", scrape)]),
             *further,
         ],
@@ -120,7 +130,9 @@ def build_app(
 async def _refused(request: Request, error: Any) -> Response:
     """Answer an unknown path or method as everything else is answered."""
     known = {404: "not_found", 405: "method_not_allowed"}
-    text = f"{request.method} {request.url.path[:128]}: {error.detail.lower()}; see /v1/models."
+    text = (
+        f"{request.method} {request.scope['path'][:128]}: {error.detail.lower()}; see /v1/models."
+    )
     found = problem(error.status_code, text, code=known.get(error.status_code, "http_error"))
     headers = {**found.headers, **(error.headers or {})}
     return Response(found.body, found.status, headers, "application/json")

@@ -58,9 +58,9 @@ class Fields:
         return self._left.pop(name, None)
 
     def text(self, name: str) -> str | None:
-        """Return a string."""
+        """Return a string that is Unicode."""
         value: str | None = self._typed(name, str, "a string")
-        return value
+        return None if value is None else unicode_text(self, name, value)
 
     def integer(self, name: str) -> int | None:
         """Return a whole number."""
@@ -135,7 +135,8 @@ class Fields:
         for name in self._left:
             if name in ignored:
                 continue
-            near = difflib.get_close_matches(name, self._asked, n=1)
+            # What is longer is no misspelt option, and comparing it would take its time.
+            near = difflib.get_close_matches(name[:64], self._asked, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ". Leave it out."
             raise self.error(name[:64], f"'{name[:64]}' is no known member of the body{hint}")
 
@@ -153,6 +154,18 @@ def unicode_text(fields: Fields, name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise fields.error(name, f"{name} is not valid Unicode text: {error.reason}.") from error
     return text
+
+
+def json_text(fields: Fields, name: str, value: Any) -> str:
+    """Return a JSON value as text.
+
+    Raises:
+        InvalidRequest: it can be read and not be written: its parts stand too deep in each other.
+    """
+    try:
+        return json.dumps(value)
+    except RecursionError as error:
+        raise fields.error(name, f"{name} is nested too deep. Make it flatter.") from error
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import uvicorn
 
+from lorary.server.http.connection import REQUEST_S, Connection
 from lorary.server.tls import server_context
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 # Every call has been ended before the listener stops; this is for what gRPC does not know of.
 LAST_WORDS_S = 2
 START_S = 10.0
-IDLE_S = 30
-"""Seconds that a connection may stay open without a request."""
 
 
 class Listener:
@@ -31,15 +31,17 @@ class Listener:
     Args:
         app: the application.
         tls: files for HTTPS, which are followed; None speaks plain HTTP.
+        stall_s: a peer that takes nothing of what it was sent for so long, or is gone without a word, has its
+            connection cut by the system (Linux; gRPC does so by itself).
 
     Raises:
         ConfigError: the files cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, tls: TlsFiles | None = None) -> None:
+    def __init__(self, app: ASGIApp, tls: TlsFiles | None = None, *, stall_s: float) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             # Ours go on as they are.
@@ -47,13 +49,15 @@ class Listener:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=IDLE_S,
+            # Connection waits for requests, and no longer.
+            timeout_keep_alive=math.ceil(REQUEST_S),
             timeout_graceful_shutdown=LAST_WORDS_S,
         )
         config.load()
         if tls is not None:
             config.ssl = server_context(tls)
         self._server = _Embedded(config)
+        self._stall_ms = round(stall_s * 1000)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -65,6 +69,9 @@ class Listener:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listening = socket.create_server((host, port), family=found[0][0], backlog=1024)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # What is accepted has it from the socket that listens.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_ms)
         taken = int(listening.getsockname()[1])
         self._task = loop.create_task(self._server.serve(sockets=[listening]))
         async with asyncio.timeout(START_S):

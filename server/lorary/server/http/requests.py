@@ -7,11 +7,10 @@ vLLM are taken: ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorary.server.http.body import Fields, unicode_text
+from lorary.server.http.body import Fields, json_text, unicode_text
 from lorary.server.http.tools import read_tool_calls, read_tools
 from lorary.server.validate import MAX_INPUTS
 from lorary.v1 import inference_pb2 as pb
@@ -43,13 +42,13 @@ _REFUSED_CHAT = {
 }
 _REFUSED_COMPLETION = {"suffix": "the base continues texts, it does not fill them. Leave it out."}
 
-_EXECUTIONS = {
+EXECUTIONS = {
     "auto": pb.EXECUTION_AUTO,
     "batched": pb.EXECUTION_BATCHED,
     "merged": pb.EXECUTION_MERGED,
 }
 
-_POOLINGS = {"mean": pb.POOLING_MEAN, "last": pb.POOLING_LAST}
+POOLINGS = {"mean": pb.POOLING_MEAN, "last": pb.POOLING_LAST}
 
 # OpenAI's own defaults, where ours differ: a client that sends no temperature expects to sample.
 DEFAULT_TEMPERATURE = 1.0
@@ -185,15 +184,15 @@ def read_embeddings(members: Mapping[str, Any], base: str) -> EmbeddingsAsk:
             "encoding_format", f"encoding_format is {encoding[:32]!r}; it is float or base64."
         )
     pooling = fields.text("pooling") or "mean"
-    if pooling not in _POOLINGS:
+    if pooling not in POOLINGS:
         raise fields.error(
-            "pooling", f"pooling is {pooling[:32]!r}; it is one of {', '.join(_POOLINGS)}."
+            "pooling", f"pooling is {pooling[:32]!r}; it is one of {', '.join(POOLINGS)}."
         )
     normalize = fields.boolean("normalize")
     request = pb.EmbedRequest(
-        adapter=unicode_text(fields, "model", adapter),
+        adapter=adapter,
         inputs=inputs,
-        pooling=_POOLINGS[pooling],
+        pooling=POOLINGS[pooling],
         # OpenAI's have length 1, and who compares them by their product relies on it.
         normalize=normalize is not False,
     )
@@ -250,7 +249,7 @@ def _message(fields: Fields) -> pb.ChatMessage:
         role="system" if role == "developer" else role,
         content=unicode_text(fields, "content", content),
         tool_calls=calls,
-        tool_call_id=unicode_text(fields, "tool_call_id", call_id),
+        tool_call_id=call_id,
     )
 
 
@@ -291,7 +290,7 @@ def _prompt(fields: Fields, prompt: Any, name: str) -> pb.Input:
 
 
 def _request(fields: Fields, adapter: str, params: pb.SamplingParams) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(adapter=unicode_text(fields, "model", adapter), sampling=params)
+    request = pb.GenerateRequest(adapter=adapter, sampling=params)
     _read_place(fields, request)
     return request
 
@@ -306,12 +305,12 @@ def _read_place(fields: Fields, request: pb.GenerateRequest | pb.EmbedRequest) -
             raise fields.error("priority", f"priority is {priority}: {error}.") from error
     execution = fields.text("execution")
     if execution is not None:
-        if execution not in _EXECUTIONS:
+        if execution not in EXECUTIONS:
             raise fields.error(
                 "execution",
-                f"execution is {execution[:32]!r}; it is one of {', '.join(_EXECUTIONS)}.",
+                f"execution is {execution[:32]!r}; it is one of {', '.join(EXECUTIONS)}.",
             )
-        request.execution = _EXECUTIONS[execution]
+        request.execution = EXECUTIONS[execution]
 
 
 def _sampling(fields: Fields) -> pb.SamplingParams:
@@ -361,7 +360,7 @@ def _constrain(fields: Fields, params: pb.SamplingParams) -> None:
             raise wanted.error("type", f"type is {kind!r}; it is text, json_object or json_schema.")
         wanted.finish()
         if kind != "text":
-            params.json_schema = json.dumps(schema)
+            params.json_schema = json_text(fields, "response_format", schema)
     outputs = fields.object("structured_outputs")
     if outputs is None:
         return
@@ -371,12 +370,15 @@ def _constrain(fields: Fields, params: pb.SamplingParams) -> None:
         )
     schema = outputs.take("json")
     if schema is not None:
-        written = schema if isinstance(schema, str) else json.dumps(schema)
-        params.json_schema = unicode_text(outputs, "json", written)
+        params.json_schema = (
+            unicode_text(outputs, "json", schema)
+            if isinstance(schema, str)
+            else json_text(outputs, "json", schema)
+        )
     for name, field in (("regex", "regex"), ("grammar", "lark")):
         text = outputs.text(name)
         if text is not None:
-            setattr(params, field, unicode_text(outputs, name, text))
+            setattr(params, field, text)
     choices = outputs.list("choice", str, "texts")
     if choices is not None:
         params.choice.texts.extend(unicode_text(outputs, "choice", text) for text in choices)
@@ -385,13 +387,16 @@ def _constrain(fields: Fields, params: pb.SamplingParams) -> None:
 
 def _bias(fields: Fields, params: pb.SamplingParams) -> None:
     """Read logit_bias, whose keys are token ids as strings."""
-    for token_id, value in (fields.mapping("logit_bias") or {}).items():
+    given = fields.mapping("logit_bias") or {}
+    values = fields.within("logit_bias", given)
+    for token_id in given:
+        value = values.number(token_id)
         try:
-            params.logit_bias[int(token_id)] = value
-        except (TypeError, ValueError) as error:
+            if value is not None:
+                params.logit_bias[int(token_id)] = value
+        except ValueError as error:
             raise fields.error(
-                "logit_bias",
-                f"logit_bias has {token_id!r}: {value!r}; it maps token ids to numbers.",
+                "logit_bias", f"logit_bias has {token_id[:32]!r}, which is no token id."
             ) from error
 
 

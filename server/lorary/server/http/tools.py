@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from lorary.server.http.body import Fields, unicode_text
+from lorary.server.http.body import Fields, json_text
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 _MODES = {
     "none": pb.TOOL_MODE_NONE,
@@ -51,9 +50,9 @@ def read_tool_calls(fields: Fields) -> list[pb.ToolCall]:
         function = one.required("function")
         calls.append(
             pb.ToolCall(
-                id=unicode_text(one, "id", one.text("id") or ""),
-                name=unicode_text(function, "name", function.text("name") or ""),
-                arguments=unicode_text(function, "arguments", function.text("arguments") or ""),
+                id=one.text("id") or "",
+                name=function.text("name") or "",
+                arguments=function.text("arguments") or "",
             )
         )
         function.finish()
@@ -95,22 +94,13 @@ def _tool(fields: Fields) -> pb.Tool:
     # Arguments always fit their schema.
     function.switch("strict")
     tool = pb.Tool(
-        name=unicode_text(function, "name", function.text("name") or ""),
-        description=unicode_text(function, "description", function.text("description") or ""),
-        parameters=_written(function, parameters),
+        name=function.text("name") or "",
+        description=function.text("description") or "",
+        parameters="" if parameters is None else json_text(function, "parameters", parameters),
     )
     function.finish()
     fields.finish()
     return tool
-
-
-def _written(fields: Fields, parameters: Mapping[str, Any] | None) -> str:
-    try:
-        return "" if parameters is None else json.dumps(parameters)
-    except RecursionError as error:
-        raise fields.error(
-            "parameters", "parameters is nested too deep. Make it flatter."
-        ) from error
 
 
 def _named(fields: Fields, chat: pb.ChatMessages) -> None:
@@ -142,7 +132,7 @@ def _named(fields: Fields, chat: pb.ChatMessages) -> None:
 
 def _name_of(fields: Fields) -> str:
     function = fields.required("function")
-    name = unicode_text(function, "name", function.text("name") or "")
+    name = function.text("name") or ""
     function.finish()
     return name
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common.h"
 
@@ -152,7 +153,9 @@ Candidate last_kept(const Weights& weights, const Draw& draw) {
 
 int64_t drawn(const float* x, int64_t n, const Draw& draw) {
     Weights weights{scratch(aligned(n)), n};
-    const float top = x[largest(x, n)], scale = 1.0f / draw.temperature;
+    // Never infinite, however cold: the best token's distance from itself is 0, and must stay so.
+    const float top = x[largest(x, n)];
+    const float scale = std::min(1.0f / draw.temperature, std::numeric_limits<float>::max());
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) narrow(weights.of + i, exp_of((widen(x + i) - top) * scale));
     for (; i < aligned(n); ++i) weights.of[i] = i < n ? std::exp((x[i] - top) * scale) : 0.0f;

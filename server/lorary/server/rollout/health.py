@@ -76,6 +76,11 @@ class AdapterHealth(_Servicer):  # type: ignore[misc]
             raise NotFound(f"'{request.service[:200]}' names no adapter of the registry.")
         return Status(status=status)
 
+    async def List(self, request: Any, context: Context) -> Any:  # noqa: N802
+        """Return the statuses of all names but those of adapters; gRPC's own asyncio servicer has no such thing."""
+        statuses = {name: Status(status=status) for name, status in self._server_status.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
         """Write a status, and each time that it changes the new one."""
         if not request.service.startswith(ADAPTER):

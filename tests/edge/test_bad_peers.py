@@ -1,0 +1,166 @@
+"""Peers that misbehave without a wrong word: they stop reading, send half of it, or live in another time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+import pytest
+
+from lorary.errors import DeadlineExceeded
+from lorary.server.http import connection
+from lorary.v1 import inference_pb2 as pb
+from lorary.v1 import inference_pb2_grpc
+from tests.edge.fakes import eventually, serving
+
+if TYPE_CHECKING:
+    from tests.edge.fakes import Edge
+
+WORDY: dict[str, Any] = {"max_tokens": 60, "n": 16, "logprobs": 20}
+"""16 answers of which each token is told with 20 others: far more than buffers hold."""
+
+
+def wordy() -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(**WORDY)
+    return pb.GenerateRequest(adapter="alpha", input=pb.Input(prompt="2 5"), sampling=sampling)
+
+
+def counted(edge: Edge, method: str, code: str) -> float:
+    labels = {"method": method, "code": code}
+    return edge.metrics.registry.get_sample_value("lorary_requests_total", labels) or 0.0
+
+
+async def answers_others(edge: Edge) -> None:
+    request = pb.GenerateRequest(
+        adapter="beta", input=pb.Input(prompt="2 5"), sampling=pb.SamplingParams(max_tokens=3)
+    )
+    # Not by a deadline of the call's: this client reckons it by a clock that a test may turn.
+    async with asyncio.timeout(5):
+        events = [event async for event in edge.inference.Generate(request)]
+    assert events[-1].complete.text == "8 11 14 "
+
+
+async def test_a_stream_that_is_not_read_ends_and_gives_its_place_back() -> None:
+    """S15, over gRPC: windows that do not grow are full at 64 KiB."""
+    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14))
+    async with serving(stall_timeout=0.3) as edge:
+        channel = grpc.aio.insecure_channel(edge.address, options=options)
+        async with channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+            stalled = stub.Generate(wordy())
+            await stalled.read()
+            await eventually(lambda: edge.calls.num_in_flight == 1)
+            await answers_others(edge)
+            await eventually(lambda: edge.residency.num_held == 0)
+            assert edge.calls.num_in_flight == 1
+            await eventually(lambda: edge.calls.num_in_flight == 0)
+            assert counted(edge, "Generate", "CANCELLED") == 1
+            await answers_others(edge)
+
+
+async def test_a_stream_over_http_that_is_not_read_is_cut() -> None:
+    """S15: the system cuts what takes nothing, so nothing waits for ever."""
+    body = json.dumps({"model": "alpha", "prompt": ["2 5"] * 8, **WORDY, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    async with serving(http_port=0, stall_timeout=0.5, limit=64) as edge:
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.connect(("127.0.0.1", int(edge.http.rpartition(":")[2])))
+            peer.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            await eventually(lambda: edge.calls.num_in_flight == 8)
+            await answers_others(edge)
+            await eventually(lambda: edge.calls.num_in_flight == 0)
+            await eventually(lambda: counted(edge, "Completions", "CANCELLED") == 1)
+
+
+HALVES = [
+    b"",
+    b"GET /v1/models HTTP/1.1\r\nhost",
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{",
+    b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET ",
+]
+
+
+@pytest.mark.parametrize("half", HALVES)
+async def test_half_a_request_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, half: bytes
+) -> None:
+    """Nor does one more byte, now and then, buy more time."""
+    monkeypatch.setattr(connection, "REQUEST_S", 0.4)
+    async with serving(http_port=0) as edge:
+        port = int(edge.http.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(half)
+        started = time.monotonic()
+        answering = asyncio.ensure_future(reader.read())
+        while half and not answering.done() and time.monotonic() < started + 2:
+            await asyncio.sleep(0.1)
+            writer.write(b"x")
+        answer = await asyncio.wait_for(answering, 2)
+        assert 0.3 < time.monotonic() - started < 1.5
+        assert answer.startswith(b"HTTP/1.1 200") == half.startswith(b"GET /health")
+        writer.close()
+        listener: Any = edge.server._http
+        await eventually(lambda: not listener._server.server_state.connections)
+
+
+async def test_what_follows_an_answer_and_is_no_request_ends_the_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An answer that did not wait for its request's body: there is no second one to say 400 with."""
+    head = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with serving(http_port=0) as edge:
+        port = int(edge.http.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 404")
+        writer.write(b"no size\r\n")
+        await asyncio.wait_for(reader.read(), 2)
+        writer.close()
+        await answers_others(edge)
+    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("jump_s", [-1e6, 1e6])
+async def test_a_clock_that_jumps_ends_nothing(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    """S28: every limit is measured on a clock that does not jump."""
+    edge.engine.gate.clear()
+    call = edge.inference.Generate(wordy(), timeout=30)
+    await eventually(lambda: edge.calls.num_in_flight == 1)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    edge.engine.gate.set()
+    events = [event async for event in call]
+    assert sum(event.HasField("complete") for event in events) == 16
+    await answers_others(edge)
+
+
+class Late:
+    """A caller whose deadline has passed on the way."""
+
+    def time_remaining(self) -> float:
+        return -0.001
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+    def set_trailing_metadata(self, metadata: object, /) -> None:
+        return None
+
+    async def write(self, message: object, /) -> None:
+        raise AssertionError("nothing is told to who is late")
+
+
+async def test_a_deadline_that_has_passed_costs_no_step(edge: Edge) -> None:
+    """S14."""
+    with pytest.raises(DeadlineExceeded):
+        await edge.server._core.inference.Generate(wordy(), Late())
+    assert not edge.engine.submitted
+    assert edge.residency.num_held == 0
