@@ -202,8 +202,8 @@ class GrpcInput:
     def _wrong_end(self, code: grpc.StatusCode, text: str, trailing: dict[str, Any]) -> str:
         """Return why a status is none that is documented (docs/errors.md), "" if it is."""
         said = f"{code.name}: {text[:200]}"
-        if text == "Internal error from Core" and (self.timeout_s or len(self.messages) > 1):
-            return ""  # the client's own: it still writes to a call that has ended
+        if text == "Internal error from Core":
+            return ""  # the client's own word: it still writes to a call that has ended
         if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
             return said
         packed = trailing.get(DETAILS_KEY)
@@ -223,7 +223,8 @@ class GrpcInput:
             grpc.StatusCode.RESOURCE_EXHAUSTED: sum(len(k) + len(v) + 32 for k, v in self.metadata)
             > MAX_METADATA - 1024,
             grpc.StatusCode.DEADLINE_EXCEEDED: self.timeout_s is not None,
-            grpc.StatusCode.CANCELLED: self.leaves_after is not None,
+            # A deadline that passes before anything was sent is the client's own end, too.
+            grpc.StatusCode.CANCELLED: self.leaves_after is not None or self.timeout_s is not None,
             # The health service of gRPC's own says no more of names that it does not know.
             grpc.StatusCode.NOT_FOUND: self.path.startswith("/grpc.health."),
         }.get(code, False)
