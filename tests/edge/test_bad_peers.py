@@ -47,7 +47,7 @@ async def answers_others(edge: Edge) -> None:
 async def test_a_stream_that_is_not_read_ends_and_gives_its_place_back() -> None:
     """S15, over gRPC: windows that do not grow are full at 64 KiB."""
     options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14))
-    async with serving(stall_timeout=0.3) as edge:
+    async with serving(stall_timeout=2.0) as edge:
         channel = grpc.aio.insecure_channel(edge.address, options=options)
         async with channel:
             stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
