@@ -18,16 +18,19 @@ from lorary.registry import BaseCard, Registry
 from lorary.server.status import DETAILS_KEY
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
+from tests.conftest import RECIPES, build_adapter, build_llama, write_manifest
 from tests.deploy.test_live_scrape import free_port
 from tests.processes import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 ADAPTERS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot")
-LONG = 400
-OPTIONS = {"device": "cpu", "dtype": "float32", "max_context": 512, "draft_rows": 0}
+WHOLE, ENDLESS = 400, 8000
+"""Tokens of an answer that a test waits for, and of one that is not over when the test ends it: the tiny base
+makes a thousand a second."""
+CONTEXT = 8192
+OPTIONS = {"device": "cpu", "dtype": "float32", "max_context": CONTEXT, "draft_rows": 0}
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if importlib.util.find_spec("ray") is None:
         reason = (
             "NO RAY: nothing was run on Ray Serve, and nothing is known of deploy/ray. "
@@ -104,15 +105,17 @@ def cluster(
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     root = tmp_path_factory.mktemp("ray")
     registry = Registry.open(root / "registry", create=True)
-    card = BaseCard.from_folder(tiny_base)
+    base = build_llama(root / "base", max_position_embeddings=CONTEXT)
+    card = BaseCard.from_folder(base)
     for name in ADAPTERS:
-        registry.push(tiny_adapters[name], name, base=card)
+        folder = write_manifest(base, build_adapter(base, root / name, RECIPES[name]))
+        registry.push(folder, name, base=card)
     port, http_port, log = free_port(), free_port(), root / "ray.log"
-    args = {"base": str(tiny_base), "registry": str(root / "registry"), **OPTIONS}
+    args = {"base": str(base), "registry": str(root / "registry"), **OPTIONS}
     # Fewer than there are, so that Serve forgets adapters all the time.
     args["adapters_per_replica"] = 3
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
-    with serving(tiny_base, root / "registry", root, *flags) as plain:
+    with serving(base, root / "registry", root, *flags) as plain:
         process = RayProcess(args, port=port, http_port=http_port, log=log)
         try:
             yield Cluster(Caller(f"127.0.0.1:{port}"), Caller(plain.address), process)
@@ -163,8 +166,8 @@ def test_refusals_are_those_of_a_plain_server(cluster: Cluster, request_: Any) -
 
 
 def test_a_running_answer_keeps_its_adapter_while_serve_forgets_it(cluster: Cluster) -> None:
-    wanted = cluster.plain.generate("alpha", max_tokens=LONG)
-    running_call = cluster.ray.start("alpha", max_tokens=LONG)
+    wanted = cluster.plain.generate("alpha", max_tokens=WHOLE)
+    running_call = cluster.ray.start("alpha", max_tokens=WHOLE)
     for _ in range(3):
         for adapter in ADAPTERS[1:]:
             cluster.ray.generate(adapter, max_tokens=2)
@@ -173,19 +176,19 @@ def test_a_running_answer_keeps_its_adapter_while_serve_forgets_it(cluster: Clus
 
 def test_a_cancelled_stream_frees_its_row(cluster: Cluster) -> None:
     before = sum(cluster.ray.steps().values())
-    call = cluster.ray.start("alpha", max_tokens=LONG)
+    call = cluster.ray.start("alpha", max_tokens=ENDLESS)
     next(iter(call))
     call.cancel()
     time.sleep(1)
     settled = sum(cluster.ray.steps().values())
-    assert settled - before < LONG / 2
+    assert settled - before < ENDLESS / 2
     time.sleep(0.5)
     assert sum(cluster.ray.steps().values()) == settled
 
 
 def test_the_deadline_is_the_engines_too(cluster: Cluster) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        cluster.ray.generate("alpha", max_tokens=LONG, timeout_s=0.1)
+        cluster.ray.generate("alpha", max_tokens=ENDLESS, timeout_s=0.1)
     error: Any = caught.value
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     time.sleep(0.5)
@@ -209,7 +212,7 @@ def test_a_killed_replica_is_replaced(cluster: Cluster) -> None:
     """Last in this file: it leaves another cluster than it found."""
     before = set(cluster.ray.steps())
     gone = cluster.ray.generate("bravo").facts["lorary-replica"]
-    call = cluster.ray.start("bravo", max_tokens=LONG)
+    call = cluster.ray.start("bravo", max_tokens=ENDLESS)
     next(iter(call))
     cluster.process.kill(gone)
     with pytest.raises(grpc.RpcError) as caught:
