@@ -19,6 +19,7 @@ from lorary.server.adapters.loader import LoadedAdapter
 from lorary.server.native import decoder
 from lorary.server.native import library as native
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, peft_greedy, write_manifest
+from tests.server.beside_peft import check_logprobs
 from tests.server.conftest import EngineWorld, registry_of, worlds
 from tests.server.test_engine_oracle import prompts
 from tests.server.test_residency import wait_for
@@ -236,25 +237,14 @@ def check_against_peft(
     load: Callable[[], Any],
     tolerance: float,
 ) -> None:
-    from peft import PeftModel
-
-    asked = prompts(4, longest=6)
-    names = ["small", "", "odd", "lora"]
-    ids = [
-        world.submit(p, n, logprobs=0, max_tokens=6, ignore_eos=True)
-        for p, n in zip(asked, names, strict=True)
-    ]
-    for request_id, name, prompt in zip(ids, names, asked, strict=True):
-        found = world.collector.logprobs(request_id)
-        tokens, _, _ = world.collector.wait(request_id)
-        model = load()
-        if name:
-            model = PeftModel.from_pretrained(model, str(adapters[name])).eval()
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].float()
-        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 :]
-        expected = [float(logprobs[i, token]) for i, token in enumerate(tokens)]
-        assert found == pytest.approx(expected, abs=tolerance), name or "base"
+    check_logprobs(
+        world,
+        adapters,
+        load,
+        tolerance,
+        prompts=prompts(4, longest=6),
+        names=["small", "", "odd", "lora"],
+    )
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
