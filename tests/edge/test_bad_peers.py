@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 import pytest
 
-from lorary.errors import DeadlineExceeded
+from lorary.errors import DeadlineExceeded, Unavailable
 from lorary.server.http import connection
+from lorary.server.interceptors import ErrorInterceptor
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
 from tests.edge.fakes import eventually, serving
@@ -124,6 +125,46 @@ async def test_what_follows_an_answer_and_is_no_request_ends_the_connection(
         await answers_others(edge)
     assert "Traceback" not in caplog.text
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_body_that_spoils_its_request_is_answered_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Head and body come together, so the application has the request and has not answered yet."""
+    head = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    async with serving(http_port=0) as edge:
+        port = int(edge.http.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + b"no size\r\n")
+        answer = await asyncio.wait_for(reader.read(), 2)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert answer.count(b"HTTP/1.1") == 1
+        writer.close()
+        await answers_others(edge)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+class Gone:
+    """The context of a call whose caller has gone: nothing can be sent any more."""
+
+    def trailing_metadata(self) -> None:
+        return None
+
+    async def abort(self, *_: object, **__: object) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+
+@pytest.mark.parametrize(
+    "raised", [grpc.aio.InternalError("Failed execute_batch"), Unavailable("draining")]
+)
+async def test_what_cannot_be_sent_is_no_fault_of_the_server(
+    raised: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    context: Any = Gone()
+    with pytest.raises(asyncio.CancelledError):
+        async with ErrorInterceptor().around("/a/B", None, context):
+            raise raised
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("jump_s", [-1e6, 1e6])

@@ -203,6 +203,9 @@ class _Guarded:
         # A CancelledError, an AbortError and a GeneratorExit go on as they are.
         if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             return
+        if isinstance(error, grpc.aio.InternalError):
+            # What the handler sent could not be: its caller has gone, and grpc has not told it yet.
+            raise asyncio.CancelledError from error
         if isinstance(error, LoraryError) and not isinstance(error, status.PRIVATE):
             name, text = type(error).__name__, status.clip(str(error))
             log.info("%s refused: %s: %s", self._method, name, text)

@@ -17,10 +17,12 @@ Messages quote what the caller sent. What they might say of the server's own fol
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
@@ -92,11 +94,14 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.
     """End the call with ``status``, keeping the trailing metadata that was set before.
 
     Raises:
-        grpc.aio.AbortError: always; it is how grpc.aio ends a call.
+        grpc.aio.AbortError: it is how grpc.aio ends a call.
+        asyncio.CancelledError: the caller has gone meanwhile, so that nothing can be sent.
     """
-    trailing = tuple(context.trailing_metadata() or ())
-    details = (DETAILS_KEY, status.SerializeToString())
-    await context.abort(_CODES[status.code], status.message, trailing_metadata=(*trailing, details))
+    trailing = (*(context.trailing_metadata() or ()), (DETAILS_KEY, status.SerializeToString()))
+    try:
+        await context.abort(_CODES[status.code], status.message, trailing_metadata=trailing)
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
 
 
 def as_code(code: grpc.StatusCode | int | None) -> grpc.StatusCode:

@@ -49,6 +49,10 @@ class Connection(H11Protocol):
             super().send_400_response(msg)
         else:
             self.transport.close()
+        # The request that is spoiled may be with the application already; its answer has nowhere to go.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def _look(self) -> None:
         is_waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
