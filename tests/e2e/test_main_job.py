@@ -46,12 +46,17 @@ async def test_a_mixed_batch_answers_as_peft_does_one_at_a_time(
                 token_ids=prompt, adapter=name and f"{name}@prod", max_tokens=NUM_TOKENS
             )
 
-        answers = await asyncio.gather(*(ask(*case) for case in cases))
-        info = await client.server_info()
-    for (name, prompt), answer in zip(cases, answers, strict=True):
-        assert list(answer.token_ids) == oracle.greedy(name, prompt, NUM_TOKENS), (name, prompt)
-        assert answer.receipt.digest == digests[name]
-        assert answer.receipt.base_fingerprint == info.base_fingerprint
+        # A tiny answer can be over before the next call comes: again, until all four shared a step.
+        for _ in range(20):
+            answers = await asyncio.gather(*(ask(*case) for case in cases))
+            info = await client.server_info()
+            for (name, prompt), answer in zip(cases, answers, strict=True):
+                expected = oracle.greedy(name, prompt, NUM_TOKENS)
+                assert list(answer.token_ids) == expected, (name, prompt)
+                assert answer.receipt.digest == digests[name]
+                assert answer.receipt.base_fingerprint == info.base_fingerprint
+            if len(info.steps_by_distinct_adapters) == 1 + len(PUSHED):
+                break
     assert len(info.steps_by_distinct_adapters) == 1 + len(PUSHED)
     assert info.steps_by_distinct_adapters[len(PUSHED)] > 0
 

@@ -219,8 +219,11 @@ async def test_of_two_servers_whose_gate_fails_one_writes_the_line(
                     errors += error.code() == grpc.StatusCode.DATA_LOSS
             return errors
 
-        # It ends here and there with its fourth failure, whether or not the line is written yet.
-        assert await asyncio.gather(*map(hammer, edges)) == [4, 4]
+        # It ends here and there with its fourth failure, whether or not the line is written yet;
+        # a server that is slower than its neighbour's line ends it then, and tries to write none.
+        errors = await asyncio.gather(*map(hammer, edges))
+        assert max(errors) == 4
+        num_lost = int(min(errors) == 4)
         ended = [
             [
                 sample(edge, "lorary_canaries_ended_total", result=result)
@@ -228,7 +231,7 @@ async def test_of_two_servers_whose_gate_fails_one_writes_the_line(
             ]
             for edge in edges
         ]
-        assert sorted(ended) == [[0, 0, 1], [1, 0, 0]]
+        assert sorted(ended) == [[0, 0, num_lost], [1, 0, 0]]
     began, end = registry.log("a", "prod")[1:]
     assert (began.actor, end.kind, end.to_version, end.canary) == ("ada", "canary", 1, None)
     assert end.actor.startswith("server ")
