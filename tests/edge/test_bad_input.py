@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -287,6 +289,28 @@ async def test_bytes_that_are_no_message_are_bad_input_like_any_other(
     assert trailing(caught.value)["lorary-request-id"]
     labels = {"method": method.rpartition("/")[2], "code": "INVALID_ARGUMENT"}
     assert edge.metrics.registry.get_sample_value("lorary_requests_total", labels)
+
+
+async def test_handlers_are_wrapped_once_and_not_for_every_call(edge: Edge) -> None:
+    """What is wrapped anew anywhere within is wrapped anew by all that is around it."""
+
+    async def answer(request: Any, context: Any) -> Any:
+        return request
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        answer, request_deserializer=pb.TokenizeRequest.FromString
+    )
+
+    async def found(_: grpc.HandlerCallDetails) -> Any:
+        return handler
+
+    find: Any = found
+    for interceptor in reversed(edge.server._core.interceptors()):
+        find = partial(interceptor.intercept_service, find)
+    details: Any = SimpleNamespace(method="/lorary.v1.Inference/Tokenize")
+    wrapped = await find(details)
+    assert wrapped is not handler
+    assert await find(details) is wrapped
 
 
 async def test_what_an_error_quotes_fits_on_the_wire_in_any_script(edge: Edge) -> None:

@@ -302,16 +302,12 @@ class DecodingInterceptor(Around):
         async for request in requests:
             yield self.read(request)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
+    def _wrapper(self, handler: Any, method: str) -> Any:
         """Wrap the handler, and how it reads bytes."""
-        handler = await super().intercept_service(continuation, handler_call_details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        strict = handler.request_deserializer
+        wrapper = super()._wrapper(handler, method)
+        strict = wrapper.request_deserializer
+        if strict is None:
+            return wrapper
 
         def lenient(raw: bytes) -> Any:
             try:
@@ -319,4 +315,4 @@ class DecodingInterceptor(Around):
             except DecodeError as error:
                 return Undecodable(str(error))
 
-        return handler._replace(request_deserializer=lenient)
+        return wrapper._replace(request_deserializer=lenient)
