@@ -45,6 +45,7 @@ from lorary.server.app import Server
 from lorary.server.build import Backend
 from lorary.server.calls import Calls
 from lorary.server.config import ServerConfig
+from lorary.server.core import Core
 from lorary.server.engine.request import (
     Constraint,
     Finish,
@@ -588,7 +589,7 @@ async def serving(
         close=engine.shutdown,
         merging=merging,
     )
-    server = Server(config, backend, calls, metrics, tracing(facts))
+    server = Server(Core(config, backend, calls, metrics, tracing(facts)))
     addresses = await server.start()
     try:
         async with grpc.aio.insecure_channel(addresses.grpc) as channel:

@@ -30,6 +30,10 @@ def wordy() -> pb.GenerateRequest:
     return pb.GenerateRequest(adapter="alpha", input=pb.Input(prompt="2 5"), sampling=sampling)
 
 
+def http_address(edge: Edge) -> tuple[str, int]:
+    return "127.0.0.1", int(edge.http.rpartition(":")[2])
+
+
 def counted(edge: Edge, method: str, code: str) -> float:
     labels = {"method": method, "code": code}
     return edge.metrics.registry.get_sample_value("lorary_requests_total", labels) or 0.0
@@ -70,7 +74,7 @@ async def test_a_stream_over_http_that_is_not_read_is_cut() -> None:
     async with serving(http_port=0, stall_timeout=0.5, limit=64) as edge:
         with socket.socket() as peer:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            peer.connect(("127.0.0.1", int(edge.http.rpartition(":")[2])))
+            peer.connect(http_address(edge))
             peer.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
             await eventually(lambda: edge.calls.num_in_flight == 8)
             await answers_others(edge)
@@ -93,8 +97,7 @@ async def test_half_a_request_is_not_waited_for(
     """Nor does one more byte, now and then, buy more time."""
     monkeypatch.setattr(connection, "REQUEST_S", 0.4)
     async with serving(http_port=0) as edge:
-        port = int(edge.http.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection(*http_address(edge))
         writer.write(half)
         started = time.monotonic()
         answering = asyncio.ensure_future(reader.read())
@@ -109,15 +112,16 @@ async def test_half_a_request_is_not_waited_for(
         await eventually(lambda: not listener._server.server_state.connections)
 
 
+CHUNKED = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
 async def test_what_follows_an_answer_and_is_no_request_ends_the_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An answer that did not wait for its request's body: there is no second one to say 400 with."""
-    head = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
     async with serving(http_port=0) as edge:
-        port = int(edge.http.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head)
+        reader, writer = await asyncio.open_connection(*http_address(edge))
+        writer.write(CHUNKED)
         assert (await reader.readline()).startswith(b"HTTP/1.1 404")
         writer.write(b"no size\r\n")
         await asyncio.wait_for(reader.read(), 2)
@@ -131,11 +135,9 @@ async def test_a_body_that_spoils_its_request_is_answered_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Head and body come together, so the application has the request and has not answered yet."""
-    head = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
     async with serving(http_port=0) as edge:
-        port = int(edge.http.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head + b"no size\r\n")
+        reader, writer = await asyncio.open_connection(*http_address(edge))
+        writer.write(CHUNKED + b"no size\r\n")
         answer = await asyncio.wait_for(reader.read(), 2)
         assert answer.startswith(b"HTTP/1.1 400")
         assert answer.count(b"HTTP/1.1") == 1

@@ -26,18 +26,15 @@ from grpc_reflection.v1alpha import reflection
 
 from lorary.errors import EngineFailed, MissingDependency
 from lorary.server.access.grants import read_grants
-from lorary.server.core import LAST_WORDS_S, Core, bracketed, port_error
+from lorary.server.core import LAST_WORDS_S, bracketed, port_error
 from lorary.server.tls import check_files, server_credentials
 from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
-    from lorary.server.build import Backend
-    from lorary.server.calls import Calls
     from lorary.server.config import ServerConfig
+    from lorary.server.core import Core
     from lorary.server.http.listener import Listener
-    from lorary.server.metrics import ServerMetrics
     from lorary.server.open_inference.service import OpenInference
-    from lorary.server.tracing.calls import Tracing
 
 log = logging.getLogger("lorary.server")
 
@@ -54,29 +51,13 @@ class Addresses:
 
 
 class Server:
-    """A gRPC server and a /metrics server around one backend.
+    """A gRPC server and a /metrics server around one core, which it owns from here and closes."""
 
-    Args:
-        config: how it runs.
-        backend: engine, residency, registry and prompts, already built; the server owns them from
-            here and stops them.
-        calls: what the engine delivers to.
-        metrics: what engine and residency report to.
-        tracing: gives calls spans; the server owns it, too. None gives none.
-    """
-
-    def __init__(
-        self,
-        config: ServerConfig,
-        backend: Backend,
-        calls: Calls,
-        metrics: ServerMetrics,
-        tracing: Tracing | None = None,
-    ) -> None:
-        self._config = config
-        self._calls = calls
-        self._core = Core(config, backend, calls, metrics, tracing)
-        self._core.on_failure = self._on_failure
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._config = core.config
+        self._calls = core.calls
+        core.on_failure = self._on_failure
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
         self._grpc: grpc.aio.Server | None = None
@@ -175,8 +156,9 @@ class Server:
         register(core.inference, server)
         register = control_pb2_grpc.add_ControlServicer_to_server
         register(core.control, server)
+        described = [inference_pb2, control_pb2]
         if config.open_inference:
-            from lorary.oip import open_inference_pb2_grpc
+            from lorary.oip import open_inference_pb2, open_inference_pb2_grpc
             from lorary.server.open_inference.service import OpenInference
 
             self._open_inference = OpenInference(
@@ -188,16 +170,15 @@ class Server:
             )
             register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
             register(self._open_inference, server)
+            described.append(open_inference_pb2)
         health_pb2_grpc.add_HealthServicer_to_server(core.health, server)
         if config.has_reflection:
-            services = [
-                *inference_pb2.DESCRIPTOR.services_by_name.values(),
-                *control_pb2.DESCRIPTOR.services_by_name.values(),
+            names = [
+                service.full_name
+                for module in described
+                for service in module.DESCRIPTOR.services_by_name.values()
             ]
-            names = [service.full_name for service in services]
             names += [health.SERVICE_NAME, reflection.SERVICE_NAME]
-            if config.open_inference:
-                names.append("inference.GRPCInferenceService")
             reflection.enable_server_reflection(names, server)
         return server
 

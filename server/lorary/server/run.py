@@ -15,6 +15,7 @@ from lorary.server import interpreter, logs
 from lorary.server.app import Server, check_files_of, check_ports_free, handle_signals
 from lorary.server.build import build_backend
 from lorary.server.calls import Calls
+from lorary.server.core import Core
 from lorary.server.metrics import ServerMetrics
 from lorary.server.startup import Startup
 from lorary.server.tracing.collector import check_tracing, open_tracing
@@ -62,7 +63,7 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
 async def _serve(
     config: ServerConfig, backend: Backend, calls: Calls, metrics: ServerMetrics, *, as_json: bool
 ) -> int:
-    server = Server(config, backend, calls, metrics, open_tracing(config, backend.facts))
+    server = Server(Core(config, backend, calls, metrics, open_tracing(config, backend.facts)))
     try:
         addresses = await server.start()
         handle_signals(server)

@@ -5,6 +5,7 @@ Checks run before any work; each raises ``InvalidRequest`` with the dotted path 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 from lorary.errors import InvalidRequest
 from lorary.server.engine.request import Constraint, Execution, Pooling, Sampling
 from lorary.server.interceptors import MAX_REQUEST_ID_CHARS, is_valid_request_id
+from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from lorary.registry.manifest import Task
-    from lorary.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS = 256
 MAX_ANSWERS = 16
@@ -41,6 +42,8 @@ MAX_ROUTING_KEY = 256
 MAX_CHARS_PER_TOKEN = 32
 # What a vector's receipt and counts take in a message, generously.
 RECEIPT_BYTES = 2048
+POOLINGS = {"mean": pb.POOLING_MEAN, "last": pb.POOLING_LAST}
+"""By the names that bodies and parameters have for them."""
 
 
 # By the numbers of inference.proto.
@@ -59,6 +62,13 @@ class Limits:
     vocab_size: int
     hidden_size: int
     max_message: int
+
+
+def hint_for(name: str, known: Collection[str]) -> str:
+    """Return how an error about a name that is none of ``known`` ends: with the nearest of them, if one is near."""
+    # What is longer is no misspelt option, and comparing it would take its time.
+    near = difflib.get_close_matches(name[:64], known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ". Leave it out."
 
 
 def check_request_id(value: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import InvalidRequest
+from lorary.server.validate import hint_for
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -135,9 +135,7 @@ class Fields:
         for name in self._left:
             if name in ignored:
                 continue
-            # What is longer is no misspelt option, and comparing it would take its time.
-            near = difflib.get_close_matches(name[:64], self._asked, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ". Leave it out."
+            hint = hint_for(name, self._asked)
             raise self.error(name[:64], f"'{name[:64]}' is no known member of the body{hint}")
 
     def _typed(self, name: str, kind: Any, words: str) -> Any:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorary.server.caller import PartOfCall
 from lorary.server.current_call import request_id
 from lorary.server.http import answers
 from lorary.server.http.requests import read_chat, read_completion
@@ -102,22 +103,12 @@ class Generation:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
+@dataclass(slots=True)
+class _Prompt(PartOfCall):
     """One prompt of a body, as the service's caller."""
 
-    call: HttpCall
     place: int
     on_event: OnEvent
-
-    def time_remaining(self) -> float | None:
-        return self.call.time_remaining()
-
-    def trailing_metadata(self) -> Any:
-        return self.call.trailing_metadata()
-
-    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]], /) -> None:
-        self.call.set_trailing_metadata(metadata)
 
     async def write(self, message: pb.GenerateResponse, /) -> None:
         await self.on_event(self.place, message)

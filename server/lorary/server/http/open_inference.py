@@ -139,14 +139,13 @@ def read_infer(members: Mapping[str, Any]) -> oip.ModelInferRequest:
         InvalidRequest: a member is unknown or of the wrong type; tensors hold strings, in lists of any depth.
     """
     fields = Fields(members)
-    request = oip.ModelInferRequest(id=unicode_text(fields, "id", fields.text("id") or ""))
+    request = oip.ModelInferRequest(id=fields.text("id") or "")
     _read_parameters(fields, request.parameters)
     for i, one in enumerate(fields.list("inputs", dict, "objects") or ()):
         given = fields.within(f"inputs[{i}]", one)
         shape = given.list("shape", int, "whole numbers") or []
         tensor = request.inputs.add(
-            name=unicode_text(given, "name", given.text("name") or ""),
-            datatype=unicode_text(given, "datatype", given.text("datatype") or ""),
+            name=given.text("name") or "", datatype=given.text("datatype") or ""
         )
         try:
             tensor.shape.extend(shape)
@@ -158,7 +157,7 @@ def read_infer(members: Mapping[str, Any]) -> oip.ModelInferRequest:
         given.finish()
     for i, one in enumerate(fields.list("outputs", dict, "objects") or ()):
         given = fields.within(f"outputs[{i}]", one)
-        wanted = request.outputs.add(name=unicode_text(given, "name", given.text("name") or ""))
+        wanted = request.outputs.add(name=given.text("name") or "")
         _read_parameters(given, wanted.parameters)
         given.finish()
     fields.finish()

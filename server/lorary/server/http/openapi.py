@@ -11,7 +11,7 @@ from typing import Any
 from lorary.errors import HTTP_STATUSES
 from lorary.registry.refs import MAX_VERSION
 from lorary.server import validate
-from lorary.server.http.requests import EXECUTIONS, IGNORED, MAX_PROMPTS, POOLINGS
+from lorary.server.http.requests import EXECUTIONS, IGNORED, MAX_PROMPTS
 from lorary.server.tools.definitions import MAX_TOOLS
 
 Schema = dict[str, Any]
@@ -320,7 +320,7 @@ _SCHEMAS: dict[str, Schema] = {
                     "model": _MODEL,
                     "use_template": _FLAG,
                     "encoding_format": {"enum": ["float", "base64"]},
-                    "pooling": {"enum": list(POOLINGS)},
+                    "pooling": {"enum": list(validate.POOLINGS)},
                     "normalize": _FLAG,
                     "dimensions": _integer(1, _UINT32),
                     "priority": _SAMPLING["priority"],

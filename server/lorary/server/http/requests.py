@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorary.server.http.body import Fields, json_text, unicode_text
 from lorary.server.http.tools import read_tool_calls, read_tools
-from lorary.server.validate import MAX_INPUTS
+from lorary.server.validate import MAX_INPUTS, POOLINGS
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ EXECUTIONS = {
     "batched": pb.EXECUTION_BATCHED,
     "merged": pb.EXECUTION_MERGED,
 }
-
-POOLINGS = {"mean": pb.POOLING_MEAN, "last": pb.POOLING_LAST}
 
 # OpenAI's own defaults, where ours differ: a client that sends no temperature expects to sample.
 DEFAULT_TEMPERATURE = 1.0

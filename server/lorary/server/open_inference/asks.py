@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from lorary.errors import InvalidRequest
 from lorary.server.open_inference.tensors import read_texts
+from lorary.server.validate import POOLINGS, hint_for
 from lorary.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ _SAMPLING = frozenset(
 )
 _OF_ALL = frozenset({"priority", "scale", "routing_key"})
 _OF_VECTORS = frozenset({"normalize", "dimensions"})
-_POOLINGS = {"mean": pb.POOLING_MEAN, "last": pb.POOLING_LAST}
 _KNOWN: dict[str, frozenset[str]] = {
     "text": _SAMPLING | _OF_ALL | {"use_template"},
     "label": _OF_ALL | {"use_template"},
@@ -161,10 +160,8 @@ def _parameters(request: oip.ModelInferRequest, kind: str) -> dict[str, Any]:
     for name, parameter in request.parameters.items():
         known = _KNOWN[kind]
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ". Leave it out."
             raise InvalidRequest(
-                f"'{name[:64]}' is no parameter of a call for {kind}s{hint}",
+                f"'{name[:64]}' is no parameter of a call for {kind}s{hint_for(name, known)}",
                 field=f"parameters.{name[:64]}",
             )
         choice = parameter.WhichOneof("parameter_choice")
@@ -176,12 +173,12 @@ def _parameters(request: oip.ModelInferRequest, kind: str) -> dict[str, Any]:
 
 def _pooling(values: dict[str, Any]) -> pb.Pooling:
     pooling = values.pop("pooling", "mean")
-    if pooling not in _POOLINGS:
+    if pooling not in POOLINGS:
         raise InvalidRequest(
-            f"pooling is {str(pooling)[:64]!r}; it is one of {', '.join(_POOLINGS)}.",
+            f"pooling is {str(pooling)[:64]!r}; it is one of {', '.join(POOLINGS)}.",
             field="parameters.pooling",
         )
-    return _POOLINGS[pooling]
+    return POOLINGS[pooling]
 
 
 def _set(message: Message, name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorary.errors import InvalidRequest
 from lorary.oip import open_inference_pb2 as oip
 from lorary.oip import open_inference_pb2_grpc
+from lorary.server.caller import PartOfCall
 from lorary.server.open_inference.asks import OUTPUTS, model_ref, read_ask
 from lorary.server.open_inference.tensors import TEXT_INPUT, add_output
 from lorary.server.together import together
@@ -174,20 +175,10 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 @dataclass(slots=True)
-class _End:
+class _End(PartOfCall):
     """The caller of one text's Generate, who wants its end alone."""
 
-    context: Waiting
     complete: pb.GenerateComplete = field(default_factory=pb.GenerateComplete)
-
-    def time_remaining(self) -> float | None:
-        return self.context.time_remaining()
-
-    def trailing_metadata(self) -> Any:
-        return self.context.trailing_metadata()
-
-    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]], /) -> None:
-        self.context.set_trailing_metadata(metadata)
 
     async def write(self, message: pb.GenerateResponse, /) -> None:
         if message.HasField("complete"):
