@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ class Member:
         seed: of its numbers.
         targets: last parts of the names of the layers it changes; empty: every linear layer.
         invocation: an aLoRA's tokens; none for an adapter that is always on.
+        first_layer: the first of the base's layers that it changes.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Member:
     seed: int
     targets: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
+    first_layer: int = 0
 
 
 def fill(
@@ -63,7 +66,7 @@ def write_adapter(base: Base, folder: Path, member: Member) -> None:
     targets = set(member.targets) or {_last(module) for module in base.card.modules}
     tensors = {}
     for module, (width_out, width_in) in base.card.modules.items():
-        if _last(module) not in targets:
+        if _last(module) not in targets or _layer(module) < member.first_layer:
             continue
         a = torch.empty(member.rank, width_in).uniform_(-1, 1, generator=generator)
         b = torch.empty(width_out, member.rank).normal_(0, STRENGTH, generator=generator)
@@ -77,8 +80,22 @@ def write_adapter(base: Base, folder: Path, member: Member) -> None:
         target_modules=sorted(targets),
         task_type="CAUSAL_LM",
         alora_invocation_tokens=list(member.invocation) or None,
+        layers_to_transform=list(range(member.first_layer, num_layers(base)))
+        if member.first_layer
+        else None,
     )
     config.save_pretrained(str(folder))
+
+
+def num_layers(base: Base) -> int:
+    """Return how many decoder layers a base has."""
+    return 1 + max(map(_layer, base.card.modules))
+
+
+def _layer(module: str) -> int:
+    """Return the number in a module's name; -1 where there is none."""
+    match = re.search(r"\.(\d+)\.", module)
+    return int(match[1]) if match else -1
 
 
 def adapter_bytes(base: Base, rank: int) -> int:

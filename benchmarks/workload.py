@@ -29,13 +29,15 @@ class Call:
 class Trace:
     """One answer: when it was asked for and when each token came, in ``time.perf_counter``.
 
-    ``num_cached`` tokens of its prompt were not read again, where the contender tells.
+    ``num_cached`` tokens of its prompt were not read again, and ``num_above`` further ones only by the
+    layers behind the shared ones, where the contender tells.
     """
 
     sent_s: float
     token_ids: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     num_cached: int = 0
+    num_above: int = 0
 
 
 class Contender(Protocol):

@@ -96,6 +96,7 @@ class LoraryEngine(Contender):
                 trace.token_s += [at_s] * len(output.token_ids)
                 if output.finish is not None:
                     trace.num_cached = output.finish.cached_tokens
+                    trace.num_above = output.finish.cached_below_tokens
                     num_open -= 1
                     for call in waiting:
                         self._send(call, sampling, traces)

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from benchmarks.contenders.lorary_engine import LoraryEngine
-from benchmarks.library import Member, fill
+from benchmarks.library import fill, num_layers
 from benchmarks.reuse_run import (
     ALORA,
     ANSWER_TOKENS,
     COLD,
+    LATE,
     LORA,
+    VERDICT_TOKENS,
     WAYS,
     _pipeline,
-    judge_name,
+    first_late,
+    judge_members,
     same_verdicts,
     table_of,
 )
@@ -37,16 +40,13 @@ DOCUMENT = tuple(range(5, 105))
 def registry(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     root = tmp_path_factory.mktemp("reuse")
     store = Registry.open(root / "store", create=True)
-    members = [
-        Member(judge_name(way, i), 8, i, invocation=tokens if way == ALORA else ())
-        for way in (ALORA, LORA)
-        for i, tokens in enumerate(INVOCATIONS)
-    ]
-    fill(store, find_base(tiny_base), members, root / "one")
+    base = find_base(tiny_base)
+    members = judge_members(INVOCATIONS, first_late(num_layers(base)), 8)
+    fill(store, base, members, root / "one")
     return store
 
 
-def test_only_alora_with_the_prefix_cache_reads_the_document_once(
+def test_alora_reads_the_document_once_and_late_judges_only_above(
     tiny_base: Path, registry: Registry
 ) -> None:
     records = []
@@ -56,7 +56,11 @@ def test_only_alora_with_the_prefix_cache_reads_the_document_once(
             registry,
             dtype=torch.float32,
             limits=EngineLimits(
-                max_batch=2, max_context=256, prefix_cache=way != COLD, draft_rows=0
+                max_batch=2,
+                max_context=256,
+                prefix_cache=way != COLD,
+                shared_layers=first_late(2) if way == LATE else 0,
+                draft_rows=0,
             ),
         )
         try:
@@ -70,10 +74,12 @@ def test_only_alora_with_the_prefix_cache_reads_the_document_once(
     whole = shared + 3
     for record in records:
         # Of the base's last block there are too few tokens to be kept.
-        expected = whole - shared // BLOCK * BLOCK if record["way"] == ALORA else whole
+        in_blocks = shared // BLOCK * BLOCK
+        expected = whole - in_blocks if record["way"] == ALORA else whole
         assert record["num_read"] == [expected, expected], record["way"]
+        assert record["num_above"] == [in_blocks * (record["way"] == LATE)] * 2, record["way"]
         assert len(record["ttft_ms"]) == len(INVOCATIONS)
         assert record["seconds"] * 1e3 > sum(record["ttft_ms"])
     same, compared = same_verdicts(records)
-    assert same == compared > 0
-    assert f"| {LORA} | {whole} |" in table_of(records)
+    assert same == compared == 2 * 2 * 2 * VERDICT_TOKENS
+    assert f"| {LORA} | {whole} | 0 |" in table_of(records)

@@ -422,7 +422,7 @@ def test_outputs_travel_whole() -> None:
         reason="stop", text="x\ny", matched_stop="\n", prompt_tokens=3, completion_tokens=2,
         cached_tokens=1, queue_ns=10**12, adapter_load_ns=0, prefill_ns=5, decode_ns=6,
         label_token_logprobs=((-1.0, -2.0), (-3.5,)), prompt_logprobs=(position,), is_merged=True,
-        embedding=(0.1, -2.5), cached_base_tokens=1,
+        embedding=(0.1, -2.5), cached_base_tokens=1, cached_below_tokens=2,
     )  # fmt: skip
     outputs = [
         Output(request_id="a/1", index=0, text=" the", token_ids=[7], logprobs=(position,)),

@@ -143,6 +143,7 @@ class EngineWorld:
         weights: Mapping[str, float] | None = None,
         execution: Execution = "batched",
         pooling: Pooling | None = None,
+        salt: str = "",
         **sampling: Any,
     ) -> str:
         self._count += 1
@@ -175,6 +176,7 @@ class EngineWorld:
                 deadline_s=deadline_s,
                 active_from=start,
                 execution=execution,
+                salt=salt,
             )
         )
         return request_id

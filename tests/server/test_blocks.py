@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorary.errors import ConfigError
+from lorary.server.adapters.segments import PoolEntry
 from lorary.server.engine.blocks import (
     BLOCK,
     LEAST_SHARED,
     WORTH_WAITING,
     Blocks,
+    Node,
     Shared,
     blocks_for,
     common_length,
@@ -209,16 +211,27 @@ def test_too_few_blocks_change_nothing() -> None:
 @given(st.data())
 def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
     """Random lives of sequences against a model of what every position of the cache holds."""
-    blocks = Blocks(data.draw(st.integers(4, 12), label="blocks"))
+    shared_layers = data.draw(st.sampled_from((0, 2)))
+    blocks = Blocks(data.draw(st.integers(4, 12), label="blocks"), shared_layers=shared_layers)
+    # Late enough, and too early.
+    entries = {
+        name: PoolEntry((0,), (1.0,), first_layer=layer) for name, layer in (("a", 2), ("b", 1))
+    }
     stems = [[s] * 70 for s in (1, 2)]
     holds: dict[int, list[object]] = {b: [None] * BLOCK for b in range(blocks.num_blocks)}
+    below: dict[int, list[object]] = {b: [None] * BLOCK for b in range(blocks.num_blocks)}
     running: list[Sequence] = []
 
-    def content(one: Sequence, position: int) -> object:
+    def content(one: Sequence, position: int) -> tuple[object, object, object]:
         """What keys and values depend on: the tokens up to there, and which of them were adapted by whom."""
         begin, digest = one.request.active_from, one.request.lease.digest
         adapted = (digest, begin) if digest and position >= begin else None
         return (one.request.salt, adapted, tuple(one.token_ids[: position + 1]))
+
+    def content_below(one: Sequence, position: int) -> object:
+        """What keys and values of the shared layers depend on."""
+        salt, adapted, tokens = content(one, position)
+        return (salt, None if one.request.lease.digest == "a" else adapted, tokens)
 
     def compute(one: Sequence, stop: int) -> None:
         for position in range(one.num_computed, stop):
@@ -226,6 +239,7 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
             others = [o for o in running if o is not one and block in o.blocks]
             assert not others, "a block that others read is written"
             holds[block][position % BLOCK] = content(one, position)
+            below[block][position % BLOCK] = content_below(one, position)
         one.num_computed = stop
         blocks.publish(one)
 
@@ -233,6 +247,9 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
         for position in range(one.num_computed):
             held = holds[one.blocks[position // BLOCK]][position % BLOCK]
             assert held == content(one, position)
+        for position in range(max(one.num_computed, one.num_below)):
+            held = below[one.blocks[position // BLOCK]][position % BLOCK]
+            assert held == content_below(one, position)
 
     for _ in range(data.draw(st.integers(1, 25), label="events")):
         event = data.draw(st.sampled_from(("start", "start", "advance", "advance", "end")))
@@ -244,14 +261,18 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
             begin = data.draw(st.sampled_from((0, 0, 20, 32, 33, length))) if digest else 0
             new = sequence(prompt, digest, min(begin, length))
             new.request.salt = data.draw(st.sampled_from(("", "acme")))
+            new.entry = entries.get(digest)
             new.request.keep_prefix = data.draw(st.sampled_from((True, True, False)))
             shared = blocks.look_up(new, running)
             if shared is None or not blocks.take(new, shared, len(prompt) + 1):
                 continue
             if shared.tail:
                 target = new.blocks[len(shared.path)]
-                holds[target][: shared.tail] = holds[shared.source][: shared.tail]
-            new.num_computed = shared.length
+                for held in (holds, below):
+                    held[target][: shared.tail] = held[shared.source][: shared.tail]
+            found = [list(below[source]) for source in shared.below]
+            below.update(zip(new.blocks[len(shared.path) :], found, strict=False))
+            new.num_computed, new.num_below = shared.length, shared.num_below
             check(new)
             running.append(new)
         elif running:
@@ -270,9 +291,30 @@ def test_blocks_are_never_lost_nor_written_by_two(data: st.DataObject) -> None:
         owned = {block for one in running for block in one.blocks}
         path = {node.block for one in running for node in one.path}
         assert blocks.num_free == blocks.num_blocks - len(owned | path)
+        check_no_other_is_known(blocks)
     for one in running:
         blocks.release(one)
     assert blocks.num_free == blocks.num_blocks
+
+
+def check_no_other_is_known(blocks: Blocks) -> None:
+    """The tree of shared layers names the blocks that are in a tree of their own, and no other."""
+    known: set[Node] = set()
+    named: set[Node] = set()
+    trees = list(blocks._roots.values())
+    while trees:
+        node = trees.pop()
+        trees += node.children.values()
+        if node.below is not None:
+            known.add(node)
+    levels = list(blocks._below.values())
+    while levels:
+        level = levels.pop()
+        levels += level.children.values()
+        assert level.nodes or level.parent is None
+        named |= level.nodes.keys()
+    assert named == known
+    assert all(blocks._below[salt].children for salt in blocks._below)
 
 
 SHAPE = KVShape(num_layers=2, num_kv_heads=2, context=256, head_dim=16)

@@ -267,6 +267,34 @@ def test_mixed_batch_equals_peft(
     assert check(world, peft) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi", "gpt2", "opt"])
+def test_layers_above_shared_ones_begin_with_what_they_read(
+    make_world: Callable[..., EngineWorld], zoo: Zoo, tmp_path: Path, name: str
+) -> None:
+    """Scale and positions of the embeddings are in it already, and layers are found by any family's name."""
+    base, registry, _ = zoo.get(name)
+    recipe = AdapterRecipe(
+        rank=4,
+        seed=2,
+        modules=registry.manifest(registry.resolve("plain")).method.target_modules,
+        config={"layers_to_transform": [1], "fan_in_fan_out": name == "gpt2"},
+    )
+    folder = write_manifest(base, build_adapter(base, tmp_path / "late", recipe))
+    registry.push(folder, "late", base=BaseCard.from_folder(base))
+    prompt = list(range(3, 73))
+    ways: list[dict[str, Any]] = [{"prefix_cache": False}, {"shared_layers": 1}]
+    scores = []
+    for options in ways:
+        world = make_world(base, registry=registry, draft_rows=0, **options)
+        world.collector.wait(world.submit(prompt, max_tokens=1))
+        request_id = world.submit(prompt, "late", logprobs=0, ignore_eos=True)
+        scores.append(world.collector.logprobs(request_id))
+    _, finish, _ = world.collector.wait(request_id)
+    assert finish is not None
+    assert finish.cached_below_tokens == 64
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3, sliding window", "phi", "gpt2", "opt"])
 def test_operators_equal_peft(
     make_world: Callable[..., EngineWorld], zoo: Zoo, monkeypatch: pytest.MonkeyPatch, name: str

@@ -101,6 +101,21 @@ def test_golden_probes_are_what_a_fresh_load_computes(
         torch.testing.assert_close(logits[list(probe.top_token_ids)], expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora", "delta-lora"])
+def test_an_adapter_of_the_late_layers_changes_no_other_and_is_accepted(
+    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, tiny_base: Path, method: str
+) -> None:
+    from lorary.registry import BaseCard, Registry
+
+    recipe = make_recipe(method__name=method, method__layers_to_transform=[1])
+    train(recipe, tmp_path / "out", reporter=quiet)
+    registry = Registry.open(tmp_path / "registry", create=True)
+    registry.push(tmp_path / "out", "late", base=BaseCard.from_folder(tiny_base))
+    kept = tensors(registry.fetch(registry.resolve("late")))
+    assert len(kept) == 2 * 7
+    assert all(".layers.1." in name for name in kept)
+
+
 def test_published_adapter_is_accepted_by_the_registry(
     make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, tiny_base: Path
 ) -> None:
@@ -240,6 +255,8 @@ def test_existing_output_is_replaced_by_force_only(
         ({"training__device": "abacus"}, InvalidRecipe, "'abacus'"),
         ({"training__max_length": 5}, InvalidRecipe, "Raise it"),
         ({"method__target_modules": ["q_prj"]}, InvalidRecipe, "q_prj"),
+        ({"method__layers_to_transform": [1, 7]}, InvalidRecipe, r"names \[7\], and this base has"),
+        ({"method__layers_to_transform": [1, 1]}, InvalidRecipe, "repeats a number"),
     ],
 )
 def test_what_cannot_work_is_found_before_any_output(

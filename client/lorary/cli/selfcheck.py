@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="selfcheck", add_completion=False, pretty_exceptions_enable=False)
 
-# With these a native answer's bits do not depend on its company (docs/architecture.md).
-EXACT = ("--draft-rows", "0", "--no-prefix-cache")
+# With these a native answer's bits do not depend on its company (docs/architecture.md). Layers are shared in
+# the prefix cache: a server that is asked for the one without the other does not start.
+EXACT = ("--draft-rows", "0", "--no-prefix-cache", "--shared-layers", "0")
 TIE_NATS = 0.05
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0

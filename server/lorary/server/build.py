@@ -227,6 +227,7 @@ def build_engine(
             kv_memory_bytes=config.kv_memory,
             memory_fraction=config.memory_fraction,
             prefix_cache=config.prefix_cache,
+            shared_layers=config.shared_layers,
             draft_rows=config.draft_rows,
             pin_threads=config.pin_threads,
             cuda_graphs=config.cuda_graphs,

@@ -260,6 +260,14 @@ class ServerConfig:
         "Do not read again what an earlier prompt with the same adapter (or, before an aLoRA's invocation, the "
         "base) began with.",
     )
+    shared_layers: int = _option(
+        0,
+        "How many layers, from the first on, the base and all adapters that leave these alone share in the prefix "
+        "cache: of what one has read, another runs only the layers behind. Takes memory for each position; 0 "
+        "shares none.",
+        low=0,
+        high=1024,
+    )
     draft_rows: int = _option(
         8,
         "Rows of a step up to which next tokens are guessed from the text so far; 0 guesses none.",

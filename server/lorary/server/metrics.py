@@ -142,6 +142,11 @@ class ServerMetrics:
             "Those of them before an aLoRA's invocation: the base or another aLoRA had computed them.",
             registry=r,
         )
+        self.cached_below_tokens = Counter(
+            "lorary_cached_below_tokens",
+            "Further ones of which another answer had computed the shared layers (--shared-layers).",
+            registry=r,
+        )
         self.time_to_first_token = Histogram(
             "lorary_time_to_first_token_seconds",
             "From arrival to the first token.",
@@ -384,6 +389,7 @@ class AnswerMeter:
         metrics.prompt_tokens.inc(finish.prompt_tokens)
         metrics.cached_tokens.inc(finish.cached_tokens)
         metrics.cached_base_tokens.inc(finish.cached_base_tokens)
+        metrics.cached_below_tokens.inc(finish.cached_below_tokens)
         metrics.queue_seconds.observe(finish.queue_ns / 1e9)
         metrics.adapters.add(
             self._adapter,

@@ -167,6 +167,8 @@ class MethodRecipe:
     """On the input of A; [0, 1). Above 0 trains on a slower path."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Module name endings, or ``all-linear``: every linear layer but the output head."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Numbers, from 0, of the model's layers that are changed; empty means all. Servers share what is before the first (docs/residency.md)."""
     optimizer: rules.OptimizerName = "auto"
     """auto is lora-fa and lora-plus for the methods of these names, and ``training.optimizer`` for the others, as adamw is."""
     invocation: str = ""
@@ -196,6 +198,12 @@ class MethodRecipe:
         _within("method.svd_iterations", self.svd_iterations, 0, 1000)
         if not self.target_modules:
             raise InvalidRecipe("method.target_modules is empty; use [all-linear].")
+        for number in self.layers_to_transform:
+            _within("method.layers_to_transform", number, 0, 9999)
+        if len(set(self.layers_to_transform)) != len(self.layers_to_transform):
+            raise InvalidRecipe(
+                f"method.layers_to_transform repeats a number: {list(self.layers_to_transform)}."
+            )
         if self.quantization_plan and self.name != "qlora":
             raise InvalidRecipe(
                 f"method.quantization_plan is set with {self.name}; set method.name to qlora, or remove it."

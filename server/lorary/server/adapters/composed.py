@@ -280,4 +280,5 @@ def _joined(held: tuple[Lease, ...], weights: list[float]) -> PoolEntry:
             for scale in entry.scales
         ),
         error=max(entry.error for entry in entries),
+        first_layer=min(entry.first_layer for entry in entries),
     )

@@ -42,6 +42,7 @@ class HostCopy:
         rank: its rank rows.
         has_columns: whether DoRA's column scales are behind them.
         error: of its entry: what the pool's storage has brought.
+        first_layer: likewise.
         num_bytes: what it takes, with what the allocator adds.
         groups: its rows.
     """
@@ -49,6 +50,7 @@ class HostCopy:
     rank: int
     has_columns: bool
     error: float
+    first_layer: int
     num_bytes: int
     groups: tuple[_GroupRows, ...]
 
@@ -85,6 +87,7 @@ def copy_out(pool: AdapterPool, entry: PoolEntry) -> HostCopy:
         entry.rank,
         entry.columns != NO_COLUMNS,
         entry.error,
+        entry.first_layer,
         copy_bytes(pool, entry),
         tuple(groups),
     )
@@ -98,7 +101,7 @@ def copy_in(pool: AdapterPool, pages: Sequence[int], copy: HostCopy) -> PoolEntr
         views = [kept.a, *kept.b, *([] if kept.scales is None else [kept.scales])]
         for (target, dim), view in zip(_tensors(group), views, strict=True):
             rows.put(target, dim, view)
-    return replace(entry, error=copy.error)
+    return replace(entry, error=copy.error, first_layer=copy.first_layer)
 
 
 class _Rows:

@@ -29,6 +29,7 @@ from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
 from lorary.server.adapters.rounding import Storage, storage_dtype
 from lorary.server.adapters.weights import Weights, multiply
 from lorary.server.native import library as native
+from lorary.server.native.families import decoder_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -346,6 +347,7 @@ def install(
             part of the layers that read one input.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layer_of = _layer_numbers(model)
     found: list[tuple[nn.Module, tuple[str, ...], list[nn.Module], GroupSpec]] = []
     for parent_name, parent in list(model.named_modules()):
         linears = {
@@ -360,6 +362,7 @@ def install(
                 modules=tuple(f"{parent_name}.{name}" if parent_name else name for name in names),
                 in_features=next(s[1] for s in shapes if s),
                 out_features=tuple(s[0] for s in shapes if s),
+                layer=layer_of.get(id(parent), 0),
             )
             found.append((parent, names, layers, spec))
     groups: list[LoraGroup] = []
@@ -377,6 +380,12 @@ def install(
         model.set_output_embeddings(PackedHead(head, kernels, is_tied=is_tied))
     own(model)
     return groups
+
+
+def _layer_numbers(model: Any) -> dict[int, int]:
+    """Return by ``id`` of a module which decoder layer it is in; nothing of modules outside of them."""
+    layers = decoder_layers(model)
+    return {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
 
 
 def check_int8(names: Collection[str], int8: Collection[str]) -> None:

@@ -31,7 +31,7 @@ from lorary.server.lazy_memory import lazy_zeros
 from lorary.server.native.library import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lorary.server.native.library import NativeKernels
 
@@ -46,11 +46,13 @@ class GroupSpec:
         modules: full module names, in the order in which their outputs are laid side by side.
         in_features: width of the shared input.
         out_features: width of each member's output.
+        layer: the decoder layer that it is in; 0 for what is in none, too.
     """
 
     modules: tuple[str, ...]
     in_features: int
     out_features: tuple[int, ...]
+    layer: int = 0
 
     @property
     def row_elements(self) -> int:
@@ -176,6 +178,7 @@ class AdapterPool:
             )
         capacity = self.num_pages * self.page_rows
         self.groups = tuple(GroupPool(g, capacity, dtype, device, storage) for g in groups)
+        self._layer_of = {module: g.layer for g in groups for module in g.modules}
         self.dtype = dtype
         self.storage = storage
         self.device = device
@@ -247,7 +250,7 @@ class AdapterPool:
             KeyError: a module that no group has; the validator refuses these before.
         """
         entry = self.place(pages, rank, has_columns=columns is not None)
-        foreign = tensors.keys() - {m for group in self.groups for m in group.spec.modules}
+        foreign = tensors.keys() - self._layer_of.keys()
         if foreign:
             raise KeyError(f"modules {sorted(foreign)[:4]} are in no group of this base")
         if self._kernels is not None and all(map(_is_laid, tensors.values())):
@@ -262,7 +265,17 @@ class AdapterPool:
                         kept[entry.columns].copy_(columns[module])
                     else:
                         kept[entry.columns].fill_(1.0)
-        return replace(entry, error=worst)
+        return replace(
+            entry, error=worst, first_layer=self._first_layer(tensors) if columns is None else 0
+        )
+
+    def _first_layer(self, modules: Iterable[str]) -> int:
+        """Return the first layer that a change of these modules touches.
+
+        Not asked for DoRA: its column scales are 1 elsewhere, but rows that have some are added up apart
+        in every layer (``native/layer.cpp``), and so perhaps rounded otherwise.
+        """
+        return min((self._layer_of[module] for module in modules), default=0)
 
     def _put(
         self, entry: PoolEntry, rank: int, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]

@@ -25,12 +25,15 @@ class PoolEntry:
     is already folded into B, so a single adapter has scales of 1. ``error`` is the largest relative
     error of a module's B·A that the pool's storage has brought; 0 where it keeps what is multiplied.
     ``columns`` is where DoRA's column scales lie (a row of ``GroupPool.columns``), else ``NO_COLUMNS``.
+    In layers before ``first_layer`` it adds zeros to the base's outputs, so that they stay as they are; 0
+    says nothing of any layer.
     """
 
     rows: tuple[int, ...]
     scales: tuple[float, ...]
     error: float = 0.0
     columns: int = NO_COLUMNS
+    first_layer: int = 0
 
     @property
     def rank(self) -> int:

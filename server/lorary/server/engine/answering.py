@@ -235,6 +235,7 @@ class Answers:
             completion_tokens=sequence.num_generated,
             cached_tokens=sequence.num_cached,
             cached_base_tokens=min(sequence.num_cached, sequence.request.active_from),
+            cached_below_tokens=sequence.num_cached_below,
             queue_ns=max(0, sequence.started_ns - sequence.arrived_ns),
             adapter_load_ns=lease.load_ns,
             prefill_ns=sequence.first_token_ns - sequence.started_ns,

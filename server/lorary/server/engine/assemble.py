@@ -78,6 +78,8 @@ class EngineLimits:
             ``max_context`` tokens need, but no more than ``memory_fraction``.
         memory_fraction: share of the memory left by base and adapters that keys and values may take.
         prefix_cache: do not read again what an earlier prompt with the same adapter began with.
+        shared_layers: how many layers, from the first on, the base and all adapters that leave them alone
+            share in the prefix cache; 0 shares none.
         draft_rows: rows of a step up to which tokens are guessed from the text so far (prompt lookup);
             0 guesses nothing.
         pin_threads: give every CPU thread of the engine a core of its own.
@@ -102,6 +104,7 @@ class EngineLimits:
     kv_memory_bytes: int = 0
     memory_fraction: float = 0.8
     prefix_cache: bool = True
+    shared_layers: int = 0
     draft_rows: int = 8
     pin_threads: bool = True
     cuda_graphs: bool = False
@@ -151,8 +154,8 @@ def assemble(
 
     Raises:
         ConfigError: the model cannot be served: no fast tokenizer, a cache that is not keys and
-            values, attention that does not go through transformers' interface, no memory, CUDA
-            graphs without a GPU.
+            values, attention that does not go through transformers' interface, no memory, layers that cannot
+            be shared, CUDA graphs without a GPU.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
@@ -171,11 +174,13 @@ def assemble(
             storage=limits.adapter_dtype,
             progress=progress,
         )
-    shape = KVShape.from_config(model.config, limits.max_context)
+    shape = KVShape.from_config(model.config, limits.max_context, limits.shared_layers)
     kernels = lora.kernels
     form: ModelForm | str = "there are no native kernels"
     if kernels is not None:
         form = describe(model, lora.groups, kernels, dtype)
+    if limits.shared_layers:
+        _check_can_share(model, form, prefix_cache=limits.prefix_cache)
     kv_dtype = dtype if isinstance(form, str) else kept_dtype(dtype)
     num_blocks = _plan_blocks(model, lora, shape, limits, kv_dtype, device)
     cache = KVCache(
@@ -274,6 +279,25 @@ def assemble(
         eos_ids=end_tokens(model, tokenizer),
     )
     return Assembled(engine, residency, lora, fused, grammars, merging)
+
+
+def _check_can_share(model: Any, form: ModelForm | str, *, prefix_cache: bool) -> None:
+    """Refuse ``shared_layers`` where it would do nothing; ``form`` is the model's, or why it has none.
+
+    Raises:
+        ConfigError: nothing is remembered, or the model's forward cannot begin in the middle.
+    """
+    if not prefix_cache:
+        raise ConfigError(
+            "--shared-layers shares what the prefix cache keeps, and that is off; leave --no-prefix-cache or "
+            "--shared-layers out"
+        )
+    if isinstance(form, str):
+        raise ConfigError(
+            f"--shared-layers needs layers that run natively, for no other forward can begin in the middle, and "
+            f"{type(model).__name__} runs operator by operator here: {form}. Leave it out, or serve a base of a "
+            "family that runs natively, on a CPU, unquantized or int8 (docs/architecture.md)"
+        )
 
 
 class _Merger:

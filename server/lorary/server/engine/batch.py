@@ -48,6 +48,7 @@ class Batch:
         num_prefill_tokens: prompt tokens, branches included.
         num_distinct_adapters: adapters in the step, the bare base not counted.
         merged: the weights that all of it runs on, with an adapter in them; None for the base's.
+        first_layer: where its rows begin: 0, or behind the shared layers, with what the cache keeps of these.
         hidden: float32 [H, width], the hidden states of ``hidden_rows``, which the runner has found; None where
             there are no such rows.
         is_greedy: whether all that is wanted of it are the most likely tokens.
@@ -70,6 +71,7 @@ class Batch:
     num_prefill_tokens: int
     num_distinct_adapters: int
     merged: MergedWeights | None = None
+    first_layer: int = 0
     is_greedy: bool = field(init=False)
     hidden: torch.Tensor | None = field(default=None, init=False)
     native: NativeStep | None = field(default=None, init=False)
@@ -273,6 +275,7 @@ def build_batch(
         num_distinct_adapters=len({id(e) for e in rows.entries if e is not None})
         + (scheduled.merged is not None),
         merged=scheduled.merged,
+        first_layer=cache.shape.shared_layers if scheduled.is_above else 0,
     )
 
 

@@ -16,6 +16,12 @@ States of a block::
 
 Idle blocks go when a free one is needed: leaves of the tree first, the one longest unused first. So
 what is remembered costs no memory that anybody needs.
+
+With shared layers (``--shared-layers``) blocks are known by one more tree, of the tenant alone (``_Below``): in
+it are the blocks, of whichever tree, whose positions the base's own layers have computed as far as the shared ones
+go. Those are the base's, and those of *late* adapters, whose pages hold nothing of these layers. A new
+prompt of the base or of a late adapter takes a copy of that part of them where its own tree ends, and only the
+layers behind are run. Whole blocks only; and a copy, so that a block has one owner in all layers.
 """
 
 from __future__ import annotations
@@ -46,6 +52,24 @@ _LOOKED_AT = 8
 """Of these children, how many are compared: what a template has in common, they all have."""
 
 
+class _Below:
+    """Blocks that hold the same in the shared layers: one node of a tenant's tree of these.
+
+    There is no such node without a block but the root: where a block is, those before it in its own tree are,
+    too, and a leaf of that tree goes first.
+    """
+
+    __slots__ = ("children", "nodes", "parent", "salt", "tokens")
+
+    def __init__(self, tokens: tuple[int, ...], parent: _Below | None, salt: str) -> None:
+        self.tokens = tokens
+        self.parent = parent
+        self.salt = salt
+        self.children: dict[tuple[int, ...], _Below] = {}
+        # By when they came; the values say nothing.
+        self.nodes: dict[Node, None] = {}
+
+
 class Node:
     """One block in the tree; a root has none.
 
@@ -58,9 +82,11 @@ class Node:
         num_base: how many of its positions, from the first on, are the base's.
         scope: a root's.
         num_users: running sequences whose path leads through it.
+        below: where it is in the tree of shared layers; None where its layers are not all the base's that far.
     """
 
     __slots__ = (
+        "below",
         "block",
         "children",
         "num_base",
@@ -91,6 +117,7 @@ class Node:
         self.children: dict[tuple[Owner, tuple[int, ...]], Node] = {}
         self.tails: dict[tuple[Owner, tuple[int, ...]], list[Node]] = {}
         self.num_users = 0
+        self.below: _Below | None = None
 
     @property
     def tail_keys(self) -> list[tuple[Owner, tuple[int, ...]]]:
@@ -109,30 +136,41 @@ class Shared:
         path: nodes whose blocks are its beginning.
         source: a block that holds the next ``tail`` positions, to be copied; -1 when ``tail`` is 0.
         tail: less than ``BLOCK``.
+        below: blocks whose shared layers hold the positions behind ``path``, to be copied; then there is no tail.
     """
 
     path: tuple[Node, ...] = ()
     source: int = -1
     tail: int = 0
+    below: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
-        """Positions in all."""
+        """Positions that need not be computed at all."""
         return len(self.path) * BLOCK + self.tail
+
+    @property
+    def num_below(self) -> int:
+        """Positions whose shared layers need not be computed; 0 where no more than ``length``."""
+        return (len(self.path) + len(self.below)) * BLOCK if self.below else 0
 
 
 class Blocks:
     """All blocks of a cache; the engine thread's alone.
 
-    With ``share`` off nothing is remembered and every sequence has blocks of its own.
+    With ``share`` off nothing is remembered and every sequence has blocks of its own. The first
+    ``shared_layers`` layers are shared between the base and late adapters.
     """
 
-    def __init__(self, num_blocks: int, *, share: bool = True) -> None:
+    def __init__(self, num_blocks: int, *, share: bool = True, shared_layers: int = 0) -> None:
         self.num_blocks = num_blocks
         self.share = share
+        self.shared_layers = shared_layers
         # The lowest first: memory that was never written costs nothing on a CPU.
         self._free = list(range(num_blocks))
         self._roots: dict[tuple[str, str], Node] = {}
+        # By the tenant's salt.
+        self._below: dict[str, _Below] = {}
         # Leaves that nobody uses, the longest unused first; and how many nodes nobody uses.
         self._idle_leaves: OrderedDict[Node, None] = OrderedDict()
         self._num_idle = 0
@@ -173,7 +211,9 @@ class Blocks:
                 coming = max(coming, min(same, len(other.token_ids)))
         if coming >= shared.length + WORTH_WAITING:
             return None
-        return shared if shared.length >= LEAST_SHARED else Shared()
+        if shared.length < LEAST_SHARED:
+            shared = Shared()
+        return self._with_below(sequence, shared, limit, running) if self.shared_layers else shared
 
     def _walk(self, request: Request, tokens: list[int], limit: int) -> Shared:
         node = self._roots.get(request.scope)
@@ -206,15 +246,55 @@ class Blocks:
                     source, tail = child.block, same
         return Shared(tuple(path), source, tail)
 
+    def _with_below(
+        self, sequence: Sequence, shared: Shared, limit: int, running: Iterable[Sequence]
+    ) -> Shared | None:
+        """Add the blocks whose shared layers go on behind ``shared``; None when it is better to wait for some."""
+        if not self._is_base_below(sequence):
+            return shared
+        tokens, salt = sequence.token_ids, sequence.request.salt
+        found: list[int] = []
+        node = self._below.get(salt)
+        for stop in range(BLOCK, limit + 1, BLOCK):
+            node = None if node is None else node.children.get(tuple(tokens[stop - BLOCK : stop]))
+            if node is None:
+                break
+            found.append(next(reversed(node.nodes)).block)
+        needed = max(shared.length, len(found) * BLOCK) + WORTH_WAITING
+        if limit >= needed and any(
+            other.is_prefilling
+            and other.request.salt == salt
+            and self._keeps(other)
+            and self._is_base_below(other)
+            and common_length(other.token_ids, tokens, needed) == needed
+            for other in running
+        ):
+            return None
+        if len(found) * BLOCK < shared.length + BLOCK:
+            return shared
+        return Shared(shared.path, below=tuple(found[len(shared.path) :]))
+
+    def _is_base_below(self, sequence: Sequence) -> bool:
+        """Whether the base's own weights alone compute the shared layers of all that a sequence reads.
+
+        Said of the pages that its rows are multiplied by, not of what any configuration promises.
+        """
+        if sequence.merged is not None:
+            return False
+        if not sequence.request.lease.digest:
+            return True
+        return sequence.entry is not None and sequence.entry.first_layer >= self.shared_layers
+
     def take(
         self, sequence: Sequence, shared: Shared, num_positions: int, *, spare: int = 0
     ) -> bool:
         """Give a sequence that has nothing its beginning, and blocks for ``num_positions``.
 
         Args:
-            sequence: gets ``blocks`` and ``path``; ``num_computed`` is the caller's affair, as is the
-                copy of ``shared.tail`` positions from ``shared.source`` into its first own block: before
-                the next step writes, for the source may be an idle block that has just changed hands.
+            sequence: gets ``blocks`` and ``path``; ``num_computed`` and ``num_below`` are the caller's affair,
+                as is the copy of ``shared.tail`` positions from ``shared.source`` into its first own block,
+                or of the shared layers of ``shared.below`` into its first own blocks: before
+                the next step writes, for a source may be an idle block that has just changed hands.
             shared: what ``look_up`` returned just now.
             num_positions: at least ``shared.length``.
             spare: blocks that must still be free afterwards, for those who run already.
@@ -292,11 +372,43 @@ class Blocks:
                 num_base=min(max(request.num_base - start, 0), len(tokens)),
             )
             parent.children[owner, tokens] = node
+            is_shared = self.shared_layers and len(tokens) == BLOCK
+            if is_shared and (owner == BASE or self._is_base_below(sequence)):
+                self._add_below(node, parent)
             for key in node.tail_keys:
                 parent.tails.setdefault(key, []).append(node)
             self._num_idle += 1
             self._idle_leaves[node] = None
         return node
+
+    def _add_below(self, node: Node, parent: Node) -> None:
+        """Make known a new node whose shared layers are the base's, unless those of what is before it are not."""
+        before = parent.below
+        if parent.parent is None:
+            salt = parent.scope[1]
+            before = self._below.get(salt)
+            if before is None:
+                before = self._below[salt] = _Below((), None, salt)
+        if before is None:
+            return
+        below = before.children.get(node.tokens)
+        if below is None:
+            below = before.children[node.tokens] = _Below(node.tokens, before, before.salt)
+        below.nodes[node] = None
+        node.below = below
+
+    def _forget_below(self, node: Node) -> None:
+        below = node.below
+        if below is None:
+            return
+        del below.nodes[node]
+        if below.nodes:
+            return
+        before = below.parent
+        assert before is not None, "a root has no blocks"
+        del before.children[below.tokens]
+        if before.parent is None and not before.children:
+            del self._below[before.salt]
 
     def _use(self, node: Node) -> None:
         if not node.num_users:
@@ -322,6 +434,7 @@ class Blocks:
     def _forget(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None, "a root has no block to give"
+        self._forget_below(node)
         del parent.children[node.owner, node.tokens]
         for key in node.tail_keys:
             tails = parent.tails[key]

@@ -6,7 +6,8 @@ back. Where blocks run out, the latest to arrive is preempted: back to the queue
 to be read again (from the tree of blocks, as far as they are still there). One call of ``deliver`` per
 pass hands all outputs to the service.
 
-A step is one pass of the model, or two where some of its rows run on merged weights (``adapters.merging``).
+A step is one pass of the model, or two where some of its rows run on merged weights (``adapters.merging``);
+before it goes one through the upper layers alone where prompts begin behind the shared ones (``blocks``).
 
 Everything below ``_run`` happens on the engine thread; ``submit``, ``cancel``, ``wake`` and the
 properties may be used from any other.
@@ -40,7 +41,7 @@ from lorary.server.engine.sequence import Sequence
 from lorary.server.engine.speculation import Drafter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from transformers import PreTrainedTokenizerBase
 
@@ -282,17 +283,23 @@ class Engine:
             return
         drafts = self._drafts(scheduled)
         since = started
-        parts = (scheduled,) if self._merging is None else scheduled.by_weights()
-        for part in parts:
+        for part in self._parts(scheduled):
             if not self._pass(part, drafts, since):
                 return
             since = time.perf_counter()
         self._scheduler.note_step(since - started)
 
+    def _parts(self, scheduled: Scheduled) -> Iterable[Scheduled]:
+        """Return a step's work in parts, each for one pass of the model, in the order of the passes."""
+        parts = scheduled.by_start() if self._cache.shape.shared_layers else (scheduled,)
+        if self._merging is None:
+            return parts
+        return [weighted for part in parts for weighted in part.by_weights()]
+
     def _pass(
         self, scheduled: Scheduled, drafts: dict[Sequence, list[int]], started: float
     ) -> bool:
-        """Run the model once, for rows on the same weights; False when there was no memory for it."""
+        """Run the model once, for one part of a step; False when there was no memory for it."""
         is_merged = scheduled.merged is not None
         batch = build_batch(
             scheduled,

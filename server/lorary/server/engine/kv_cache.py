@@ -24,19 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Shape of the cache: layers, key/value heads, most positions of a sequence, width of a head."""
+    """Shape of the cache: layers, key/value heads, most positions of a sequence, width of a head.
+
+    Of every position it also keeps what layer ``shared_layers`` reads, ``hidden`` float32 numbers; nothing
+    where ``shared_layers`` is 0.
+    """
 
     num_layers: int
     num_kv_heads: int
     context: int
     head_dim: int
+    shared_layers: int = 0
+    hidden: int = 0
 
     @classmethod
-    def from_config(cls, config: Any, context: int) -> KVShape:
+    def from_config(cls, config: Any, context: int, shared_layers: int = 0) -> KVShape:
         """Read the shape from a transformers config.
 
         Raises:
-            ConfigError: the model keeps something else than keys and values per head.
+            ConfigError: the model keeps something else than keys and values per head, or has no layer
+                behind the shared ones.
         """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for name in ("kv_lora_rank", "state_size", "ssm_state_size", "conv_kernel"):
@@ -45,14 +52,21 @@ class KVShape:
                     f"{type(config).__name__} has {name}: latent attention and state-space layers "
                     "cannot be served; choose a base with plain key/value attention"
                 )
+        if shared_layers >= text.num_hidden_layers:
+            raise ConfigError(
+                f"--shared-layers is {shared_layers} and the base has {text.num_hidden_layers} layers: no adapter "
+                "could change any layer behind them. Give the first layer that the adapters change, or 0."
+            )
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        return cls(text.num_hidden_layers, kv_heads, context, head_dim)
+        hidden = text.hidden_size if shared_layers else 0
+        return cls(text.num_hidden_layers, kv_heads, context, head_dim, shared_layers, hidden)
 
     def block_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one block: keys and values of all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * BLOCK * self.head_dim * dtype.itemsize
+        """Bytes of one block: keys and values of all layers, and what the first unshared layer reads."""
+        kv = 2 * self.num_layers * self.num_kv_heads * BLOCK * self.head_dim * dtype.itemsize
+        return kv + BLOCK * self.hidden * torch.float32.itemsize
 
 
 class KVCache:
@@ -61,6 +75,8 @@ class KVCache:
     Attributes:
         tables: int32 [slots, blocks of the longest sequence] on the host; a slot's entries beyond its
             sequence's blocks are stale but name blocks that exist.
+        residuals: float32 [blocks, BLOCK, hidden], what layer ``shape.shared_layers`` reads of every position;
+            None where no layers are shared.
         native: the native kernels, where they serve this cache.
         has_triton: whether the Triton kernel attends over it.
         scratch: number of a block that no sequence ever gets, for what rows write that only fill up a
@@ -94,6 +110,11 @@ class KVCache:
             # row's own with a weight of exactly 0, and 0 times NaN would be NaN.
             self.k = lazy_zeros(size, dtype, device)
             self.v = lazy_zeros(size, dtype, device)
+            self.residuals = (
+                lazy_zeros((size[1], BLOCK, shape.hidden), torch.float32, device)
+                if shape.shared_layers
+                else None
+            )
         except (RuntimeError, OSError, torch.OutOfMemoryError) as error:
             raise ConfigError(
                 f"no memory for {num_blocks} blocks of keys and values "
@@ -136,3 +157,17 @@ class KVCache:
         """Copy the first ``length`` positions of a block to another one, in every layer."""
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
+        if self.residuals is not None:
+            self.residuals[target, :length] = self.residuals[source, :length]
+
+    def copy_below(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks as far as the shared layers go: their keys and values, and what the next layer reads.
+
+        A target may be one of the sources: of each layer all are read before any is written.
+        """
+        assert self.residuals is not None, "no layers are shared"
+        read = torch.tensor(sources, device=self.k.device)
+        written = torch.tensor(targets, device=self.k.device)
+        layers = range(self.shape.shared_layers)
+        for tensor in (*(kv[i] for i in layers for kv in (self.k, self.v)), self.residuals):
+            tensor.index_copy_(0, written, tensor.index_select(0, read))

@@ -39,7 +39,7 @@ class Places:
     def __init__(self, cache: KVCache, scheduler: Scheduler, *, share: bool) -> None:
         self._cache = cache
         self._scheduler = scheduler
-        self.blocks = Blocks(cache.num_blocks, share=share)
+        self.blocks = Blocks(cache.num_blocks, share=share, shared_layers=cache.shape.shared_layers)
         self.num_preempted = 0
         self._is_full = False
 
@@ -78,7 +78,7 @@ class Places:
         """Take a sequence's place and blocks; it goes on later from the tokens it has."""
         self._scheduler.preempt(sequence)
         self.release(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_below = 0
         self.num_preempted += 1
         # Who was just sent away must not come back in the same step.
         self._is_full = True
@@ -92,6 +92,7 @@ class Places:
         lease = cast("MergeableLease", request.lease)
         sequence.merged = None if request.execution == "batched" else lease.take()
         request.is_on_merged = sequence.merged is not None
+        sequence.entry = lease.entry if sequence.merged is None else None
         shared = self.blocks.look_up(sequence, running)
         if shared is None:
             return False
@@ -104,11 +105,14 @@ class Places:
         sequence.slot = self._cache.take_slot(sequence.blocks)
         if shared.tail:
             self._cache.copy(shared.source, sequence.blocks[len(shared.path)], shared.tail)
-        sequence.num_computed = shared.length
+        if shared.below:
+            first, count = len(shared.path), len(shared.below)
+            self._cache.copy_below(shared.below, sequence.blocks[first : first + count])
+        sequence.num_computed, sequence.num_below = shared.length, shared.num_below
         if not sequence.started_ns:
             sequence.num_cached = shared.length
+            sequence.num_cached_below = max(0, shared.num_below - shared.length)
             sequence.started_ns = time.monotonic_ns()
-        sequence.entry = lease.entry if sequence.merged is None else None
         return True
 
     def release(self, sequence: Sequence) -> None:

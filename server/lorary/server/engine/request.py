@@ -261,7 +261,7 @@ class Finish:
     """How one answer ended: the reason, the whole text, counts, and durations in nanoseconds.
 
     ``cached_tokens`` of the prompt were not read again; ``cached_base_tokens`` of them stand before an
-    aLoRA's invocation.
+    aLoRA's invocation. Of ``cached_below_tokens`` further ones only the layers behind the shared ones were run.
     """
 
     reason: FinishReason
@@ -278,6 +278,7 @@ class Finish:
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     embedding: tuple[float, ...] = ()
     cached_base_tokens: int = 0
+    cached_below_tokens: int = 0
     is_merged: bool = False
     """Whether its last step ran on merged weights."""
 

@@ -55,6 +55,7 @@ class Runner:
         fused = self.fused if merged is None else merged.fused
         if fused is not None:
             return fused.forward(batch)
+        assert not batch.first_layer, "only native layers may be begun in the middle"
         if self.static is not None and (found := self.static.forward(batch)) is not None:
             return found
         token_ids, position_ids, logits_rows = _uploaded(batch)

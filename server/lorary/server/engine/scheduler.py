@@ -44,10 +44,14 @@ RETRY_S = (0.1, 60.0)
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """One step's work: sequences that decode, and prompts with how many tokens of them to read."""
+    """One step's work: sequences that decode, and prompts with how many tokens of them to read.
+
+    With ``is_above`` all of it begins behind the shared layers.
+    """
 
     decode: tuple[Sequence, ...]
     prefill: tuple[tuple[Sequence, int], ...]
+    is_above: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +63,25 @@ class Scheduled:
         """The merged weights that all of it runs on, None for the base's; asked of one part."""
         first = self.decode[0] if self.decode else self.prefill[0][0]
         return first.merged
+
+    def by_start(self) -> tuple[Scheduled, ...]:
+        """Return the work in parts that begin at the same layer; all of it, where that is the first.
+
+        Tokens whose shared layers are computed already go first: what stands behind them in the same prompt
+        reads their keys and values in the layers behind.
+        """
+        above = tuple(
+            (s, min(count, s.num_below - s.num_computed))
+            for s, count in self.prefill
+            if s.num_computed < s.num_below
+        )
+        if not above:
+            return (self,)
+        done = dict(above)
+        rest = ((s, count - done.get(s, 0)) for s, count in self.prefill)
+        whole = Scheduled(self.decode, tuple((s, count) for s, count in rest if count))
+        first = Scheduled((), above, is_above=True)
+        return (first,) if whole.is_empty else (first, whole)
 
     def by_weights(self) -> tuple[Scheduled, ...]:
         """Return the work in parts that run on the same weights; all of it, where it is on the base's.

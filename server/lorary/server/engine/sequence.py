@@ -26,7 +26,10 @@ class Sequence:
         request: what was asked.
         token_ids: prompt and answer so far.
         num_computed: tokens whose keys and values are in the cache.
+        num_below: positions, from the first on, whose keys and values in the shared layers are in its blocks, with
+            what the next layer reads of them; says nothing where it is not more than ``num_computed``.
         num_cached: tokens of the prompt that another sequence had computed.
+        num_cached_below: tokens of the prompt behind these of which another had computed the shared layers.
         slot: its row of the cache's table of blocks, -1 while it waits.
         blocks: blocks of the cache that hold its positions, in order.
         path: nodes of the tree that spell its beginning, one for each of the first blocks.
@@ -47,7 +50,9 @@ class Sequence:
     request: Request
     token_ids: list[int]
     num_computed: int = 0
+    num_below: int = 0
     num_cached: int = 0
+    num_cached_below: int = 0
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)

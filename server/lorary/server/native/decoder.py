@@ -95,7 +95,8 @@ class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", _P),
         ("count", _I),
-        *((name, _P) for name in ("embeddings", "positions", "rotations")),
+        *((name, _P) for name in ("embeddings", "positions", "rotations", "residuals")),
+        ("shared", _I),
         ("norm", _Norm),
         ("embedding_scale", _F),
     )
@@ -105,6 +106,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("rows", _I),
         ("num_decode", _I),
+        ("first", _I),
         *((name, _P) for name in ("tokens", "angles", "slots", "positions", "lengths", "chunks")),
         ("num_chunks", _I),
         ("wanted", _P),
@@ -241,11 +243,13 @@ class FusedModel:
             embeddings=embeddings.data_ptr(),
             positions=None if positions is None else positions.data_ptr(),
             rotations=ctypes.addressof(self._rotations),
+            residuals=None if cache.residuals is None else cache.residuals.data_ptr(),
+            shared=cache.shape.shared_layers,
             norm=_norm(form.norm),
             embedding_scale=form.embedding_scale,
         )
         # Held, as the structure points into them.
-        self._tensors = (embeddings, positions, form.norm)
+        self._tensors = (embeddings, positions, cache.residuals, form.norm)
         self._set_layers(layers)
         if not self._changes_rope:
             self._set_angles(torch.arange(context)[None])
@@ -273,6 +277,9 @@ class FusedModel:
 
     def forward(self, batch: Batch) -> torch.Tensor | list[int]:
         """Run one step; write its keys and values into the cache.
+
+        A step may begin behind the shared layers, with what an earlier one has left in the cache of what the
+        next layer reads; every other step leaves it there.
 
         Returns:
             Float32 logits [L, vocab] of ``batch.logits_rows``, which those of the same batch, advanced,
@@ -316,6 +323,7 @@ class FusedModel:
         step = _Step(
             rows,
             plan.num_decode,
+            batch.first_layer,
             batch.token_ids.data_ptr(),
             None if self._changes_rope else positions.data_ptr(),
             plan.slots.data_ptr(),

@@ -269,7 +269,7 @@ def _read(
     model: Any, groups: Sequence[LoraGroup], dtype: torch.dtype, families: Mapping[str, Family]
 ) -> ModelForm:
     decoder = _decoder(model)
-    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+    layers = decoder_layers(model)
     if not layers:
         raise _NotNativeError(f"{type(decoder).__name__} keeps its layers elsewhere")
     by_module = {name: group for group in groups for name in group.spec.modules}
@@ -315,9 +315,16 @@ def _read(
     )
 
 
+def decoder_layers(model: Any) -> tuple[Any, ...]:
+    """Return a transformers model's decoder layers, the first one first; none where it keeps them elsewhere."""
+    decoder = _decoder(model)
+    found = (getattr(decoder, name, None) for name in ("layers", "h"))
+    return tuple(next((some for some in found if isinstance(some, torch.nn.ModuleList)), ()))
+
+
 def _decoder(model: Any) -> Any:
     """Return the module that has the layers."""
-    inner = getattr(model, model.base_model_prefix, None)
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), None)
     return getattr(inner, "decoder", inner)
 
 

@@ -1,5 +1,5 @@
-// A decoder but for its head, in one call: embeddings, layers, last norm; every projection with its rows'
-// adapters. A layer is, with x the residual stream of a row:
+// A decoder but for its head, in one call: embeddings (or what the cache keeps of a lower layer's output), layers,
+// last norm; every projection with its rows' adapters. A layer is, with x the residual stream of a row:
 //
 //   h  = attention_norm(x)
 //   x += residual * attention_after(o . attend(q_norm, k_norm, rotary, v of qkv . h))
@@ -81,12 +81,15 @@ struct Model {
     const void* embeddings;  // [vocabulary, hidden]
     const void* positions;   // [positions, hidden], added to the embeddings; or null
     const Rotation* rotations;
+    float* residuals;  // [blocks, kCacheBlock, hidden], the stream that layer `shared` reads; or null
+    int64_t shared;
     Norm norm;  // [hidden]
     float embedding_scale;
 };
 
 struct Step {
     int64_t rows, num_decode;
+    int64_t first;             // layer to begin at: 0 with embeddings, or `shared` with residuals
     const int64_t* tokens;     // [rows]
     const int64_t* angles;     // [rows], whose row of the tables of positions; null: each has its own
     const int32_t* slots;      // [rows]
@@ -357,14 +360,37 @@ void embed(const Model& model, const Step& step, int64_t r, int64_t width) {
         for (int64_t i = 0; i < width; ++i) row[i] += load(positions + step.angles[r] * width + i);
 }
 
+// Where the cache keeps what layer `shared` reads of a row.
+float* residual_of(const Model& model, const Step& step, int64_t r) {
+    const Layer& layer = *model.layers[model.shared];
+    const int64_t position = step.positions[r];
+    const int64_t block = layer.tables[step.slots[r] * layer.width + position / kCacheBlock];
+    return model.residuals + (block * kCacheBlock + position % kCacheBlock) * layer.hidden;
+}
+
 template <typename T>
 void run_all(const Model& model, const Step& step) {
     const int64_t width = model.layers[0]->hidden;
+    const bool is_whole = step.first == 0;
 #pragma omp parallel num_threads(step.threads) if (step.threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < step.rows; ++r) embed<T>(model, step, r, width);
-        for (int64_t i = 0; i < model.count; ++i) run<T>(*model.layers[i], model, step);
+        for (int64_t r = 0; r < step.rows; ++r) {
+            if (is_whole) {
+                embed<T>(model, step, r, width);
+            } else {
+                // Scale and positions of the embeddings are in it.
+                std::memcpy(step.hidden + r * width, residual_of(model, step, r), width * sizeof(float));
+            }
+        }
+        for (int64_t i = step.first; i < model.count; ++i) {
+            if (is_whole && model.residuals && i == model.shared) {
+#pragma omp for schedule(static)
+                for (int64_t r = 0; r < step.rows; ++r)
+                    std::memcpy(residual_of(model, step, r), step.hidden + r * width, width * sizeof(float));
+            }
+            run<T>(*model.layers[i], model, step);
+        }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < step.num_wanted; ++r) {
             const float* row = step.hidden + step.wanted[r] * width;

@@ -276,6 +276,7 @@ class CallSpan:
             **which,
             "lorary.prompt_tokens": finish.prompt_tokens,
             "lorary.cached_tokens": finish.cached_tokens,
+            "lorary.cached_below_tokens": finish.cached_below_tokens,
         }
         self._child("lorary.prefill", started_ns, first_ns, read)
         if finish.reason not in _READ_ONLY:

@@ -45,6 +45,7 @@ class AdaLora(Attached):
             lora_alpha=self.recipe.scaled_alpha,
             lora_dropout=self.recipe.dropout,
             target_modules=targets,
+            layers_to_transform=list(self.recipe.layers_to_transform) or None,
             bias="none",
         )
 

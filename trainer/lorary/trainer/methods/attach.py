@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from lorary.errors import InvalidRecipe
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from lorary.trainer.recipe import MethodRecipe
 
 ALL_LINEAR = "all-linear"
+# PEFT's rule: the first number after a dotted name.
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 METHODS: Final[Mapping[MethodName, type[Attached]]] = {
     "lora": Attached,
     "qlora": Attached,
@@ -61,8 +64,8 @@ def attach(
     generator. Without ``is_started`` its first values are PEFT's, which is enough to weigh it.
 
     Raises:
-        InvalidRecipe: ``target_modules`` match no linear layer of this base, or the method cannot start
-            on this data.
+        InvalidRecipe: ``target_modules`` match no linear layer of this base, ``layers_to_transform`` names
+            a layer without one, or the method cannot start on this data.
     """
     import peft
 
@@ -80,6 +83,7 @@ def attach(
             f"method.target_modules {list(recipe.target_modules)} cannot be trained on this base: "
             f"{error}. It has {', '.join(linear_names(model, setting.heads))}; use those, or {ALL_LINEAR}."
         ) from error
+    _check_layers(recipe.layers_to_transform, wrapped.base_model.targeted_module_names)
     method.model = wrapped
     method.extend()
     if is_started:
@@ -97,6 +101,17 @@ def attach(
     if method.is_fast:
         speed_up(wrapped)
     return method
+
+
+def _check_layers(wanted: Sequence[int], adapted: Sequence[str]) -> None:
+    """Refuse numbers of layers that PEFT has found nothing in: it leaves them out in silence."""
+    found = {int(match[1]) for name in adapted if (match := _LAYER_NUMBER.search(name))}
+    missing = sorted(set(wanted) - found)
+    if missing:
+        raise InvalidRecipe(
+            f"method.layers_to_transform names {missing}, and this base has no module of "
+            "method.target_modules in such a layer; layers are counted from 0. Leave them out."
+        )
 
 
 def keep_unpacked(model: PreTrainedModel) -> None:

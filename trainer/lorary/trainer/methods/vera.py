@@ -29,6 +29,7 @@ class Vera(Attached):
             r=self.recipe.rank,
             vera_dropout=self.recipe.dropout,
             target_modules=targets,
+            layers_to_transform=list(self.recipe.layers_to_transform) or None,
             bias="none",
             save_projection=True,
         )
