@@ -39,6 +39,7 @@ from lorary.errors import (
 )
 from lorary.registry import parse_ref
 from lorary.registry.manifest import BaseIdentity, Method, Task
+from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.host_tier import HostStats
 from lorary.server.answers import ServerFacts
 from lorary.server.app import Server
@@ -575,6 +576,7 @@ async def serving(
     backend = Backend(
         engine=engine,
         residency=residency,
+        compositions=Compositions(residency),
         registry=registry,
         prompts=FakePrompts(),
         grammars=FakeCompiler(),

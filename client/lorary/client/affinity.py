@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorary.affinity import HEADER, affinity_key
+from lorary.client.metadata import WithMetadata
 from lorary.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorary.client.metadata import Metadata
 
 MAX_SPREAD = 64
 
@@ -26,25 +30,13 @@ def with_affinity(stub: Any, spread: int) -> Any:
         raise ConfigError(
             f"affinity is {spread}; it is 0 (servers take turns) to {MAX_SPREAD} (servers per adapter)."
         )
-    return _Named(stub, spread) if spread else stub
+    if not spread:
+        return stub
 
+    def named(request: Any) -> Metadata:
+        key = affinity_key(request)
+        if key is None:
+            return ()
+        return ((HEADER, f"{key}#{random.randrange(spread)}" if spread > 1 else key),)
 
-class _Named:
-    """A stub with the affinity key in the metadata of every call that has one."""
-
-    def __init__(self, stub: Any, spread: int) -> None:
-        self._stub = stub
-        self._spread = spread
-
-    def __getattr__(self, method: str) -> Any:
-        call = getattr(self._stub, method)
-
-        def named(request: Any, *, metadata: tuple[tuple[str, str], ...] = (), **how: Any) -> Any:
-            key = affinity_key(request)
-            if key is not None:
-                if self._spread > 1:
-                    key = f"{key}#{random.randrange(self._spread)}"
-                metadata = (*metadata, (HEADER, key))
-            return call(request, metadata=metadata, **how)
-
-        return named
+    return WithMetadata(stub, named)

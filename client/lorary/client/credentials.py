@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from lorary.client.metadata import WithMetadata
 from lorary.errors import ConfigError
 from lorary.loopback import is_loopback
 
@@ -68,7 +68,10 @@ class Credentials:
 
     def bound(self, stub: Any) -> Any:
         """Return a stub whose calls carry the token."""
-        return stub if self.token is None else _Bound(stub, f"Bearer {self.token}")
+        if self.token is None:
+            return stub
+        metadata = (("authorization", f"Bearer {self.token}"),)
+        return WithMetadata(stub, lambda _request: metadata)
 
     def check(self, target: str) -> None:
         """Check that they go together, and that the token would not travel in the clear.
@@ -105,17 +108,6 @@ class Credentials:
             private_key=_read(self.key),
             certificate_chain=_read(self.certificate),
         )
-
-
-class _Bound:
-    """A stub with one more piece of metadata in every call."""
-
-    def __init__(self, stub: Any, authorization: str) -> None:
-        self._stub = stub
-        self._metadata = (("authorization", authorization),)
-
-    def __getattr__(self, method: str) -> Any:
-        return functools.partial(getattr(self._stub, method), metadata=self._metadata)
 
 
 def is_local(target: str) -> bool:

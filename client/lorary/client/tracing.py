@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lorary.client.metadata import WithMetadata
+
+if TYPE_CHECKING:
+    from lorary.client.metadata import Metadata
 
 # A program that has a span has imported this; for all others OpenTelemetry stays unread.
 _API = "opentelemetry.trace"
@@ -14,27 +19,12 @@ def with_trace(stub: Any) -> Any:
 
     How it is written is up to the program's propagators: W3C's Trace Context unless it has set others.
     """
-    return _Traced(stub)
+    return WithMetadata(stub, _trace)
 
 
-class _Traced:
-    """A stub with the trace in the metadata of every call that is part of one."""
-
-    def __init__(self, stub: Any) -> None:
-        self._stub = stub
-
-    def __getattr__(self, method: str) -> Any:
-        call = getattr(self._stub, method)
-
-        def traced(request: Any, *, metadata: tuple[tuple[str, str], ...] = (), **how: Any) -> Any:
-            if _API in sys.modules:
-                metadata = (*metadata, *_trace())
-            return call(request, metadata=metadata, **how)
-
-        return traced
-
-
-def _trace() -> tuple[tuple[str, str], ...]:
+def _trace(_request: Any) -> Metadata:
+    if _API not in sys.modules:
+        return ()
     from opentelemetry import propagate, trace
 
     if not trace.get_current_span().get_span_context().is_valid:

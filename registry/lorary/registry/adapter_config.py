@@ -361,9 +361,8 @@ def _select(pattern: str | tuple[str, ...], names: Collection[str]) -> set[str]:
     return {name for name in names if not wanted.isdisjoint(_suffixes(name))}
 
 
-@functools.lru_cache(
-    maxsize=1 << 14
-)  # the names are the base's own, and every adapter is compared with all
+# The names are the base's own, and every adapter is compared with all.
+@functools.lru_cache(maxsize=1 << 14)
 def _suffixes(name: str) -> frozenset[str]:
     parts = name.split(".")
     return frozenset(".".join(parts[i:]) for i in range(len(parts)))

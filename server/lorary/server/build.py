@@ -50,12 +50,13 @@ class Backend:
     Attributes:
         decode: text of token ids, for ``Tokenize``.
         close: stops engine and residency; may block for the length of a step.
-        compositions: what holds several versions at once; None where leases of ``residency`` can be summed.
+        compositions: what holds several versions at once.
         engine_pid: the engine's process, where that is not this one.
     """
 
     engine: EngineLike
     residency: ResidencyLike
+    compositions: CompositionsLike
     registry: RegistryLike
     prompts: PromptsLike
     grammars: CompilerLike
@@ -64,7 +65,6 @@ class Backend:
     limits: Limits
     close: Callable[[], None]
     merging: MergingLike | None = None
-    compositions: CompositionsLike | None = None
     engine_pid: int | None = None
 
 
@@ -114,6 +114,7 @@ def build_backend(
 
         from lorary.bases import PromptBuilder, find_base
         from lorary.bases.load import default_dtype, load_model, load_tokenizer
+        from lorary.server.adapters.composed import Compositions
 
     device = _device(config.device)
     if config.threads:
@@ -167,6 +168,7 @@ def build_backend(
     return Backend(
         engine=built.engine,
         residency=built.residency,
+        compositions=Compositions(built.residency),
         registry=cast("RegistryLike", registry),
         prompts=PromptBuilder(tokenizer),
         grammars=built.grammars,

@@ -93,6 +93,7 @@ class Core:
         self.parts = Parts(
             engine=backend.engine,
             residency=backend.residency,
+            compositions=backend.compositions,
             targets=self._targets,
             prompts=self._prompts,
             grammars=backend.grammars,
@@ -103,7 +104,6 @@ class Core:
             rollout=self.rollout,
             stall_s=config.stall_timeout,
             merging=backend.merging,
-            compositions=backend.compositions,
         )
         self.inference = InferenceService(self.parts)
         self._stop_metrics: Callable[[], None] = lambda: None

@@ -29,7 +29,6 @@ from lorary.errors import DeadlineExceeded, InvalidRequest, LoraryError, NotMerg
 from lorary.registry.invocation import active_from
 from lorary.server import answers, validate
 from lorary.server.access.identity import tenant_name
-from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.merging import MergeLease, hold_version
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
@@ -89,6 +88,7 @@ class Parts:
 
     engine: EngineLike
     residency: ResidencyLike
+    compositions: CompositionsLike
     targets: Targets
     prompts: Prompts
     grammars: CompilerLike
@@ -99,7 +99,6 @@ class Parts:
     rollout: Rollout
     stall_s: float
     merging: MergingLike | None = None
-    compositions: CompositionsLike | None = None
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -107,7 +106,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._compositions = parts.compositions or Compositions(parts.residency)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Stream chunks and one complete event per answer."""
@@ -526,7 +524,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 self._parts.residency, self._parts.merging, target.resolved, execution
             )
         resolved = {part.digest: part.resolved for part in target.parts}
-        return self._compositions.acquire(target.digest, resolved, summed(target.parts))
+        return self._parts.compositions.acquire(target.digest, resolved, summed(target.parts))
 
     async def _stream(
         self,

@@ -41,6 +41,7 @@ def build_apart(config: ServerConfig, *, deliver: Deliver, observer: Observer) -
     return Backend(
         engine=FarEngine(process),
         residency=FarResidency(process),
+        compositions=FarCompositions(process),
         registry=cast("RegistryLike", registry),
         prompts=PromptBuilder(tokenizer),
         grammars=FarGrammars(process),
@@ -49,6 +50,5 @@ def build_apart(config: ServerConfig, *, deliver: Deliver, observer: Observer) -
         limits=ready.limits,
         close=process.close,
         merging=FarMerging(process) if ready.can_merge else None,
-        compositions=FarCompositions(process),
         engine_pid=process.pid,
     )

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from lorary.errors import EngineFailed, LoraryError, Unavailable
-from lorary.server.adapters.composed import Compositions
 from lorary.server.adapters.merging import MergeLease, hold_version
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.apart import nouns
@@ -76,9 +75,9 @@ class Listener:
 
     def __init__(self, backend: Backend, channel: Channel) -> None:
         self._backend = backend
-        self._residency: Any = backend.residency
+        residency: Any = backend.residency
+        self._residency = residency
         self._send = channel.send
-        self._compositions = Compositions(backend.residency)
         self._holds: dict[int, Lease] = {}
         # Held while a request is handed over or cancelled, so that a cancel finds it on one side or the other.
         self._lock = threading.Lock()
@@ -91,7 +90,6 @@ class Listener:
             "ask": self._answer,
             "drop": self._drop,
         }
-        residency: Any = self._residency
         self._answers: dict[str, Callable[..., Any]] = {
             "hold": self._hold,
             "prefetch": lambda row: residency.prefetch(nouns.resolved(row)),
@@ -176,7 +174,7 @@ class Listener:
         if resolved is None:
             versions = {version.digest: version for version, _ in wanted.parts}
             weights = {version.digest: weight for version, weight in wanted.parts}
-            return self._compositions.acquire(wanted.digest, versions, weights)
+            return self._backend.compositions.acquire(wanted.digest, versions, weights)
         merging = self._backend.merging
         return hold_version(self._residency, merging, resolved, wanted.execution)
 

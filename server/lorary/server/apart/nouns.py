@@ -74,19 +74,9 @@ class Ready:
 # Made on the other side, or the engine's to set.
 _NOT_SENT = ("lease", "grammar", "execution", "is_on_merged")
 _WHOLE = (
-    *(
-        Constraint,
-        Finish,
-        HostStats,
-        Limits,
-        MergedAdapter,
-        Output,
-        Pooling,
-        PositionLogprobs,
-        Ready,
-    ),
-    *(ResidentAdapter, Resolved, Sampling, ServerFacts, StepStats, Verdict, Wanted),
-)
+    Constraint, Finish, HostStats, Limits, MergedAdapter, Output, Pooling, PositionLogprobs, Ready,
+    ResidentAdapter, Resolved, Sampling, ServerFacts, StepStats, Verdict, Wanted,
+)  # fmt: skip
 
 
 def _names(noun: type[Any]) -> tuple[str, ...]:

@@ -40,6 +40,12 @@ FRESH_S = 0.02
 STOP_S = 30.0
 """How long the process may take to end: its step, loads and a merge that run."""
 _GONE_S = 5.0
+# What an observer is told last, where that is no plain text.
+_LAST_OBSERVED: dict[str, Callable[[Row | None], object]] = {
+    "on_load": nouns.error,
+    "on_merge": nouns.error,
+    "on_verify": nouns.verdict,
+}
 
 
 class EngineProcess:
@@ -298,17 +304,10 @@ class EngineProcess:
         self.listener(kind, nouns.resolved(row), why)
 
     def _on_observed(self, what: str, args: list[Any]) -> None:
-        observer = self._observer
-        if what == "on_verify":
-            name, row = args
-            verdict = nouns.verdict(row)
-            assert verdict is not None
-            observer.on_verify(name, verdict)
-        elif what in ("on_load", "on_merge"):
-            name, seconds, row = args
-            getattr(observer, what)(name, seconds, nouns.error(row))
-        else:
-            getattr(observer, what)(*args)
+        read = _LAST_OBSERVED.get(what)
+        if read is not None:
+            args[-1] = read(args[-1])
+        getattr(self._observer, what)(*args)
 
     def _on_broke(self, kind: str) -> None:
         self._fail(EngineFailed(f"a step raised {kind}"))
