@@ -11,9 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import pytest
@@ -39,11 +38,14 @@ from lorary.server.engine.request import (
     Sampling,
 )
 from lorary.server.metrics import ServerMetrics
-from tests.conftest import peft_greedy
+from tests.conftest import peft_greedy, wait_until
 from tests.processes import ServerProcess, metric, started
+from tests.server.conftest import registry_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
 
 APART = ("--engine-process",)
 # Bits that do not depend on who else is in a step, or was before.
@@ -55,18 +57,16 @@ IDS = [5, 9, 12, 30]
 def registry(
     tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A registry with ``alpha@prod`` and ``bravo``, and ``broken``, one of whose files is not what was pushed."""
-    root = tmp_path_factory.mktemp("registry") / "reg"
-    opened = Registry.open(root, create=True)
-    card = BaseCard.from_folder(tiny_base)
-    for name in ("alpha", "bravo", "delta"):
-        opened.push(tiny_adapters[name], name, base=card, aliases=["prod"])
-    opened.push(tiny_adapters["charlie"], "broken", base=card)
+    """A registry with three adapters ``@prod``, and ``broken``, one of whose files is not what was pushed."""
+    adapters = {name: tiny_adapters[name] for name in ("alpha", "bravo", "delta")}
+    root = tmp_path_factory.mktemp("registry")
+    opened = registry_of(root, tiny_base, adapters, aliases=["prod"])
+    opened.push(tiny_adapters["charlie"], "broken", base=BaseCard.from_folder(tiny_base))
     folder = opened.fetch(opened.resolve("broken"))
     tensors = folder / "adapter_model.safetensors"
     tensors.chmod(0o600)
     tensors.write_bytes(tensors.read_bytes()[:-4] + b"oops")
-    return root
+    return root / "store"
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,13 @@ def lives(pid: int) -> bool:
         return False
 
 
-def eventually(is_true: Any, seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while not is_true():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
+def from_both(servers: tuple[ServerProcess, ServerProcess], ask: Callable[[Client], T]) -> list[T]:
+    """Return what the two servers say."""
+    said = []
+    for server in servers:
+        with Client(server.address) as client:
+            said.append(ask(client))
+    return said
 
 
 def without_times(value: Any) -> Any:
@@ -161,11 +161,7 @@ def test_the_same_answers_token_by_token(
     tiny_base: Path,
     tiny_adapters: dict[str, Path],
 ) -> None:
-    told = []
-    for server in servers:
-        with Client(server.address) as client:
-            told.append(answers(client))
-    one, two = told
+    one, two = from_both(servers, answers)
     for asked, answer in one.items():
         assert two[asked] == answer, asked
     wanted = peft_greedy(tiny_base, tiny_adapters["alpha"], IDS, 12)
@@ -184,13 +180,14 @@ def orders(client: Client) -> list[Any]:
     said: list[Any] = []
     with_events = client.watch(timeout_s=60)
     assert isinstance(next(with_events), Snapshot)
-    for ref in ("alpha", "bravo"):
+    refs = ("alpha", "bravo")
+    for ref in refs:
         client.unload_adapter(ref)
-        assert eventually(lambda ref=ref: client.get_adapter(ref).residency == "registry")
+    wait_until(lambda: {client.get_adapter(ref).residency for ref in refs} == {"registry"}, 10.0)
     said.append(client.load_adapter("alpha", pin=True).pinned)
     said.append(client.prefetch_adapter("bravo", wait=True).residency)
-    for ref in ("alpha", "bravo"):  # whose probes are looked for when calls may be answered already
-        assert eventually(lambda ref=ref: client.get_adapter(ref).verified == "no probes")
+    # Their probes are looked for when calls may be answered already.
+    wait_until(lambda: {client.get_adapter(ref).verified for ref in refs} == {"no probes"}, 10.0)
     said.append(state_of(client))
     said.append(client.unpin_adapter("alpha").pinned)
     said.append(failure(client.load_adapter, "broken"))
@@ -212,12 +209,9 @@ def orders(client: Client) -> list[Any]:
 def test_the_same_control_of_what_is_on_the_device(
     servers: tuple[ServerProcess, ServerProcess],
 ) -> None:
-    told = []
-    for server in servers:
-        with Client(server.address) as client:
-            told.append(orders(client))
-    assert told[1] == told[0]
-    assert told[1][-1] == ["loading", "resident", "pinned", "unpinned", "evicted"]
+    one, two = from_both(servers, orders)
+    assert two == one
+    assert two[-1] == ["loading", "resident", "pinned", "unpinned", "evicted"]
 
 
 def test_both_processes_are_measured(servers: tuple[ServerProcess, ServerProcess]) -> None:
@@ -372,7 +366,7 @@ def test_an_engine_that_holds_its_interpreter_does_not_outlive_its_door() -> Non
         orphan = int(door.stdout.readline())
         assert lives(orphan)
         door.kill()
-    assert eventually(lambda: not lives(orphan), 5.0)
+    wait_until(lambda: not lives(orphan), 5.0)
 
 
 # -- what travels ---------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import pytest
 
 from lorary.client import AsyncClient, Client, GenerateResult
 from lorary.errors import AdapterNotFound, Cancelled, Unavailable
-from lorary.registry import BaseCard, Registry
+from lorary.registry import BaseCard
 from tests.conftest import peft_greedy
+from tests.server.conftest import registry_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,13 +42,11 @@ def lorary(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def registry(
     tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A registry with ``alpha@prod`` and ``bravo``."""
-    root = tmp_path_factory.mktemp("registry") / "reg"
-    opened = Registry.open(root, create=True)
-    card = BaseCard.from_folder(tiny_base)
-    opened.push(tiny_adapters["alpha"], "alpha", base=card, aliases=["prod"])
-    opened.push(tiny_adapters["bravo"], "team/bravo", base=card)
-    return root
+    """A registry with ``alpha@prod`` and ``team/bravo``."""
+    adapters = {"alpha": tiny_adapters["alpha"], "team/bravo": tiny_adapters["bravo"]}
+    root = tmp_path_factory.mktemp("registry")
+    registry_of(root, tiny_base, adapters).set_alias("alpha", "prod", 1)
+    return root / "store"
 
 
 @contextmanager

@@ -197,12 +197,14 @@ class EngineWorld:
         self.grammars.close()
 
 
-def registry_of(root: Path, base: Path, adapters: Mapping[str, Path]) -> Registry:
-    """Make a registry below ``root`` with these PEFT folders, by name."""
+def registry_of(
+    root: Path, base: Path, adapters: Mapping[str, Path], *, aliases: Sequence[str] = ()
+) -> Registry:
+    """Make a registry in ``root/store`` with these PEFT folders, by name, each under these aliases."""
     registry = Registry.open(root / "store", create=True)
     card = BaseCard.from_folder(base)
     for name, folder in adapters.items():
-        registry.push(folder, name, base=card)
+        registry.push(folder, name, base=card, aliases=aliases)
     return registry
 
 

@@ -17,6 +17,7 @@ from lorary.registry.manifest import GoldenProbe, Manifest
 from lorary.server.adapters.probes import LIMITS, divergence, divergence_limit, usable_probes
 from lorary.server.adapters.quarantine import Quarantine
 from lorary.server.native import library as native
+from tests.conftest import wait_until
 from tests.server.conftest import EngineWorld
 
 if TYPE_CHECKING:
@@ -247,15 +248,6 @@ def test_probes_that_cannot_be_replayed_count_as_failed(
     with pytest.raises(CorruptArtifact, match="golden probe 0"):
         load(strict, "alpha")
     assert strict.residency.quarantined() == (resolved.digest,)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    import time
-
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "never became true"
-        time.sleep(0.005)
 
 
 def test_a_server_that_stops_lets_go_of_those_who_wait_for_probes(
