@@ -42,11 +42,6 @@ _CANCELLED = 0.1
 """Share of the soak's answers that are given up after their first token."""
 
 
-def service_cpu_s(pid: int) -> float:
-    """Return the processor seconds so far of all living threads of a process but the engine's."""
-    return _cpu_s(pid)[0]
-
-
 def _cpu_s(pid: int) -> tuple[float, float]:
     """Return the processor seconds so far of a process' living threads: of all but the engine's, and of that."""
     total, engine = 0, 0
@@ -70,6 +65,21 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
 
 
+async def stream_all(address: str, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+    """Stream every prompt's answer at once through one channel; return how many tokens came."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+
+        async def one(ids: Sequence[int]) -> int:
+            sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True)
+            request = pb.GenerateRequest(
+                input=pb.Input(token_ids=pb.TokenIds(ids=ids)), sampling=sampling
+            )
+            return sum([len(e.chunk.token_ids) async for e in stub.Generate(request)])
+
+        return sum(await asyncio.gather(*map(one, prompts)))
+
+
 def streams(
     address: str,
     pid: int,
@@ -86,24 +96,10 @@ def streams(
         tokens: of each answer.
         engine_pid: the process that its engine is in, if that is another one.
     """
-
-    async def all_of_them() -> int:
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-
-            async def one(ids: Sequence[int]) -> int:
-                sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True)
-                request = pb.GenerateRequest(
-                    input=pb.Input(token_ids=pb.TokenIds(ids=ids)), sampling=sampling
-                )
-                return sum([len(e.chunk.token_ids) async for e in stub.Generate(request)])
-
-            return sum(await asyncio.gather(*map(one, prompts)))
-
     pids = {pid, pid if engine_pid is None else engine_pid}
     before = {one: _cpu_s(one) for one in pids}
     started = time.monotonic()
-    count = asyncio.run(all_of_them())
+    count = asyncio.run(stream_all(address, prompts, tokens))
     seconds = time.monotonic() - started
     used = {one: np.subtract(_cpu_s(one), before[one]) * 1e6 / count for one in pids}
     beside, engine = np.sum(list(used.values()), axis=0)

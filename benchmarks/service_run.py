@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
-import grpc.aio
 import typer
 from rich.console import Console
 
@@ -27,8 +26,6 @@ from benchmarks.harness.server_process import ServerProcess
 from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from lorary.registry import Registry
-from lorary.v1 import inference_pb2 as pb
-from lorary.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -50,7 +47,9 @@ PARTS = ("doors", "streams", "unary", "idle", "soak")
 SOAK_ADAPTERS, SOAK_RANK, SOAK_CONCURRENCY, SOAK_MEMORY = 48, 16, 8, "120MB"
 """A dozen of the adapters fit."""
 HERE, ELSEWHERE = "here", "elsewhere"
-"""Where a record's model is computed. The bars are for a service that has its cores to itself."""
+"""Where a record's model is computed; here, where it does not say."""
+BESIDE_ENGINE = ("streams", "unary")
+"""Parts measured with either; their bars are for a service that has its cores to itself."""
 BESIDE_MODEL = (
     ("streams", ("service_cpu_us_per_token",), "the same µs, the model computed on these cores"),
     ("unary", ("beside_engine_ms", "p50"), "the same ms, the model computed on these cores"),
@@ -88,6 +87,7 @@ def main(
         return
     parts = tuple(only or PARTS)
     options.known(parts, PARTS)
+    beside = [part for part in BESIDE_ENGINE if part in parts]
     used = threads or len(os.sched_getaffinity(0))
     setup = {"base": base, "threads": used, "streams": streams, "tokens": tokens}
     setup |= {"many": many, "idle": idle, "calls": calls, "minutes": minutes}
@@ -104,16 +104,12 @@ def main(
         arguments += ["--engine-process"] if engine_process else []
         with ServerProcess(arguments, Path(scratch)) as server:
             address, pid = server.address, int(server.facts["pid"])
-            engine_pid = int(server.facts["engine_pid"])
             if "doors" in parts:
                 _measure_doors(kept, server, prompts[:streams], tokens, rounds)
+            works = [_beside_engine(part, server, prompts, setup, HERE) for part in beside]
             for _ in range(rounds):
-                if "streams" in parts:
-                    kept.measure(
-                        lambda: measured.streams(address, pid, prompts[:many], tokens, engine_pid)
-                    )
-                if "unary" in parts:
-                    kept.measure(lambda: measured.unary(address, prompts, calls))
+                for work in works:
+                    kept.measure(work)
             if "idle" in parts:
                 kept.measure(lambda: measured.idle(address, pid, idle))
             if "soak" in parts:
@@ -127,12 +123,11 @@ def main(
                         concurrency=SOAK_CONCURRENCY,
                     )
                 )
-        for part in ("streams", "unary"):
-            if part in parts:
-                with _distant(part, arguments, Path(scratch)) as server:
-                    work = _alone(part, server, prompts, setup)
-                    for _ in range(rounds):
-                        kept.measure(functools.partial(_with_model, work, ELSEWHERE))
+        for part in beside:
+            with _distant(part, arguments, Path(scratch)) as server:
+                work = _beside_engine(part, server, prompts, setup, ELSEWHERE)
+                for _ in range(rounds):
+                    kept.measure(work)
     kept.finish(console, table_of)
 
 
@@ -144,20 +139,29 @@ def _distant(part: str, arguments: Sequence[str], scratch: Path) -> ServerProces
     )
 
 
-def _with_model(work: Callable[[], dict[str, Any]], model: str) -> dict[str, Any]:
-    return {**work(), "model": model}
-
-
-def _alone(
-    part: str, server: ServerProcess, prompts: Sequence[Sequence[int]], setup: dict[str, Any]
+def _beside_engine(
+    part: str,
+    server: ServerProcess,
+    prompts: Sequence[Sequence[int]],
+    setup: dict[str, Any],
+    model: str,
 ) -> Callable[[], dict[str, Any]]:
-    """Return what measures a round of ``streams`` or ``unary``."""
-    if part == "unary":
-        return functools.partial(measured.unary, server.address, prompts, setup["calls"])
-    pid = int(server.facts["pid"])
-    return functools.partial(
-        measured.streams, server.address, pid, prompts[: setup["many"]], setup["tokens"]
-    )
+    """Return what measures a round of a part of ``BESIDE_ENGINE``."""
+
+    def work() -> dict[str, Any]:
+        if part == "unary":
+            found = measured.unary(server.address, prompts, setup["calls"])
+        else:
+            found = measured.streams(
+                server.address,
+                int(server.facts["pid"]),
+                prompts[: setup["many"]],
+                setup["tokens"],
+                int(server.facts["engine_pid"]),
+            )
+        return {**found, "model": model}
+
+    return work
 
 
 def _registry(scratch: Path, base: str, *, is_filled: bool) -> tuple[Path, list[str]]:
@@ -222,21 +226,8 @@ def _round(
 
 
 def _doors(server: ServerProcess) -> dict[str, Load]:
-    async def by_grpc(prompts: Sequence[Sequence[int]], tokens: int) -> int:
-        """Stream every prompt's answer through one channel; return how many tokens came."""
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-
-            async def one(ids: Sequence[int]) -> int:
-                sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True)
-                read = pb.Input(token_ids=pb.TokenIds(ids=ids))
-                request = pb.GenerateRequest(input=read, sampling=sampling)
-                return sum([len(e.chunk.token_ids) async for e in stub.Generate(request)])
-
-            return sum(await asyncio.gather(*map(one, prompts)))
-
     async def by_http(prompts: Sequence[Sequence[int]], tokens: int) -> int:
-        """The same, through a connection each."""
+        """Stream every prompt's answer through a connection each; return how many tokens came."""
         url = urlsplit(str(server.facts["http"]))
 
         async def one(ids: Sequence[int]) -> int:
@@ -257,7 +248,7 @@ def _doors(server: ServerProcess) -> dict[str, Load]:
 
         return sum(await asyncio.gather(*map(one, prompts)))
 
-    return {"gRPC": by_grpc, "HTTP": by_http}
+    return {"gRPC": functools.partial(measured.stream_all, server.address), "HTTP": by_http}
 
 
 def medians(records: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -287,24 +278,26 @@ def figures(records: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, 
     bars = (
         (
             "streams",
+            ELSEWHERE,
             ("service_cpu_us_per_token",),
             "µs of service CPU a streamed token",
             BAR_CPU_US,
         ),
         (
             "unary",
+            ELSEWHERE,
             ("beside_engine_ms", "p50"),
             "ms of a unary call beside the engine",
             BAR_UNARY_MS,
         ),
-        ("idle", ("added_mb",), "MB that idle streams add", BAR_IDLE_MB),
+        ("idle", HERE, ("added_mb",), "MB that idle streams add", BAR_IDLE_MB),
         *(
-            ("soak", ("per_hour", key), f"{key} that a soak grows by in an hour", most)
+            ("soak", HERE, ("per_hour", key), f"{key} that a soak grows by in an hour", most)
             for key, most in BAR_GROWTH.items()
         ),
     )
-    for kind, path, name, most in bars:
-        value = _median(records, kind, path, ELSEWHERE)
+    for kind, model, path, name, most in bars:
+        value = _median(records, kind, path, model)
         found.append((name, value, f"at most {most:g}", value is not None and value <= most))
     return found
 
@@ -312,11 +305,11 @@ def figures(records: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, 
 def _median(
     records: Sequence[dict[str, Any]], kind: str, path: Sequence[str], model: str
 ) -> float | None:
-    """Return the median of a number of the accepted records of a kind, and of a model where they name one."""
+    """Return the median of a number of the accepted records of a kind, the model computed at a place."""
     values = [
         _value(r, path)
         for r in records
-        if r["kind"] == kind and r["accepted"] and r.get("model", model) == model
+        if r["kind"] == kind and r["accepted"] and r.get("model", HERE) == model
     ]
     return statistics.median(values) if values else None
 

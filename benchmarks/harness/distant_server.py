@@ -9,12 +9,14 @@ answer is not: the same row of logits for everybody. For what the service costs 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorary.cli.main import main
+from lorary.server.apart import child, process
 from lorary.server.engine.runner import Runner
 
 if TYPE_CHECKING:
@@ -35,4 +37,9 @@ def _forward(self: Runner, batch: Batch) -> torch.Tensor:
 
 if __name__ == "__main__":
     Runner.forward = _forward  # type: ignore[method-assign]
-    main()
+    # An engine's own process (``--engine-process``) is this module, too.
+    process.MODULE = "benchmarks.harness.distant_server"
+    if sys.argv[1] == "serve":
+        main()
+    else:
+        child.main()

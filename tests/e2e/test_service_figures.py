@@ -56,8 +56,11 @@ def test_every_bar_is_held_and_what_is_less_than_promised_is_short(tmp_path: Pat
         records: list[dict[str, Any]] = [
             {"kind": "round", "door": "gRPC", "tokens_per_s": 100.0, "server_cpu_us_per_token": 1},
             {"kind": "round", "door": "HTTP", "tokens_per_s": 95.0, "server_cpu_us_per_token": 1},
-            {"kind": "streams", "service_cpu_us_per_token": 59.0},
-            {"kind": "unary", "beside_engine_ms": {"p50": 0.9}},
+            # With the model on the same cores, which the bars are not for.
+            {"kind": "streams", "service_cpu_us_per_token": 99.0},
+            {"kind": "unary", "beside_engine_ms": {"p50": 2.0}},
+            {"kind": "streams", "service_cpu_us_per_token": 59.0, "model": "elsewhere"},
+            {"kind": "unary", "beside_engine_ms": {"p50": 0.9}, "model": "elsewhere"},
             {"kind": "idle", "added_mb": 30.0},
             {"kind": "soak", "per_hour": grown},
         ]
