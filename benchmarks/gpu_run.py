@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import options, report
 from benchmarks.gpu_shapes import SHAPES
 from benchmarks.gpu_tables import section, table_of
-from benchmarks.harness.machine import head, result_path
+from benchmarks.harness.machine import head, result_path, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NAME = "gpu"
 RANKS = (8, 16, 64, 128)
 """Of the adapters whose kernels are measured."""
+LIBRARIES = ("triton", "bitsandbytes")
+"""What runs on the device beside torch; None in the records where it is not installed."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -342,8 +344,6 @@ def _forget(device: str) -> None:
 
 def _device(device: str) -> dict[str, Any]:
     """Describe the device; raises where it is not there."""
-    import importlib.metadata
-
     import torch
 
     found: dict[str, Any] = {"name": "cpu"}
@@ -358,9 +358,4 @@ def _device(device: str) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
-    for package in ("triton", "bitsandbytes"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {**found, **dict.fromkeys(LIBRARIES), **versions(LIBRARIES)}

@@ -67,11 +67,7 @@ def main(
     kept = Kept(path, head(NAME, setup), quiet)
     with tempfile.TemporaryDirectory(prefix="lorary-roofline-") as scratch:
         _run(Path(scratch), base, chosen, most, steps, kept)
-    console.print(f"records: {path}")
-    Console().print(tables_of(report.read(path)), highlight=False, soft_wrap=True)
-    if not kept.is_complete:
-        console.print("some figures are of a busy machine; wait, or pass --tolerate-load")
-        raise typer.Exit(1)
+    kept.finish(console, tables_of)
 
 
 def _run(

@@ -11,7 +11,7 @@ from benchmarks.exactness_run import TIE
 from benchmarks.mix_run import COMPARED, speeds
 from benchmarks.roofline_run import accepted
 from benchmarks.step_run import accepted_steps
-from scripts.verify_figures import Figure, at_least, at_most
+from scripts.verify_figures import Figure, at_least, at_most, not_measured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def mix_figures(path: Path) -> list[Figure]:
     for case, beside in COMPARED:
         name, bar = f"mixes: share of '{beside}' that '{case}' reaches", SHARES[case]
         if case not in found or beside not in found:
-            figures.append(_missing(name, f"at least {bar:g}"))
+            figures.append(not_measured(name, f"at least {bar:g}"))
             continue
         note = f"{found[case]:.0f} and {found[beside]:.0f} tokens/s"
         figures.append(_figure(name, found[case] / found[beside], bar, note))
@@ -83,7 +83,7 @@ def roofline_figures(path: Path) -> list[Figure]:
         name = f"roofline: decode of {STEP_ROWS} rows with {adapters} adapters, of its bound"
         found = decode.get(("bfloat16", STEP_ROWS, adapters))
         if found is None:
-            figures.append(_missing(name, f"at least {OF_BOUND:g}"))
+            figures.append(not_measured(name, f"at least {OF_BOUND:g}"))
             continue
         note = (
             f"{found['ms']:.1f} ms, bound {found['bound_ms']:.1f}; {found['of_bandwidth']:.0%} of the "
@@ -97,7 +97,7 @@ def roofline_figures(path: Path) -> list[Figure]:
             figures.append(_reported(name, share))
     prompts = accepted(records, "prompts")
     if not prompts:
-        figures.append(_missing("roofline: prompts, of the peak", "reported"))
+        figures.append(not_measured("roofline: prompts, of the peak", "reported"))
     for r in prompts:
         name = f"roofline: {r['rows']} prompt tokens in {r['weights']}, {r['adapters']} adapters"
         figures.append(_reported(name, f"{r['of_peak']:.0%} of the peak"))
@@ -109,7 +109,7 @@ def step_figures(path: Path) -> list[Figure]:
     found = accepted_steps(report.read(path)) if path.exists() else {}
     name = f"step: milliseconds outside of the native kernels at {STEP_ROWS} rows"
     if STEP_ROWS not in found:
-        return [_missing(name, f"at most {OVERHEAD_MS:g}")]
+        return [not_measured(name, f"at most {OVERHEAD_MS:g}")]
     return [at_most(name, found[STEP_ROWS]["overhead_ms"], OVERHEAD_MS)]
 
 
@@ -122,7 +122,7 @@ def exactness_figures(path: Path) -> list[Figure]:
     if "bfloat16" in found:
         figures.append(at_least(name, found["bfloat16"]["share"], EXACT))
     else:
-        figures.append(_missing(name, f"at least {EXACT:g}"))
+        figures.append(not_measured(name, f"at least {EXACT:g}"))
     name = "exactness: float32 answers that differ without a tie"
     if "float32" in found:
         differences = found["float32"]["differences"]
@@ -138,12 +138,12 @@ def exactness_figures(path: Path) -> list[Figure]:
             Figure(name, f"{len(wrong)} of {num_right + len(wrong)}", "0", not wrong, note=note)
         )
     else:
-        figures.append(_missing(name, "0"))
+        figures.append(not_measured(name, "0"))
     name = "exactness: positions before the first difference, int8"
     if "int8" in found:
         figures.append(_reported(name, f"{found['int8']['share']:.3f}"))
     else:
-        figures.append(_missing(name, "reported"))
+        figures.append(not_measured(name, "reported"))
     return figures
 
 
@@ -186,7 +186,7 @@ def _against_best(found: Found, cell: Cell, bar: float) -> Figure:
     best, absent = _best_peer(found, cell)
     ours = found.get(OURS, {}).get(cell)
     if absent or best is None or ours is None:
-        return _missing(name, f"at least {bar:g}", _absent(absent, ours))
+        return not_measured(name, f"at least {bar:g}", _absent(absent, ours))
     theirs = found[best][cell].tokens_per_s
     note = f"{ours.tokens_per_s:.0f} and {theirs:.0f} tokens/s, {best}"
     return _figure(name, ours.tokens_per_s / theirs, bar, note)
@@ -197,7 +197,7 @@ def _first_token(found: Found, cell: Cell, bar: float) -> Figure:
     best, absent = _best_peer(found, cell)
     ours = found.get(OURS, {}).get(cell)
     if absent or best is None or ours is None:
-        return _missing(name, f"at most {bar:g}", _absent(absent, ours))
+        return not_measured(name, f"at most {bar:g}", _absent(absent, ours))
     theirs = found[best][cell].ttft["p50"]
     share = ours.ttft["p50"] / theirs
     note = f"{ours.ttft['p50']:.0f} and {theirs:.0f} ms, {best}"
@@ -209,7 +209,7 @@ def _of_base(found: Found, cell: Cell, bar: float) -> Figure:
     ours = found.get(OURS, {})
     mine, bare = ours.get(cell), ours.get(report.Cell(0, cell.concurrency))
     if mine is None or bare is None:
-        return _missing(name, f"at least {bar:g}", _absent([], None))
+        return not_measured(name, f"at least {bar:g}", _absent([], None))
     note = f"{mine.tokens_per_s:.0f} and {bare.tokens_per_s:.0f} tokens/s"
     return _figure(name, mine.tokens_per_s / bare.tokens_per_s, bar, note)
 
@@ -221,7 +221,7 @@ def _base_only(found: Found, at_once: int, ours: Sequence[str], peer: str, bar: 
     theirs = found.get(peer, {}).get(cell)
     if len(mine) != len(ours) or theirs is None:
         absent = [] if theirs else [peer]
-        return _missing(name, f"at least {bar:g}", _absent(absent, mine or None))
+        return not_measured(name, f"at least {bar:g}", _absent(absent, mine or None))
     best = max(mine, key=lambda o: mine[o])
     note = f"{best} {mine[best]:.0f}, {peer} {theirs.tokens_per_s:.0f} tokens/s"
     return _figure(name, mine[best] / theirs.tokens_per_s, bar, note)
@@ -258,10 +258,6 @@ def _figure(name: str, value: float, bar: float, note: str) -> Figure:
 
 def _reported(name: str, figure: str) -> Figure:
     return Figure(name, figure, "reported", is_ok=None)
-
-
-def _missing(name: str, bar: str, note: str = "") -> Figure:
-    return Figure(name, "not measured", bar, is_ok=False, note=note)
 
 
 def _all_but(absent: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from benchmarks import report
 from benchmarks.lifecycle_run import CHURN, NAME, STILL, medians
 from scripts.engine_figures import section_figure
-from scripts.verify_figures import Figure
+from scripts.verify_figures import Figure, not_measured
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +58,7 @@ def lifecycle_figures(path: Path) -> list[Figure]:
     figures = []
     for name, of, to, how, bar in RATIOS:
         if of not in found or to not in found:
-            figures.append(_missing(f"lifecycle: {name}", f"{how} {bar:g}"))
+            figures.append(not_measured(f"lifecycle: {name}", f"{how} {bar:g}"))
             continue
         ratio = found[of] / found[to]
         is_ok = {"below": ratio < bar, "at most": ratio <= bar, "at least": ratio >= bar}[how]
@@ -66,7 +66,7 @@ def lifecycle_figures(path: Path) -> list[Figure]:
         figures.append(Figure(f"lifecycle: {name}", f"{ratio:.3f}", f"{how} {bar:g}", is_ok, note))
     for name, place, scale, bar in BELOW:
         if place not in found:
-            figures.append(_missing(f"lifecycle: {name}", f"below {bar:g}"))
+            figures.append(not_measured(f"lifecycle: {name}", f"below {bar:g}"))
             continue
         value = found[place] * scale
         figures.append(
@@ -85,7 +85,3 @@ def lifecycle_figures(path: Path) -> list[Figure]:
 def shown_figures(root: Path) -> list[Figure]:
     """Check that the docs show what committed records say."""
     return [section_figure(root, NAME)]
-
-
-def _missing(name: str, bar: str) -> Figure:
-    return Figure(name, "not measured", bar, is_ok=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks import report
 from benchmarks.registry_run import BARS, accepted_cases
 from scripts.transcript_run import COMMANDS, recorded
-from scripts.verify_figures import Figure, at_least, at_most
+from scripts.verify_figures import Figure, at_least, at_most, not_measured
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,9 +51,7 @@ def speed_figures(path: Path) -> list[Figure]:
             figures.append(at_most(f"speed: {what}", found[case]["figure"], bar))
         else:
             note = "no run on a quiet machine; see .lorary/verify/speeds.log"
-            figures.append(
-                Figure(f"speed: {what}", "not measured", f"at most {bar:g}", is_ok=False, note=note)
-            )
+            figures.append(not_measured(f"speed: {what}", f"at most {bar:g}", note))
     return figures
 
 

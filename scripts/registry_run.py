@@ -100,8 +100,10 @@ def kills() -> list[Figure]:
         f"LORARY_TEST_OPERATIONS={OPERATIONS}",
         f"LORARY_TEST_KILLS={KILLS}",
     ]
-    command = ["env", *variables, *pytest_command("-s", "tests/registry/test_linearizable.py")[1:]]
-    history = run("linearizable", command)
+    history = run(
+        "linearizable",
+        pytest_command("-s", "tests/registry/test_linearizable.py", variables=variables),
+    )
     return [
         exit_code("kills", steps),
         *counted_figures("kills", _text(steps.log), []),

@@ -10,7 +10,7 @@ from benchmarks import kinds_run, methods_run, report, training_run
 from benchmarks.training_run import BAR_FIRST_STEP_S, BAR_RATIO, CONTENDERS, RECIPES, medians_of
 from lorary.trainer.methods.rules import RULES
 from scripts.proven import Proof, passed, values
-from scripts.verify_figures import Figure, at_least, at_most
+from scripts.verify_figures import Figure, at_least, at_most, not_measured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,9 +94,7 @@ def speed_figures(path: Path) -> list[Figure]:
         if ours is None or plain is None:
             note = "no run on a quiet machine; see .lorary/verify/speeds.log"
             bar = f"at least {BAR_RATIO:g}"
-            figures.append(
-                Figure(f"{recipe}: tokens/s", "not measured", bar, is_ok=False, note=note)
-            )
+            figures.append(not_measured(f"{recipe}: tokens/s", bar, note))
             continue
         ratio = ours["tokens_per_s"] / plain["tokens_per_s"]
         figures += [
@@ -142,4 +140,4 @@ def _recorded(proofs: Sequence[Proof], key: str, name: str, least: int) -> Figur
 
 
 def _missing(name: str, bar: str) -> Figure:
-    return Figure(name, "not measured", bar, is_ok=False, note="its test did not pass")
+    return not_measured(name, bar, "its test did not pass")

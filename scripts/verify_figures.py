@@ -126,12 +126,12 @@ def bench_figures(path: Path) -> list[Figure]:
     """Read the ratio of the cell that has a bar."""
     name = f"benchmark: times PEFT's speed, {CELL.adapters} adapters, {CELL.concurrency} requests"
     if not path.exists():
-        return [Figure(name, "not measured", f"≥ {SPEED_UP}", is_ok=False)]
+        return [not_measured(name, f"≥ {SPEED_UP}")]
     found = report.medians(report.read(path))
     times = report.ratio(found, CELL, "lorary", "peft")
     if times is None:
         note = "no run on a quiet machine; see .lorary/verify/bench.log"
-        return [Figure(name, "not measured", f"≥ {SPEED_UP}", is_ok=False, note=note)]
+        return [not_measured(name, f"≥ {SPEED_UP}", note)]
     ours = found["lorary"][CELL].tokens_per_s
     theirs = found["peft"][CELL].tokens_per_s
     note = f"{ours:.0f} and {theirs:.0f} tokens/s"
@@ -184,13 +184,22 @@ def _summary(log: str) -> str:
     return lines[-1] if lines else ""
 
 
-def at_least(name: str, value: float, bar: float) -> Figure:
-    """Return a figure that has to reach its bar."""
+def not_measured(name: str, bar: str, note: str = "") -> Figure:
+    """Return a figure that has a bar and was not measured."""
+    return Figure(name, "not measured", bar, is_ok=False, note=note)
+
+
+def at_least(name: str, value: float | None, bar: float) -> Figure:
+    """Return a figure that has to reach its bar; None was not measured."""
+    if value is None:
+        return not_measured(name, f"at least {bar:g}")
     return Figure(name, f"{value:g}", f"at least {bar:g}", is_ok=value >= bar)
 
 
-def at_most(name: str, value: float, bar: float) -> Figure:
-    """Return a figure that may not be above its bar."""
+def at_most(name: str, value: float | None, bar: float) -> Figure:
+    """Return a figure that may not be above its bar; None was not measured."""
+    if value is None:
+        return not_measured(name, f"at most {bar:g}")
     return Figure(name, f"{value:g}", f"at most {bar:g}", is_ok=value <= bar)
 
 

@@ -70,7 +70,7 @@ def all_cores() -> Iterator[None]:
     A child inherits the mask of the thread that starts it, and OpenMP has bound ours to one core.
     """
     bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, set(pinned_cores()))
+    unbind()
     try:
         yield
     finally:

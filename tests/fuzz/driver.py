@@ -5,28 +5,23 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import grpc.aio
+
+from tests.fuzz.grpc_door import GrpcInput
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from concurrent.futures import Future
 
-    from tests.fuzz.grpc_door import GrpcInput
     from tests.fuzz.http_door import HttpInput
     from tests.processes import ServerProcess
 
 SIDE_BY_SIDE = 12
 ENOUGH = 25
 """Faults after which nothing further is sent: the server may be gone."""
-
-
-class Door(Protocol):
-    """What counts inputs."""
-
-    def __call__(self, one: GrpcInput | HttpInput) -> None: ...
 
 
 class Driver:
@@ -92,11 +87,11 @@ class Driver:
 
     async def _wrong(self, one: GrpcInput | HttpInput) -> str:
         assert self._channel is not None
-        if one.door == "gRPC":
-            return await one.faults(self._channel)  # type: ignore[call-arg, arg-type]
-        url = urlsplit(str(self._server.http_url))
-        port = url.port if one.port == "http" else int(self._server.address.rpartition(":")[2])  # type: ignore[union-attr]
-        return await one.faults(str(url.hostname), port)  # type: ignore[call-arg, arg-type]
+        if isinstance(one, GrpcInput):
+            return await one.faults(self._channel)
+        http = urlsplit(str(self._server.http_url)).netloc
+        host, _, port = (http if one.port == "http" else self._server.address).rpartition(":")
+        return await one.faults(host, int(port))
 
     def _do(self, work: Coroutine[None, None, None]) -> None:
         done: Future[None] = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from lorary.errors import OUTCOMES, reason
 from lorary.server.status import DETAILS_KEY, DOMAIN
-from lorary.v1 import control_pb2, inference_pb2
 from lorary.v1 import control_pb2 as control
 from lorary.v1 import inference_pb2 as pb
 from tests.fuzz.messages import changed, damaged
@@ -115,8 +114,8 @@ class Method:
 
 def _methods() -> Iterator[Method]:
     services = [
-        *inference_pb2.DESCRIPTOR.services_by_name.values(),
-        *control_pb2.DESCRIPTOR.services_by_name.values(),
+        *pb.DESCRIPTOR.services_by_name.values(),
+        *control.DESCRIPTOR.services_by_name.values(),
         *health_pb2.DESCRIPTOR.services_by_name.values(),
         *reflection_pb2.DESCRIPTOR.services_by_name.values(),
     ]

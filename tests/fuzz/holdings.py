@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.service_parts import resident_bytes
 from tests.processes import metric
 
 if TYPE_CHECKING:
@@ -57,7 +58,4 @@ def grown(before: dict[str, int], server: ServerProcess) -> dict[str, tuple[int,
 
 def resident_mb(server: ServerProcess) -> float:
     """Return its resident memory."""
-    for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError("a process without memory")
+    return resident_bytes(server.process.pid) / 2**20

@@ -15,7 +15,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -31,10 +30,6 @@ from schemathesis.specs.openapi.checks import (
 from lorary.client import Client
 from lorary.registry import BaseCard, Registry
 from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
-from lorary.v1.control_pb2 import (
-    ListAdaptersRequest,
-    UnloadAdapterRequest,
-)
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, write_manifest
 from tests.fuzz.driver import Driver
 from tests.fuzz.grpc_door import METHODS, grpc_inputs
@@ -188,15 +183,11 @@ def answers(server: ServerProcess) -> list[Any]:
 
 def free(server: ServerProcess) -> None:
     """Let go of every adapter: what nobody holds leaves the device."""
-    with grpc.insecure_channel(server.address) as channel:
-        control: Any = control_pb2_grpc.ControlStub(channel)  # type: ignore[no-untyped-call]
+    with Client(server.address, timeout_s=30) as client:
         for name in ("alpha@1", "judge@1"):
-            control.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=30)
+            client.unload_adapter(name)
         ends = time.monotonic() + SETTLED_S
-        while any(
-            adapter.num_running
-            for adapter in control.ListAdapters(ListAdaptersRequest(), timeout=30).adapters
-        ):
+        while any(adapter.num_running for adapter in client.list_adapters()):
             assert time.monotonic() < ends, "an adapter is held, and nobody calls"
             time.sleep(0.05)
 
