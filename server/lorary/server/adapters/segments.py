@@ -106,8 +106,7 @@ class Segments:
     @cached_property
     def tiles(self) -> RowTiles:
         """Return the short part as the GPU kernels want it; made when first asked for."""
-        tiling = self.tiling
-        return tiling.on(tiling.flat(tiling.num_tiles).to(self.device), tiling.num_tiles)
+        return self.tiling.on(self.tiling.flat().to(self.device))
 
     @property
     def has_tiles(self) -> bool:
@@ -116,7 +115,7 @@ class Segments:
 
     def place(self, flat: torch.Tensor) -> None:
         """Take ``tiles`` from what has been copied to the device of ``tiling.flat``."""
-        self.__dict__["tiles"] = self.tiling.on(flat, self.tiling.num_tiles)
+        self.__dict__["tiles"] = self.tiling.on(flat)
 
     @property
     def num_short(self) -> int:

@@ -48,25 +48,6 @@ class RowTiles:
     num_sums: int
     max_rank: int
 
-    @classmethod
-    def build(
-        cls,
-        row_entries: Sequence[int],
-        entries: Sequence[PoolEntry],
-        rows: Sequence[int],
-        *,
-        device: torch.device,
-        num_tiles: int | None = None,
-    ) -> RowTiles:
-        """Cut rows into tiles (``Tiling.cut``) and bring them to a device in one copy.
-
-        ``num_tiles`` is how many tiles to make, the rest empty; at least as many as are needed. The
-        number of rows always suffices. By default as many as are needed.
-        """
-        tiling = Tiling.cut(row_entries, entries, rows)
-        num_tiles = tiling.num_tiles if num_tiles is None else num_tiles
-        return tiling.on(tiling.flat(num_tiles).to(device), num_tiles)
-
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -86,7 +67,7 @@ class Tiling:
 
     @property
     def num_tiles(self) -> int:
-        """How many tiles are not empty."""
+        """How many tiles there are."""
         return len(self.tiles) // TILE_FIELDS
 
     @classmethod
@@ -125,27 +106,22 @@ class Tiling:
             max_rank=max(entries[index].rank for index in row_entries),
         )
 
-    def flat(self, num_tiles: int) -> torch.Tensor:
-        """Return all of it as one int32 tensor on the host, scales by their bits, in ``num_tiles`` tiles."""
-        needed = self.num_tiles
-        assert num_tiles >= needed, f"{needed} tiles do not fit in {num_tiles}"
-        empty = [0] * TILE_FIELDS * (num_tiles - needed)
-        numbers = torch.tensor(
-            [*self.tiles, *empty, *self.rows, *self.rank_rows], dtype=torch.int32
-        )
+    def flat(self) -> torch.Tensor:
+        """Return all of it as one int32 tensor on the host, scales by their bits."""
+        numbers = torch.tensor([*self.tiles, *self.rows, *self.rank_rows], dtype=torch.int32)
         scales = torch.tensor(self.rank_scales, dtype=torch.float32).view(torch.int32)
         return torch.cat([numbers, scales])
 
-    def on(self, flat: torch.Tensor, num_tiles: int) -> RowTiles:
+    def on(self, flat: torch.Tensor) -> RowTiles:
         """Return the tiles that lie in ``flat``, wherever it is now."""
         ranks = len(self.rank_rows)
-        there = torch.split(flat, [num_tiles * TILE_FIELDS, len(self.rows), ranks, ranks])
+        there = torch.split(flat, [len(self.tiles), len(self.rows), ranks, ranks])
         return RowTiles(
-            tiles=there[0].view(num_tiles, TILE_FIELDS),
+            tiles=there[0].view(self.num_tiles, TILE_FIELDS),
             rows=there[1],
             rank_rows=there[2],
             rank_scales=there[3].view(torch.float32),
-            num_tiles=num_tiles,
+            num_tiles=self.num_tiles,
             num_sums=self.num_sums,
             max_rank=self.max_rank,
         )

@@ -105,10 +105,7 @@ class AttentionPlan:
     def _host_index(self) -> torch.Tensor:
         positions = self.positions.long()
         block = self.cache.tables[self.slots.long(), positions // BLOCK].long()
-        head = torch.arange(self.cache.shape.num_kv_heads)
-        row = block[:, None] * self.cache.shape.num_kv_heads + head
-        index = row * BLOCK + (positions % BLOCK)[:, None]
-        return index.view(-1)
+        return cache_rows(block, positions, torch.arange(self.cache.shape.num_kv_heads))
 
     def _host_table(self) -> torch.Tensor:
         rows = self.slots[: self.num_decode].long()
@@ -165,6 +162,16 @@ class AttentionPlan:
             mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
             self._masks[window] = mask
         return mask
+
+
+def cache_rows(block: torch.Tensor, positions: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Return int64 [T * kv_heads]: rows of the flattened cache of every (token, head).
+
+    Shapes: block int64 [T], the one that holds each token's position; positions int64 [T]; heads [kv_heads],
+    the numbers from 0 on.
+    """
+    row = block[:, None] * len(heads) + heads
+    return (row * BLOCK + (positions % BLOCK)[:, None]).view(-1)
 
 
 _current: ContextVar[AttentionPlan | None] = ContextVar("lorary_attention", default=None)

@@ -122,17 +122,12 @@ class Batch:
 
 
 class _Moving:
-    """The arrays of a step of decode rows that are different in the step after it, written in place.
-
-    Attributes:
-        token_ids: int64 [1, T], the batch's own.
-        position_ids: likewise.
-    """
+    """The arrays of a step of decode rows that are different in the step after it, written in place."""
 
     def __init__(self, batch: Batch) -> None:
-        self.token_ids, self.position_ids = batch.token_ids, batch.position_ids
+        plan = batch.plan
         # Held for as long as their addresses are written to.
-        self._held = (self.token_ids, self.position_ids, batch.plan.positions, batch.plan.lengths)
+        self._held = (batch.token_ids, batch.position_ids, plan.positions, plan.lengths)
         (self._tokens, self._positions, self._cache_positions, self._lengths) = map(
             _array, self._held
         )

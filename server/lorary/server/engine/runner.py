@@ -103,10 +103,11 @@ def _uploaded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if is_beside(device):
         return own
     segments = batch.segments
-    is_tiled = segments is not None and segments.num_short > 0 and not segments.has_tiles
-    tiles = [segments.tiling.flat(segments.tiling.num_tiles)] if segments and is_tiled else []
+    if segments is not None and (not segments.num_short or segments.has_tiles):
+        segments = None
+    tiles = [] if segments is None else [segments.tiling.flat()]
     there = upload([*own, *tiles, *batch.plan.arrays()], device)
-    if segments is not None and is_tiled:
+    if segments is not None:
         segments.place(there[len(own)])
     batch.plan.place(there[len(own) + len(tiles) :])
     return there[0], there[1], there[2]

@@ -27,8 +27,9 @@ from lorary.errors import ConfigError
 from lorary.server.adapters.layers import step_segments
 from lorary.server.adapters.segments import Segments
 from lorary.server.adapters.tiles import TILE_FIELDS, RowTiles
-from lorary.server.engine.attention import AttentionPlan, step_plan
+from lorary.server.engine.attention import AttentionPlan, cache_rows, step_plan
 from lorary.server.engine.blocks import BLOCK, blocks_for
+from lorary.server.engine.upload import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,8 +46,6 @@ _MORE_BLOCKS = 8
 """Tables have room for 2,048 positions, and eight times as many from form to form."""
 _FIRST_RANK = 16
 _MORE_RANKS = 4
-_ALIGN = 4
-"""Numbers of 4 bytes: what a kernel may rely on of an array's address is 16 bytes."""
 _TOLERANCE = 2.0**-6
 """Of a replay against the eager step, over the largest logit: bfloat16 rounds by 2^-8."""
 
@@ -84,35 +83,36 @@ class _Buffer:
         self._cache = cache
         device = cache.k.device
         rows, ranks = form.rows, form.rows * form.rank
-        lengths = {"tokens": rows, "positions": rows, "lengths": rows, "table": rows * form.blocks}
-        if form.rank:
-            lengths |= {"tiles": rows * TILE_FIELDS, "rows": rows}
-            lengths |= {"rank_rows": ranks, "rank_scales": ranks}
-        places, size = {}, 0
-        for name, length in lengths.items():
-            places[name] = (size, size + length)
-            size += -(-length // _ALIGN) * _ALIGN
-        self._here = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._there = torch.zeros(size, dtype=torch.int32, device=device)
-        # Written through NumPy: a few numbers through torch cost microseconds each.
-        here = self._here.numpy()
-        self._of: dict[str, np.ndarray[Any, Any]] = {
-            name: here[start:stop] for name, (start, stop) in places.items()
+        shapes: dict[str, tuple[int, ...]] = {
+            "tokens": (rows,),
+            "positions": (rows,),
+            "lengths": (rows,),
+            "table": (rows, form.blocks),
         }
-        self._of["table"] = self._of["table"].reshape(rows, form.blocks)
-        there = {name: self._there[start:stop] for name, (start, stop) in places.items()}
-        there["table"] = there["table"].view(rows, form.blocks)
+        if form.rank:
+            shapes |= {"tiles": (rows * TILE_FIELDS,), "rows": (rows,)}
+            shapes |= {"rank_rows": (ranks,), "rank_scales": (ranks,)}
+        parts = [
+            torch.zeros(shape, dtype=torch.float32 if name == "rank_scales" else torch.int32)
+            for name, shape in shapes.items()
+        ]
+        self._here = pack(parts, pin=device.type == "cuda")
+        self._there = torch.zeros_like(self._here, device=device)
+        # Written through NumPy: a few numbers through torch cost microseconds each.
+        self._of: dict[str, np.ndarray[Any, Any]] = {
+            name: part.numpy() for name, part in zip(shapes, unpack(self._here, parts), strict=True)
+        }
+        there = dict(zip(shapes, unpack(self._there, parts), strict=True))
         self._on_device = there
         self._heads = torch.arange(cache.shape.num_kv_heads, device=device)
         self._laid: Segments | None = None
         self.segments: Segments | None = None
         if form.rank:
-            self._of["rank_scales"] = self._of["rank_scales"].view("float32")
             tiles = RowTiles(
                 tiles=there["tiles"].view(rows, TILE_FIELDS),
                 rows=there["rows"],
                 rank_rows=there["rank_rows"],
-                rank_scales=there["rank_scales"].view(torch.float32),
+                rank_scales=there["rank_scales"],
                 num_tiles=rows,
                 num_sums=ranks,
                 max_rank=form.rank,
@@ -168,11 +168,11 @@ class _Buffer:
         """Return token ids and positions int64 [1, rows], and the plan, made on the device alone."""
         there, rows = self._on_device, self.form.rows
         positions = there["positions"].long()
-        block = there["table"].gather(1, (positions // BLOCK)[:, None]).long()
-        index = (block * len(self._heads) + self._heads) * BLOCK + (positions % BLOCK)[:, None]
+        block = there["table"].gather(1, (positions // BLOCK)[:, None]).long()[:, 0]
+        index = cache_rows(block, positions, self._heads)
         # What is asked of the host's side of a plan is never asked of this one.
         plan = AttentionPlan(self._cache, there["lengths"], positions, rows, (), there["lengths"])
-        plan.place([index.view(-1), there["table"], there["lengths"]])
+        plan.place([index, there["table"], there["lengths"]])
         return there["tokens"].long()[None], positions[None], plan
 
 

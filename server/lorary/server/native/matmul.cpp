@@ -11,18 +11,26 @@ void linear(const T* x, int64_t x_row, int64_t rows, const T* packed, const floa
     multiply<Into::replace>(x, x_row, nullptr, rows, packed, bias, n, k, y, y_row);
 }
 
-#ifdef __AVX512BF16__
-void linear_with_rests(const float* x, int64_t x_row, int64_t rows, const uint16_t* packed,
-                       const float* bias, int64_t n, int64_t k, float* y, int64_t y_row, int threads) {
-    std::vector<uint16_t> rounded(rows * k);
+// Round float32 rows to T; every thread of a team then calls take(rounded [rows, k], rests [rows, kRests]).
+template <typename T, typename Take>
+void with_rounded(const float* x, int64_t x_row, int64_t rows, int64_t k, int threads, Take take) {
+    std::vector<T> rounded(rows * k);
     std::vector<Rest> rests(rows * kRests);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r)
             round_row(x + r * x_row, k, rounded.data() + r * k, rests.data() + r * kRests);
-        multiply<Into::replace>(rounded.data(), k, rests.data(), rows, packed, bias, n, k, y, y_row);
+        take(rounded.data(), rests.data());
     }
+}
+
+#ifdef __AVX512BF16__
+void linear_with_rests(const float* x, int64_t x_row, int64_t rows, const uint16_t* packed,
+                       const float* bias, int64_t n, int64_t k, float* y, int64_t y_row, int threads) {
+    with_rounded<uint16_t>(x, x_row, rows, k, threads, [&](const uint16_t* rounded, const Rest* rests) {
+        multiply<Into::replace>(rounded, k, rests, rows, packed, bias, n, k, y, y_row);
+    });
 }
 #endif
 
@@ -30,16 +38,10 @@ void linear_with_rests(const float* x, int64_t x_row, int64_t rows, const uint16
 template <typename T>
 void largest(const float* x, int64_t x_row, int64_t rows, const T* packed, const float* bias, int64_t n,
              int64_t k, int64_t* found, int threads) {
-    std::vector<T> rounded(rows * k);
-    std::vector<Rest> rests(rows * kRests);
     std::vector<Largest> best(rows);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r)
-            round_row(x + r * x_row, k, rounded.data() + r * k, rests.data() + r * kRests);
-        find_largest(rounded.data(), k, rests.data(), rows, packed, bias, n, k, best.data());
-    }
+    with_rounded<T>(x, x_row, rows, k, threads, [&](const T* rounded, const Rest* rests) {
+        find_largest(rounded, k, rests, rows, packed, bias, n, k, best.data());
+    });
     for (int64_t r = 0; r < rows; ++r) found[r] = best[r].column;
 }
 

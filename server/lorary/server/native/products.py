@@ -101,11 +101,24 @@ class PackedLinear:
         """Return the kernel for rows of this dtype."""
         return self._functions[dtype]
 
-    def arguments(self, x: torch.Tensor, y: torch.Tensor) -> tuple[int | None, ...]:
+    def arguments(self, x: torch.Tensor, y: torch.Tensor) -> tuple[object, ...]:
         """Return what lets the kernel of x's dtype write the product into y, as long as both live.
 
         Shapes: x [n, in] with unit stride in rows, y [..., out] contiguous, n rows in all.
         """
+        return self._arguments(x, y.data_ptr(), self.out_features)
+
+    def largest_arguments(
+        self, x: torch.Tensor, found: ctypes.Array[ctypes.c_int64]
+    ) -> tuple[object, ...]:
+        """Return what lets ``largest`` write the first largest output of each row into found [n].
+
+        Shapes: x float32 [n, in] with unit stride in rows.
+        """
+        return self._arguments(x, found)
+
+    def _arguments(self, x: torch.Tensor, *into: object) -> tuple[object, ...]:
+        """Return a kernel's arguments: rows, this weight, and ``into``, where the result goes."""
         has_scales = self.scales_address is not None
         return (
             x.data_ptr(),
@@ -116,27 +129,7 @@ class PackedLinear:
             self.bias_address,
             self.out_features,
             self.in_features,
-            y.data_ptr(),
-            self.out_features,
-            torch.get_num_threads(),
-        )
-
-    def largest_arguments(
-        self, x: torch.Tensor, found: ctypes.Array[ctypes.c_int64]
-    ) -> tuple[object, ...]:
-        """Return what lets ``largest`` write the first largest output of each row into found [n].
-
-        Shapes: x float32 [n, in] with unit stride in rows.
-        """
-        return (
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            self.address,
-            self.bias_address,
-            self.out_features,
-            self.in_features,
-            found,
+            *into,
             torch.get_num_threads(),
         )
 
