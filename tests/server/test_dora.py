@@ -95,7 +95,7 @@ def make(base: Path, registry: Registry) -> Iterator[Callable[..., EngineWorld]]
 def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next world add adapters in native layers, in native products, or by torch operators."""
     if path != "layers":
-        monkeypatch.setattr(decoder, "FAMILIES", frozenset())
+        monkeypatch.setattr(decoder, "FAMILIES", {})
     if path == "torch":
         monkeypatch.setattr(native, "load", lambda: "not wanted here")
 

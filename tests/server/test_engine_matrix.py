@@ -16,16 +16,17 @@ import torch
 
 from lorary.bases import find_base
 from lorary.bases.load import load_model
-from lorary.registry import BaseCard, Registry
-from lorary.server.native import decoder
 from lorary.server.native import library as native
 from tests.conftest import AdapterRecipe, build_adapter, peft_greedy
-from tests.server.conftest import EngineWorld
+from tests.server.conftest import EngineWorld, registry_of
+from tests.server.test_dora import take_path
 from tests.server.test_engine_quantized import TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from lorary.registry import Registry
 
 RANKS = (1, 2, 8, 9, 64, 128)
 # Rank rows come in pages of 8 on a CPU: 29 pages for all of them.
@@ -56,15 +57,12 @@ class Ranked:
 @pytest.fixture(scope="module")
 def ranked(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranked:
     root = tmp_path_factory.mktemp("ranked")
-    registry = Registry.open(root / "store", create=True)
-    card = BaseCard.from_folder(tiny_base)
     folders = {}
     for rank in RANKS:
         # Scaled so that all of them move the answers alike.
         recipe = AdapterRecipe(rank=rank, alpha=6 * rank**0.5, seed=rank)
         name = f"rank-{rank}"
         folders[name] = build_adapter(tiny_base, root / name, recipe)
-        registry.push(folders[name], name, base=card)
     source = random.Random(11)
     stems = [[source.randrange(3, 118) for _ in range(50)] for _ in range(2)]
     traffic = []
@@ -79,6 +77,7 @@ def ranked(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranked:
                     tiny_base, folders.get(name), prompt, NUM_TOKENS, ignore_eos=True
                 )
                 traffic.append(Asked(name, prompt, tuple(expected)))
+    registry = registry_of(root, tiny_base, folders)
     return Ranked(tiny_base, registry, folders, tuple(traffic))
 
 
@@ -87,8 +86,7 @@ def ways(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[EngineWorld]]:
     """The worlds of a test, closed at its end; ``operators`` keeps layers from running natively."""
-    if request.param == "operators":
-        monkeypatch.setattr(decoder, "FAMILIES", frozenset())
+    take_path("products" if request.param == "operators" else "layers", monkeypatch)
     worlds: list[EngineWorld] = []
     yield worlds
     for world in worlds:

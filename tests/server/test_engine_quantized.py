@@ -15,10 +15,10 @@ from lorary.bases.plan import QuantizationPlan, Rule
 from lorary.errors import ConfigError
 from lorary.server.adapters.rounding import round_rows, storage_dtype
 from lorary.server.build import choose
-from lorary.server.native import decoder
 from lorary.server.native import library as native
 from tests.conftest import RECIPES, peft_greedy
 from tests.server.beside_peft import check_logprobs
+from tests.server.test_dora import take_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,8 +64,7 @@ def test_native_int8(
     """Our own 8-bit weights: near PEFT in float32, with each row's adapter."""
     from transformers import AutoModelForCausalLM
 
-    if not fused:
-        monkeypatch.setattr(decoder, "FAMILIES", frozenset())
+    take_path("layers" if fused else "products", monkeypatch)
     kernels = native.load()
     assert not isinstance(kernels, str), kernels
     if not kernels.has_int8:
@@ -99,8 +98,7 @@ def test_layers_in_8_bits_beside_whole_ones(
     """Against PEFT in float32 over the rounded weights, so that only rows are rounded besides."""
     from transformers import AutoModelForCausalLM
 
-    if not fused:
-        monkeypatch.setattr(decoder, "FAMILIES", frozenset())
+    take_path("layers" if fused else "products", monkeypatch)
     kernels = native.load()
     assert not isinstance(kernels, str), kernels
     if not kernels.has_int8:

@@ -12,7 +12,6 @@ import transformers
 
 from lorary.errors import ConfigError
 from lorary.registry import BaseCard, Registry
-from lorary.server.native import decoder
 from lorary.server.native import library as native
 from tests.conftest import (
     TINY_SIZES,
@@ -22,6 +21,7 @@ from tests.conftest import (
     peft_greedy,
     write_manifest,
 )
+from tests.server.test_dora import take_path
 from tests.server.test_engine_oracle import prompts
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def test_operators_equal_peft(
     make_world: Callable[..., EngineWorld], zoo: Zoo, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """What serves these families on other devices and with quantized weights."""
-    monkeypatch.setattr(decoder, "FAMILIES", {})
+    take_path("products", monkeypatch)
     base, registry, peft = zoo.get(name)
     world = make_world(base, registry=registry, prefill_budget=24)
     assert world.fused is None
@@ -378,7 +378,7 @@ def test_mixed_batch_without_fused_layers(
     prefill_budget: int,
 ) -> None:
     """The same base through the path of the families that have no native layer."""
-    monkeypatch.setattr(decoder, "FAMILIES", frozenset())
+    take_path("products", monkeypatch)
     world = make_world(prefill_budget=prefill_budget)
     assert world.fused is None
     names = ["alpha", "", "echo", "bravo", ""]

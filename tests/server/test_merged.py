@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ from lorary.registry import BaseCard, Registry
 from lorary.server.engine.request import Pooling
 from lorary.server.native import library as native
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, greedy, write_manifest
-from tests.server.conftest import EngineWorld
+from tests.server.conftest import EngineWorld, registry_of, worlds
 from tests.server.test_dora import take_path
 from tests.server.test_engine_oracle import prompts
 from tests.server.test_families import build as build_family
@@ -85,8 +86,6 @@ def registry(
 ) -> Registry:
     """``probed`` has golden probes; ``exchanged`` has them too, and they are another adapter's."""
     root = tmp_path_factory.mktemp("merged-registry")
-    store = Registry.open(root / "store", create=True)
-    card = BaseCard.from_folder(tiny_base)
     probes = recorded(tiny_base, tiny_adapters["bravo"])
     folders = {
         **{name: tiny_adapters[name] for name in ("alpha", "charlie", "echo")},
@@ -94,25 +93,14 @@ def registry(
         "probed": with_probes(tiny_adapters["bravo"], root / "probed", probes),
         "exchanged": with_probes(tiny_adapters["delta"], root / "exchanged", probes),
     }
-    for name, folder in folders.items():
-        store.push(folder, name, base=card)
-    return store
+    return registry_of(root, tiny_base, folders)
 
 
 @pytest.fixture
 def make(tiny_base: Path, registry: Registry) -> Iterator[Callable[..., EngineWorld]]:
     """As ``make_world``, over the registry above and with memory for a merged copy."""
-    worlds: list[EngineWorld] = []
-
-    def made(base: Path | None = None, **options: Any) -> EngineWorld:
-        from_registry = options.pop("registry", registry)
-        limits = {"merge_memory_bytes": MEMORY, **options}
-        worlds.append(EngineWorld(base or tiny_base, from_registry, **limits))
-        return worlds[-1]
-
-    yield made
-    for world in worlds:
-        world.close()
+    with worlds(tiny_base, registry) as made:
+        yield functools.partial(made, merge_memory_bytes=MEMORY)
 
 
 @pytest.mark.parametrize("path", ["layers", "products", "torch"])

@@ -13,7 +13,7 @@ from lorary.server.adapters.columns import column_scales
 from lorary.server.adapters.layers import LoraModel, step_segments
 from lorary.server.adapters.ops import triton_ops
 from lorary.server.adapters.segments import NO_COLUMNS, PoolEntry, Segments
-from lorary.server.adapters.tiles import TILE_ROWS, RowTiles
+from lorary.server.adapters.tiles import TILE_FIELDS, TILE_ROWS, RowTiles
 from tests.server.ops_cases import TOLERANCE, Case, compile_for_gpus, entries
 
 if TYPE_CHECKING:
@@ -183,13 +183,10 @@ def test_empty_tiles_do_nothing(kernels: triton_ops.TritonKernels) -> None:
 
 
 def _padded(segments: Segments, num_tiles: int) -> RowTiles:
-    return RowTiles.build(
-        segments.short_entry.tolist(),
-        segments.entries,
-        segments.short_rows.tolist(),
-        device=segments.device,
-        num_tiles=num_tiles,
-    )
+    tiling = segments.tiling
+    empty = [0] * TILE_FIELDS * (num_tiles - tiling.num_tiles)
+    tiling = replace(tiling, tiles=tiling.tiles + empty)
+    return tiling.on(tiling.flat().to(segments.device))
 
 
 def test_tiles_hold_each_row_once_and_no_padding() -> None:

@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorary.errors import CorruptArtifact, LoraryError
-from lorary.registry import BaseCard, Registry
 from lorary.registry.manifest import GoldenProbe, Manifest
 from lorary.server.adapters.probes import LIMITS, divergence, divergence_limit, usable_probes
 from lorary.server.adapters.quarantine import Quarantine
 from lorary.server.native import library as native
 from tests.conftest import wait_until
-from tests.server.conftest import EngineWorld
+from tests.server.conftest import EngineWorld, registry_of, worlds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from lorary.registry import Registry
     from lorary.server.adapters.probe_runs import Verdict
 
 PROMPTS = ([5, 6, 7, 8, 9], [40, 41, 42], [90, 17, 18, 19, 20, 21, 22])
@@ -67,20 +67,17 @@ def probed(
 ) -> Registry:
     """Healthy versions with probes; ``exchanged``: bravo's probes over other tensors; and ``silent``."""
     root = tmp_path_factory.mktemp("probed")
-    registry = Registry.open(root / "store", create=True)
-    card = BaseCard.from_folder(tiny_base)
     probes = {name: recorded(tiny_base, tiny_adapters[name]) for name in HEALTHY}
-    for name in HEALTHY:
-        folder = with_probes(tiny_adapters[name], root / name, probes[name])
-        registry.push(folder, name, base=card)
+    folders = {
+        name: with_probes(tiny_adapters[name], root / name, probes[name]) for name in HEALTHY
+    }
     # Of the right shapes, ranks and modules, finite, hashed: every check of files passes.
     exchanged = with_probes(tiny_adapters["bravo"], root / "exchanged", probes["bravo"])
     tensors = load_file(exchanged / "adapter_model.safetensors")
     rolled = {k: v.roll(1, 0) if "lora_B" in k else v for k, v in tensors.items()}
     save_file(rolled, exchanged / "adapter_model.safetensors")
-    registry.push(exchanged, "exchanged", base=card)
-    registry.push(tiny_adapters["delta"], "silent", base=card)
-    return registry
+    folders |= {"exchanged": exchanged, "silent": tiny_adapters["delta"]}
+    return registry_of(root, tiny_base, folders)
 
 
 class Verdicts:
@@ -96,15 +93,8 @@ class Verdicts:
 
 @pytest.fixture
 def make_probed(tiny_base: Path, probed: Registry) -> Iterator[Callable[..., EngineWorld]]:
-    worlds: list[EngineWorld] = []
-
-    def make(**options: Any) -> EngineWorld:
-        worlds.append(EngineWorld(tiny_base, probed, **options))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.close()
+    with worlds(tiny_base, probed) as make:
+        yield make
 
 
 def load(world: EngineWorld, name: str) -> None:
