@@ -40,6 +40,7 @@ Call = TypeVar(
     inference_pb2.ScoreRequest,
     inference_pb2.EmbedRequest,
 )
+Number = TypeVar("Number")
 
 FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
@@ -135,13 +136,7 @@ def make_input(
     Raises:
         InvalidRequest: none or several are given.
     """
-    given = {"text": text, "prompt": prompt, "messages": messages, "token_ids": token_ids}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise InvalidRequest(
-            f"give exactly one of text, prompt, messages, token_ids; got {named or 'none'}.",
-            field="input",
-        )
+    _check_one("input", text=text, prompt=prompt, messages=messages, token_ids=token_ids)
     if messages is not None:
         turns = [_turn(turn) for turn in messages]
         return inference_pb2.Input(chat=inference_pb2.ChatMessages(messages=turns))
@@ -150,6 +145,19 @@ def make_input(
     if prompt is not None:
         return inference_pb2.Input(prompt=prompt)
     return inference_pb2.Input(text=text or "")
+
+
+def _check_one(field: str, **given: object) -> None:
+    """Check that exactly one of the arguments is given.
+
+    Raises:
+        InvalidRequest: none or several are.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise InvalidRequest(
+            f"give exactly one of {', '.join(given)}; got {named or 'none'}.", field=field
+        )
 
 
 def _turn(turn: Message) -> inference_pb2.ChatMessage:
@@ -261,7 +269,7 @@ def generate_request(
         request_id=request_id,
         adapters=weighted(adapters),
         routing_key=routing_key,
-        execution=_execution(execution),
+        execution=_number("execution", execution, EXECUTIONS),
     )
     return _with_numbers(request, priority, scale)
 
@@ -288,7 +296,7 @@ def classify_request(
         request_id=request_id,
         adapters=weighted(adapters),
         routing_key=routing_key,
-        execution=_execution(execution),
+        execution=_number("execution", execution, EXECUTIONS),
     )
     return _with_numbers(request, priority, scale)
 
@@ -313,16 +321,8 @@ def embed_request(
     Raises:
         InvalidRequest: none or several of the three are given, or a value cannot be sent at all.
     """
-    given = {"texts": texts, "prompts": prompts, "token_ids": token_ids}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise InvalidRequest(
-            f"give exactly one of {', '.join(given)}; got {named or 'none'}.", field="inputs"
-        )
-    if pooling not in POOLINGS:
-        raise InvalidRequest(
-            f"pooling is {pooling!r}; it is one of {', '.join(POOLINGS)}.", field="pooling"
-        )
+    _check_one("inputs", texts=texts, prompts=prompts, token_ids=token_ids)
+    pooled = _number("pooling", pooling, POOLINGS)
     inputs = (
         [make_input(text, None, None, None) for text in _listed(texts)]
         + [make_input(None, prompt, None, None) for prompt in _listed(prompts)]
@@ -331,12 +331,12 @@ def embed_request(
     request = inference_pb2.EmbedRequest(
         adapter=adapter,
         inputs=inputs,
-        pooling=POOLINGS[pooling],
+        pooling=pooled,
         request_id=request_id,
         normalize=normalize,
         adapters=weighted(adapters),
         routing_key=routing_key,
-        execution=_execution(execution),
+        execution=_number("execution", execution, EXECUTIONS),
     )
     if dimensions is not None:
         _set("dimensions", setattr, request, "dimensions", dimensions)
@@ -360,17 +360,17 @@ def _with_numbers(request: Call, priority: int, scale: float | None) -> Call:
     return request
 
 
-def _execution(value: str) -> inference_pb2.Execution:
-    """Return the message's number; what the caller leaves to the server is not sent.
+def _number(field: str, value: str, numbers: Mapping[str, Number]) -> Number:
+    """Return the message's number for a word.
 
     Raises:
-        InvalidRequest: it is none of the three.
+        InvalidRequest: there is none.
     """
-    if value not in EXECUTIONS:
+    if value not in numbers:
         raise InvalidRequest(
-            f"execution is {value!r}; it is one of {', '.join(EXECUTIONS)}.", field="execution"
+            f"{field} is {value!r}; it is one of {', '.join(numbers)}.", field=field
         )
-    return EXECUTIONS[value]
+    return numbers[value]
 
 
 def score_request(
@@ -397,7 +397,7 @@ def score_request(
         request_id=request_id,
         adapters=weighted(adapters),
         routing_key=routing_key,
-        execution=_execution(execution),
+        execution=_number("execution", execution, EXECUTIONS),
     )
     return _with_numbers(request, priority, scale)
 
