@@ -12,9 +12,10 @@ import pytest
 from lorary.errors import IncompatibleAdapter
 from lorary.registry.canonical import content_digest, write_canonical
 from lorary.registry.folder import scan_folder
+from lorary.registry.layouts import AdapterSpec
 from lorary.registry.manifest import Accepted, Task
 from lorary.registry.safetensors_file import Array, read_header, read_tensor
-from lorary.registry.validate import AdapterSpec, Limits, validate_files
+from lorary.registry.validate import Limits, validate_files
 
 if TYPE_CHECKING:
     from tests.registry.conftest import Forge

@@ -15,11 +15,12 @@ from lorary.errors import CorruptArtifact, IncompatibleAdapter, InvalidRef
 from lorary.registry import Registry
 from lorary.registry.address import local_path
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE
+from lorary.registry.layouts import Layouts
 from lorary.registry.local import LocalStore
 from lorary.registry.manifest import FileEntry
 from lorary.registry.poison import HOSTILE_NAMES, Attack, Victim, attacks, run_against, write_corpus
 from lorary.registry.refs import check_name
-from lorary.server.adapters.loader import load_adapter
+from lorary.server.adapters.loader import ReadBuffer, TensorBytes, load_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,11 +113,25 @@ def test_a_push_refuses(
 
 
 @by_name([attack for attack in ATTACKS if not attack.only_at_push])
-def test_a_server_refuses(attack: Attack, attacked: dict[str, Path], card: BaseCard) -> None:
-    modules = frozenset(card.modules)
-    check_refusal(
-        lambda: load_adapter(attacked[attack.name], card, modules=modules, max_rank=512), attack
-    )
+def test_a_server_refuses(
+    attack: Attack, attacked: dict[str, Path], honest: Path, card: BaseCard
+) -> None:
+    """It is the same whether or not its worker has just found the honest one right."""
+    layouts, buffer = Layouts(), ReadBuffer()
+
+    def load(folder: Path, layouts: Layouts | None) -> None:
+        load_adapter(
+            folder,
+            card,
+            modules=frozenset(card.modules),
+            max_rank=512,
+            file=TensorBytes(None, buffer),
+            layouts=layouts,
+        )
+
+    load(honest, layouts)
+    for known in (None, layouts):
+        check_refusal(lambda known=known: load(attacked[attack.name], known), attack)  # type: ignore[misc]
 
 
 @by_name([attack for attack in ATTACKS if attack.kind in ("header", "values", "keys", "config")])

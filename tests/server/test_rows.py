@@ -11,7 +11,7 @@ import torch
 
 from lorary.errors import CorruptArtifact
 from lorary.registry.safetensors_file import TensorInfo
-from lorary.server.adapters.loader import ReadBuffer, TensorBytes
+from lorary.server.adapters.loader import LoadedAdapter, ReadBuffer, TensorBytes
 from lorary.server.adapters.pool import AdapterPool, GroupSpec
 from lorary.server.native import library as native
 
@@ -99,7 +99,7 @@ def test_squares_are_those_of_numpy(kernels: native.NativeKernels, tmp_path: Pat
     path.write_bytes(data)
     buffer = ReadBuffer()
     for found in (kernels, None):
-        file = TensorBytes(path, found, buffer)
+        file = TensorBytes(found, buffer)
         sums = file.squares(path, infos)
         for info, tensor, total in zip(infos, tensors, sums, strict=True):
             assert file.tensor(info).equal(tensor) or not tensor.isfinite().all()
@@ -115,7 +115,7 @@ def test_a_file_that_has_shrunk_is_corrupt(tmp_path: Path) -> None:
     path.write_bytes(bytes(40))
     info = TensorInfo(name="a", dtype="F32", shape=(16,), start=0, end=64)
     with pytest.raises(CorruptArtifact, match="ends before"):
-        TensorBytes(path, None, ReadBuffer()).tensor(info)
+        TensorBytes().squares(path, [info])
 
 
 def test_one_thread_reads_into_the_same_memory_and_others_into_their_own() -> None:
@@ -126,3 +126,25 @@ def test_one_thread_reads_into_the_same_memory_and_others_into_their_own() -> No
     assert buffer.of(500).data_ptr() == address
     with ThreadPoolExecutor(1) as worker:
         assert worker.submit(lambda: buffer.of(500).data_ptr()).result() != address
+
+
+def test_a_pool_keeps_what_follows_from_where_tensors_lie(kernels: native.NativeKernels) -> None:
+    group = GroupSpec(modules=("l.q_proj",), in_features=8, out_features=(8,))
+    pool = AdapterPool(
+        [group],
+        memory_bytes=4096,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        kernels=kernels,
+    )
+    a, b = torch.full((8, 8), 1.0), torch.full((8, 8), 1.0)
+    adapter = LoadedAdapter(rank=8, tensors={"l.q_proj": (a, b)})
+    for value in (1.0, 2.0):
+        a.fill_(value)
+        pages = pool.try_allocate(8)
+        assert pages is not None
+        entry = pool.write(pages, 8, adapter.tensors, of=adapter)
+        assert set(pool.groups[0].a[0][list(entry.rows)].flatten().tolist()) == {value}
+    assert len(pool._parts) == 1
+    del adapter
+    assert len(pool._parts) == 0

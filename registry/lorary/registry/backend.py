@@ -15,7 +15,7 @@ from typing import Protocol
 from lorary.registry.address import is_hub, local_path
 from lorary.registry.aliases import Admit, AliasMove, Unset
 from lorary.registry.audit import AuditEvent
-from lorary.registry.blobs import Progress
+from lorary.registry.blobs import Progress, Reader
 from lorary.registry.manifest import Manifest
 from lorary.registry.marks import Mark, Marks
 from lorary.registry.results import Freed
@@ -165,8 +165,17 @@ class Store(Protocol):
             actor: who pushes, for the audit log.
         """
 
-    def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
-        """Return a folder with a version's files, each checked just now; it is not to be written to."""
+    def fetch(
+        self,
+        name: str,
+        pointer: Pointer,
+        progress: Progress | None = None,
+        reader: Reader | None = None,
+    ) -> Path:
+        """Return a folder with a version's files, each checked just now; it is not to be written to.
+
+        ``reader`` reads the file of tensors.
+        """
 
     def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return what ``fetch`` returns, whole but not checked: the caller hashes what it reads.

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Called with the number of bytes just hashed or copied."""
 
+Reader = Callable[[Path, int], str]
+"""Reads a file of so many bytes and returns its hex sha256: for whoever needs the bytes, too."""
+
 _CHUNK_BYTES: Final = 1 << 20
 
 
@@ -65,8 +68,14 @@ class Blobs:
         return path
 
 
-def check_file(path: Path, sha256: str, size: int, progress: Progress | None = None) -> None:
-    """Compare a file with its promised size and digest.
+def check_file(
+    path: Path,
+    sha256: str,
+    size: int,
+    progress: Progress | None = None,
+    reader: Reader | None = None,
+) -> None:
+    """Compare a file with its promised size and digest; ``reader`` reads it in the place of ``hash_file``.
 
     Raises:
         CorruptArtifact: they differ.
@@ -78,7 +87,7 @@ def check_file(path: Path, sha256: str, size: int, progress: Progress | None = N
         actual = path.stat().st_size
         if actual != size:
             raise CorruptArtifact(f"{path} has {actual} bytes; its manifest says {size}")
-        found = hash_file(path, progress)
+        found = hash_file(path, progress) if reader is None else reader(path, size)
     if found != sha256:
         raise CorruptArtifact(
             f"{path} has sha256 {found[:12]}…; its manifest says {sha256[:12]}…. "

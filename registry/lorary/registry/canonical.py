@@ -23,6 +23,7 @@ from typing import Any, Final
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import CONFIG_FILE, TENSORS_FILE, AdapterFolder
 from lorary.registry.folding import fold
+from lorary.registry.layouts import AdapterSpec
 from lorary.registry.manifest import Manifest, Task
 from lorary.registry.safetensors_file import (
     NUMPY_DTYPES,
@@ -32,7 +33,6 @@ from lorary.registry.safetensors_file import (
 )
 from lorary.registry.safetensors_file import write as write_safetensors
 from lorary.registry.tensor_layout import lora_key
-from lorary.registry.validate import AdapterSpec
 
 _METADATA: Final = {"format": "pt"}
 _IDENTITY_VERSION: Final = 1

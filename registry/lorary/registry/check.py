@@ -14,6 +14,7 @@ from lorary.registry.base import BaseCard
 from lorary.registry.canonical import write_canonical
 from lorary.registry.findings import attempt
 from lorary.registry.folder import AdapterFolder, examine_folder, read_bytes
+from lorary.registry.layouts import AdapterSpec
 from lorary.registry.manifest import Accepted, Conversion
 from lorary.registry.methods.convert import convert, method_of
 from lorary.registry.safetensors_file import read_header
@@ -21,7 +22,7 @@ from lorary.registry.servability import SERVERS, Server, Traits, Verdict, judge
 from lorary.registry.strict_json import parse_json
 from lorary.registry.task_heads import kept_task
 from lorary.registry.tensor_layout import PREFIX
-from lorary.registry.validate import AdapterSpec, Limits, check_base, examine_files, read_manifest
+from lorary.registry.validate import Limits, check_base, examine_files, read_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

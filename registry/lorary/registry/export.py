@@ -19,10 +19,11 @@ from lorary.registry.base import BaseCard
 from lorary.registry.durable import storage_errors, sync_folder, unused_name
 from lorary.registry.folder import AdapterFolder, scan_folder
 from lorary.registry.gguf_lora import write_gguf
+from lorary.registry.layouts import AdapterSpec
 from lorary.registry.pull import check_free
 from lorary.registry.results import Resolved
 from lorary.registry.store import Registry
-from lorary.registry.validate import AdapterSpec, Limits, validate_files
+from lorary.registry.validate import Limits, validate_files
 
 Form = Literal["peft", "gguf", "merged"]
 FORMS: Final[tuple[Form, ...]] = ("peft", "gguf", "merged")

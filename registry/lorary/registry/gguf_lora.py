@@ -25,10 +25,10 @@ import numpy as np
 from lorary.errors import CorruptArtifact, IncompatibleAdapter, MissingDependency
 from lorary.registry.base import BaseCard
 from lorary.registry.folder import AdapterFolder, read_bytes
+from lorary.registry.layouts import AdapterSpec
 from lorary.registry.safetensors_file import Array, read_header, read_tensor
 from lorary.registry.strict_json import parse_json
 from lorary.registry.tensor_layout import lora_key
-from lorary.registry.validate import AdapterSpec
 
 ALPHA: Final = 0.0
 """llama.cpp's word for: the scale is in the matrices."""

@@ -34,7 +34,7 @@ from lorary.errors import (
 )
 from lorary.registry.aliases import Admit, AliasMove, Unset, compared
 from lorary.registry.audit import AuditEvent
-from lorary.registry.blobs import Progress
+from lorary.registry.blobs import Progress, Reader
 from lorary.registry.durable import storage_errors, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES, README_FILE
 from lorary.registry.hub_audit import hub_audit
@@ -136,9 +136,15 @@ class HubStore:
         """Return a version's manifest, from this machine or from the Hub."""
         return self._versions.manifest(name, pointer)
 
-    def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+    def fetch(
+        self,
+        name: str,
+        pointer: Pointer,
+        progress: Progress | None = None,
+        reader: Reader | None = None,
+    ) -> Path:
         """Return a folder with the version's files, fetched if they are not here, whole and checked."""
-        return self._versions.fetch(name, pointer, progress)
+        return self._versions.fetch(name, pointer, progress, reader)
 
     def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, fetched if they are not here, not checked."""

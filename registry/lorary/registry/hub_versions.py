@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lorary.errors import CorruptArtifact, StorageError
-from lorary.registry.blobs import Progress, check_file
+from lorary.registry.blobs import Progress, Reader, check_file
 from lorary.registry.cache_budget import CacheBudget, is_full
 from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
 from lorary.registry.folder import MANIFEST_FILE, MAX_JSON_BYTES
@@ -58,30 +58,38 @@ class HubVersions:
             self._keep_manifest(raw, pointer)
             return self.cache.manifest(pointer)
 
-    def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+    def fetch(
+        self,
+        name: str,
+        pointer: Pointer,
+        progress: Progress | None = None,
+        reader: Reader | None = None,
+    ) -> Path:
         """Return a folder with the version's files, fetched if they are not here, whole and checked."""
         if not self.cache.has(pointer):
             self._budget.admit(self._size(name, pointer))
         try:
-            folder = self._fetch(name, pointer, progress)
+            folder = self._fetch(name, pointer, progress, reader)
         except StorageError as error:
             # A full disk: what was not used for long makes way, once.
             if not is_full(error) or not self._budget.free(self._size(name, pointer)):
                 raise
-            folder = self._fetch(name, pointer, progress)
+            folder = self._fetch(name, pointer, progress, reader)
         self._budget.used(folder)
         return folder
 
-    def _fetch(self, name: str, pointer: Pointer, progress: Progress | None) -> Path:
+    def _fetch(
+        self, name: str, pointer: Pointer, progress: Progress | None, reader: Reader | None
+    ) -> Path:
         with self._budget.reading():
             if self.cache.has(pointer):
                 try:
-                    return self.cache.fetch(pointer, progress)
+                    return self.cache.fetch(pointer, progress, reader)
                 except CorruptArtifact as error:
                     logger.warning("fetching %s@%d again: %s", name, pointer.version, error)
                     self.cache.drop(pointer)
             self._download(name, pointer, progress or _nobody)
-            return self.cache.fetch(pointer)
+            return self.cache.fetch(pointer, reader=reader)
 
     def _size(self, name: str, pointer: Pointer) -> int:
         return sum(entry.size for entry in self.manifest(name, pointer).files)

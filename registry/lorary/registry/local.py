@@ -36,7 +36,7 @@ from typing import Final
 from lorary.errors import ConfigError, Conflict, CorruptArtifact, StorageError
 from lorary.registry.aliases import Admit, AliasLog, AliasMove, Unset
 from lorary.registry.audit import AUDIT_FILE, AuditEvent, AuditLog, signed, unrecorded
-from lorary.registry.blobs import Progress
+from lorary.registry.blobs import Progress, Reader
 from lorary.registry.durable import (
     link_new,
     locked,
@@ -262,9 +262,15 @@ class LocalStore:
                 self._summarize(name, pointer)
                 return pointer
 
-    def fetch(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
+    def fetch(
+        self,
+        name: str,
+        pointer: Pointer,
+        progress: Progress | None = None,
+        reader: Reader | None = None,
+    ) -> Path:
         """Return a folder with the version's files, each checked against its digest just now."""
-        return self._folders.fetch(pointer, progress)
+        return self._folders.fetch(pointer, progress, reader)
 
     def locate(self, name: str, pointer: Pointer, progress: Progress | None = None) -> Path:
         """Return a folder with the version's files, not checked."""

@@ -284,21 +284,26 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Parse and check a manifest.
+        """Parse and check a manifest; the same text may give the same object, which nobody changes.
 
         Raises:
             CorruptArtifact: not JSON, a missing or unknown key, a wrong type, or a newer format.
         """
         encoded = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-        raw = parse_json(encoded, "manifest")
-        version = raw.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CorruptArtifact(
-                f"manifest has format_version {version!r}; this Lorary reads {FORMAT_VERSION}. "
-                "Upgrade lorary, or push the adapter again."
-            )
-        manifest: Self = _build(cls, raw, "manifest")
+        manifest: Self = _parsed(typing.cast("Hashable", cls), encoded)
         return manifest
+
+
+@functools.lru_cache(maxsize=8)  # whoever looks at a version reads its manifest more than once
+def _parsed(cls: Any, encoded: bytes) -> Any:
+    raw = parse_json(encoded, "manifest")
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CorruptArtifact(
+            f"manifest has format_version {version!r}; this Lorary reads {FORMAT_VERSION}. "
+            "Upgrade lorary, or push the adapter again."
+        )
+    return _build(cls, raw, "manifest")
 
 
 def _build(cls: type[Any], raw: Any, where: str) -> Any:

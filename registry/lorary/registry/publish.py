@@ -25,6 +25,7 @@ from lorary.registry.folder import (
     AdapterFolder,
     scan_folder,
 )
+from lorary.registry.layouts import AdapterSpec
 from lorary.registry.manifest import (
     Accepted,
     BaseIdentity,
@@ -37,7 +38,6 @@ from lorary.registry.manifest import (
 from lorary.registry.methods.convert import convert, method_of
 from lorary.registry.task_heads import kept_task
 from lorary.registry.validate import (
-    AdapterSpec,
     Limits,
     check_base,
     read_manifest,

@@ -91,6 +91,13 @@ class Header:
     metadata: dict[str, str]
 
 
+class RawHeader(NamedTuple):
+    """A header's JSON, not yet looked into, and the size of its file in bytes."""
+
+    json: bytes
+    file_size: int
+
+
 def read_header(path: Path, limits: Limits = ADAPTER_LIMITS) -> Header:
     """Parse and check the header of ``path``; no tensor data is read.
 
@@ -98,13 +105,22 @@ def read_header(path: Path, limits: Limits = ADAPTER_LIMITS) -> Header:
         CorruptArtifact: the file is not safetensors, or breaks a rule or a limit.
         StorageError: the file cannot be read.
     """
+    return parse_header(read_raw_header(path, limits), path.name, limits)
+
+
+def read_raw_header(path: Path, limits: Limits = ADAPTER_LIMITS) -> RawHeader:
+    """Read the header of ``path`` for ``parse_header``.
+
+    Raises:
+        CorruptArtifact: the file is not safetensors, or its header is too long.
+        StorageError: the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            raw, data_start = _header_bytes(file, size, path, limits)
+            return RawHeader(_header_bytes(file, size, path, limits), size)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    return _parse(raw, data_start, size, path, limits)
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Array:
@@ -216,7 +232,7 @@ def is_finite(array: Array) -> bool:
     )
 
 
-def _header_bytes(file: BinaryIO, size: int, path: Path, limits: Limits) -> tuple[bytes, int]:
+def _header_bytes(file: BinaryIO, size: int, path: Path, limits: Limits) -> bytes:
     prefix = file.read(_LENGTH_BYTES)
     if len(prefix) < _LENGTH_BYTES:
         raise CorruptArtifact(f"{path.name} has {size} bytes; that is too short for safetensors")
@@ -235,29 +251,35 @@ def _header_bytes(file: BinaryIO, size: int, path: Path, limits: Limits) -> tupl
         raise CorruptArtifact(f"{path.name} ends inside its header")
     if raw[:1] != b"{":
         raise CorruptArtifact(f"{path.name} is not safetensors: its header is not a JSON object")
-    return raw, _LENGTH_BYTES + length
+    return raw
 
 
-def _parse(raw: bytes, data_start: int, size: int, path: Path, limits: Limits) -> Header:
-    entries = parse_json(raw, f"header of {path.name}")
+def parse_header(raw: RawHeader, file_name: str, limits: Limits = ADAPTER_LIMITS) -> Header:
+    """Parse and check what ``read_raw_header`` returned; ``file_name`` is for errors.
+
+    Raises:
+        CorruptArtifact: it breaks a rule or a limit.
+    """
+    entries = parse_json(raw.json, f"header of {file_name}")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CorruptArtifact(f"{path.name}: __metadata__ must map text to text")
+        raise CorruptArtifact(f"{file_name}: __metadata__ must map text to text")
     if not 0 < len(entries) <= limits.max_tensors:
         raise CorruptArtifact(
-            f"{path.name} holds {len(entries)} tensors; 1 to {limits.max_tensors} are accepted"
+            f"{file_name} holds {len(entries)} tensors; 1 to {limits.max_tensors} are accepted"
         )
-    infos = [_tensor(name, entry, data_start, path, limits) for name, entry in entries.items()]
+    start = _LENGTH_BYTES + len(raw.json)
+    infos = [_tensor(name, entry, start, file_name, limits) for name, entry in entries.items()]
     infos.sort(key=lambda info: info.start)
-    _check_cover(infos, data_start, size, path)
+    _check_cover(infos, start, raw.file_size, file_name)
     return Header(tensors={info.name: info for info in infos}, metadata=metadata)
 
 
-def _tensor(name: str, entry: Any, data_start: int, path: Path, limits: Limits) -> TensorInfo:
+def _tensor(name: str, entry: Any, data_start: int, file_name: str, limits: Limits) -> TensorInfo:
     # Called for every tensor of every load; only what is wrong is worth a sentence.
     problem = _problem(name, entry, limits)
     if problem:
-        raise CorruptArtifact(f"tensor {show(name)} of {path.name} {problem}")
+        raise CorruptArtifact(f"tensor {show(name)} of {file_name} {problem}")
     start, end = entry["data_offsets"]
     return TensorInfo(
         name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end
@@ -287,13 +309,13 @@ def _is_ints(value: Any) -> bool:
     return isinstance(value, list) and {*map(type, value)} <= _INT
 
 
-def _check_cover(infos: Iterable[TensorInfo], data_start: int, size: int, path: Path) -> None:
+def _check_cover(infos: Iterable[TensorInfo], data_start: int, size: int, file_name: str) -> None:
     position = data_start
     for info in infos:
         if info.start != position:
             kind = "overlaps the tensor before it" if info.start < position else "leaves a gap"
-            raise CorruptArtifact(f"{path.name}: tensor {show(info.name)} {kind}")
+            raise CorruptArtifact(f"{file_name}: tensor {show(info.name)} {kind}")
         position = info.end
     if position != size:
         what = "is truncated" if size < position else "has trailing bytes"
-        raise CorruptArtifact(f"{path.name} {what}: {size} bytes, the header says {position}")
+        raise CorruptArtifact(f"{file_name} {what}: {size} bytes, the header says {position}")

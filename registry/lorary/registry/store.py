@@ -31,7 +31,7 @@ from lorary.registry.aliases import (
 from lorary.registry.audit import AuditEvent
 from lorary.registry.backend import Store, open_store
 from lorary.registry.base import BaseCard
-from lorary.registry.blobs import Progress
+from lorary.registry.blobs import Progress, Reader
 from lorary.registry.fsck import GRACE_S, FsckReport, fsck
 from lorary.registry.gates import deletable, gate
 from lorary.registry.gc import DEFAULT_GRACE_S
@@ -198,17 +198,20 @@ class Registry:
         """
         return self._store.manifest(resolved.name, self._resolver.pointer(resolved))
 
-    def fetch(self, resolved: Resolved, progress: Progress | None = None) -> Path:
+    def fetch(
+        self, resolved: Resolved, progress: Progress | None = None, reader: Reader | None = None
+    ) -> Path:
         """Return a read-only PEFT folder of the version, every file checked just now.
 
-        The folder belongs to the registry: do not write to it.
+        The folder belongs to the registry: do not write to it. ``reader`` reads the file of tensors, so that
+        who needs its bytes reads it once; they are right when this returns.
 
         Raises:
             AdapterNotFound: the version is gone.
             CorruptArtifact: a file is missing or damaged, or its signature is not as asked for.
         """
         pointer = self._resolver.pointer(resolved)
-        folder = self._store.fetch(resolved.name, pointer, progress)
+        folder = self._store.fetch(resolved.name, pointer, progress, reader)
         self._check_trust(folder, resolved, pointer)
         return folder
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Final
 
 from lorary.errors import CorruptArtifact
-from lorary.registry.blobs import Blobs, Progress, check_file
+from lorary.registry.blobs import Blobs, Progress, Reader, check_file
 from lorary.registry.durable import make_folder, storage_errors, sync_folder, unused_name
-from lorary.registry.folder import MANIFEST_FILE
+from lorary.registry.folder import MANIFEST_FILE, TENSORS_FILE
 from lorary.registry.manifest import Manifest
 from lorary.registry.versions import Pointer
 
@@ -79,14 +79,18 @@ class VersionFolders:
         """Tell whether the version is unpacked here, whole or damaged."""
         return self._folder(pointer).exists()
 
-    def fetch(self, pointer: Pointer, progress: Progress | None = None) -> Path:
+    def fetch(
+        self, pointer: Pointer, progress: Progress | None = None, reader: Reader | None = None
+    ) -> Path:
         """Return a folder with the version's files, each checked against its digest just now.
+
+        ``reader`` reads the file of tensors.
 
         Raises:
             CorruptArtifact: a file is missing or damaged.
         """
         folder = self.locate(pointer)
-        self._check(folder, pointer, progress)
+        self._check(folder, pointer, progress, reader)
         return folder
 
     def locate(self, pointer: Pointer) -> Path:
@@ -166,11 +170,18 @@ class VersionFolders:
         with storage_errors(f"replace {target}"), contextlib.suppress(FileNotFoundError):
             target.rename(unused_name(self.root / "tmp", "damaged"))
 
-    def _check(self, folder: Path, pointer: Pointer, progress: Progress | None = None) -> None:
+    def _check(
+        self,
+        folder: Path,
+        pointer: Pointer,
+        progress: Progress | None = None,
+        reader: Reader | None = None,
+    ) -> None:
         manifest = self.manifest(pointer)
         check_file(folder / MANIFEST_FILE, pointer.manifest_sha256, pointer.manifest_size)
         for entry in manifest.files:
-            check_file(folder / entry.path, entry.sha256, entry.size, progress)
+            reads = reader if entry.path == TENSORS_FILE else None
+            check_file(folder / entry.path, entry.sha256, entry.size, progress, reads)
 
     def _folder(self, pointer: Pointer) -> Path:
         return self.root / "unpacked" / pointer.manifest_sha256

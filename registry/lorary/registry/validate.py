@@ -15,18 +15,25 @@ A refusal is ``CorruptArtifact`` when the files contradict themselves or are not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, cast
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter
 from lorary.registry.adapter_config import AdapterConfig, examine_config, parse_config
 from lorary.registry.base import BaseCard
 from lorary.registry.findings import Report, attempt, refuse
-from lorary.registry.folder import AdapterFolder, read_bytes, scan_folder
+from lorary.registry.folder import TENSORS_FILE, AdapterFolder, read_bytes, scan_folder
+from lorary.registry.layouts import AdapterSpec, Layout, Layouts, ModuleLora, named_invocation
 from lorary.registry.manifest import Accepted, Manifest, Task
-from lorary.registry.safetensors_file import TensorInfo, read_header
+from lorary.registry.safetensors_file import (
+    RawHeader,
+    TensorInfo,
+    parse_header,
+    read_header,
+    read_raw_header,
+)
 from lorary.registry.strict_json import show
 from lorary.registry.task_heads import (
     TASK_TYPES,
@@ -43,38 +50,6 @@ MAX_RANK: Final = 512
 _WIDTH: Final = {"F16": 2, "BF16": 2, "F32": 4}
 
 
-class ModuleLora(NamedTuple):
-    """Rank of one module's A and B, and the factor on their product."""
-
-    rank: int
-    scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
-    """What a validated adapter needs of a server.
-
-    Attributes:
-        rank: the largest rank of any module.
-        modules: module name to ``(rank, scale)``; the scale is 1.0 everywhere in canonical form.
-        num_bytes: bytes of tensor data.
-        dtype: the widest dtype of any tensor: ``F32``, ``BF16`` or ``F16``.
-        config: the checked configuration.
-        tensors: where each tensor lies in the file.
-        magnitudes: whether every module has DoRA's magnitude vector.
-        heads: modules that the adapter brings whole; none where servers serve it.
-    """
-
-    rank: int
-    modules: Mapping[str, ModuleLora]
-    num_bytes: int
-    dtype: str
-    config: AdapterConfig
-    tensors: Mapping[str, TensorInfo]
-    magnitudes: bool = False
-    heads: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How far a validation goes.
@@ -87,6 +62,8 @@ class Limits:
         residual_base: the base is the one that PiSSA and its kin left behind.
         task: what the adapter is for, where registries keep its kind and servers do not serve it.
         squares: how matrices are read to check their numbers; ``None``: by numpy.
+        layouts: what was found right before; ``None`` looks at everything anew. Not for reports of all that
+            is wrong.
     """
 
     max_rank: int = MAX_RANK
@@ -95,6 +72,7 @@ class Limits:
     residual_base: bool = False
     task: Task | None = None
     squares: Squares | None = None
+    layouts: Layouts | None = None
 
 
 def validate_adapter(
@@ -104,6 +82,7 @@ def validate_adapter(
     max_rank: int = MAX_RANK,
     allow_zero: bool = False,
     squares: Squares | None = None,
+    layouts: Layouts | None = None,
 ) -> AdapterSpec:
     """Check everything about the adapter in ``folder``; returning means that it may be served.
 
@@ -115,6 +94,7 @@ def validate_adapter(
         max_rank: largest rank of any module.
         allow_zero: accept an adapter that changes nothing.
         squares: as in ``Limits``.
+        layouts: likewise; they are for one base and one ``max_rank``.
 
     Raises:
         CorruptArtifact: files that are not what they claim, NaN, contradictions.
@@ -123,7 +103,9 @@ def validate_adapter(
     """
     accepted = Accepted(allow_zero=True) if allow_zero else None
     files = scan_folder(folder, allow_hardlinks=True)
-    limits = Limits(max_rank=max_rank, accepted=accepted, allow_dora=True, squares=squares)
+    limits = Limits(
+        max_rank=max_rank, accepted=accepted, allow_dora=True, squares=squares, layouts=layouts
+    )
     return validate_files(files, card, limits)
 
 
@@ -161,16 +143,53 @@ def examine_files(
         if limits.task is None and not is_served(manifest.task):
             report(IncompatibleAdapter(why_not_served(manifest.task)))
     accepted = accepted or Accepted()
+    config = read_bytes(files.config)
+    if limits.layouts is None:
+        layout = _examine_layout(
+            config, lambda: read_raw_header(files.tensors), manifest, card, report, limits
+        )
+    else:
+        layout = limits.layouts.find(
+            config,
+            read_raw_header(files.tensors),
+            manifest,
+            lambda header: _examine_layout(config, lambda: header, manifest, card, refuse, limits),
+        )
+    if layout is None:
+        return None
+    check_values(
+        files.tensors,
+        layout.modules,
+        {module: lora.scale for module, lora in layout.spec.modules.items()},
+        card,
+        report,
+        allow_zero=accepted.allow_zero,
+        max_ratio=accepted.max_ratio,
+        squares=limits.squares,
+    )
+    check_finite(files.tensors, layout.heads, report)
+    return layout.spec
+
+
+def _examine_layout(
+    raw_config: bytes,
+    raw_header: Callable[[], RawHeader],
+    manifest: Manifest | None,
+    card: BaseCard,
+    report: Report,
+    limits: Limits,
+) -> Layout | None:
+    """Report what is wrong with all but the numbers; what is returned has the modules that are right."""
     task = limits.task or Task()
     config = examine_config(
-        read_bytes(files.config),
+        raw_config,
         report,
         max_rank=limits.max_rank,
         allow_dora=limits.allow_dora,
         residual_base=limits.residual_base,
         task_type=TASK_TYPES[task.kind],
     )
-    header = attempt(report, lambda: read_header(files.tensors))
+    header = attempt(report, lambda: parse_header(raw_header(), TENSORS_FILE))
     if header is None:
         return None
     heads: Mapping[str, TensorInfo] = {}
@@ -197,19 +216,8 @@ def examine_files(
     right = {
         m: found for m, found in modules.items() if is_shaped(m, found, ranks[m], card, report)
     }
-    check_values(
-        files.tensors,
-        right,
-        scales,
-        card,
-        report,
-        allow_zero=accepted.allow_zero,
-        max_ratio=accepted.max_ratio,
-        squares=limits.squares,
-    )
-    check_finite(files.tensors, heads.values(), report)
     widest = max((info.dtype for info in header.tensors.values()), key=lambda d: (_WIDTH[d], d))
-    return AdapterSpec(
+    spec = AdapterSpec(
         rank=max(ranks.values()),
         modules={m: ModuleLora(ranks[m], scales[m]) for m in sorted(modules)},
         num_bytes=sum(info.num_bytes for info in header.tensors.values()),
@@ -219,12 +227,13 @@ def examine_files(
         magnitudes=config.use_dora,
         heads=names_of_heads(heads, config.modules_to_save),
     )
+    return Layout(spec=spec, modules=right, heads=tuple(heads.values()))
 
 
 def _check_invocation(config: AdapterConfig, manifest: Manifest) -> None:
     """Refuse a registry's manifest that names another invocation: by it servers look through prompts."""
-    named = manifest.method.invocation_tokens
-    if manifest.digest and named != config.invocation_tokens:
+    named = named_invocation(manifest)
+    if named is not None and named != config.invocation_tokens:
         raise CorruptArtifact(
             f"the adapter is on from the tokens {list(config.invocation_tokens)}, and its manifest names "
             f"{list(named)}: it would be on where it must be off. Push it again, without that manifest"

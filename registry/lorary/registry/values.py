@@ -65,7 +65,10 @@ def check_values(
         squares: how the matrices are read; numpy's way by default.
     """
     infos = [info for found in modules.values() for info in found if info is not None]
-    sums = dict(zip(infos, (squares or numpy_squares)(path, infos), strict=True))
+    taken = (squares or numpy_squares)(path, infos)
+    if _are_sound(modules, taken, scales, card, max_ratio):
+        return
+    sums = dict(zip(infos, taken, strict=True))
     has_effect = False
     for module, found in modules.items():
         there = [info for info in found if info is not None]
@@ -90,6 +93,26 @@ def check_values(
                 "Push a trained adapter, or allow it with --allow-zero."
             )
         )
+
+
+def _are_sound(
+    modules: Mapping[str, ModuleTensors],
+    sums: Sequence[float],
+    scales: Mapping[str, float],
+    card: BaseCard,
+    max_ratio: float,
+) -> bool:
+    """Tell of all modules at once whether ``check_values`` has nothing to say; False where it must look closer.
+
+    ``sums`` are A's and B's squares in the order of the modules.
+    """
+    found = np.asarray(sums)
+    if len(found) != 2 * len(modules) or not np.all(np.isfinite(found) & (found > 0.0)):
+        return False
+    bounds = np.sqrt(found[0::2]) * np.sqrt(found[1::2])
+    factors = np.array([abs(scales[module]) for module in modules])
+    weights = np.array([card.norms.get(module, math.inf) for module in modules])
+    return bool(np.all(factors * bounds <= max_ratio * weights))
 
 
 def check_finite(path: Path, infos: Iterable[TensorInfo], report: Report) -> None:

@@ -5,32 +5,40 @@ The file of tensors is read once, and what is checked are the very bytes that ar
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import operator
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorary.errors import CorruptArtifact, IncompatibleAdapter, StorageError
+from lorary.registry.blobs import hash_file
+from lorary.registry.folder import TENSORS_FILE
 from lorary.registry.tensor_layout import lora_key, magnitude_key
 from lorary.registry.validate import validate_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from lorary.registry import BaseCard
+    from lorary.registry.layouts import AdapterSpec, Layouts
     from lorary.registry.safetensors_file import TensorInfo
     from lorary.server.native.library import NativeKernels
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
+_PIECE_BYTES = 1 << 18
+"""What a core's own cache holds."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class LoadedAdapter:
-    """A version's tensors, checked.
+    """A version's tensors, checked; equal to itself alone.
 
     Attributes:
         rank: the largest rank of any module.
@@ -45,43 +53,72 @@ class LoadedAdapter:
 
 
 class ReadBuffer(threading.local):
-    """Memory that a thread reads one adapter after another into.
+    """Memory that a thread reads one adapter after another into, and the views into it.
 
     New memory costs the engine more than what is read into it: the system clears its pages, and takes
-    the process' other threads out of their work to give them back (docs/log.md).
+    the process' other threads out of their work to give them back (docs/log.md). Views of hundreds of
+    tensors are Python, which takes turns with the engine's; adapters of one recipe have the same.
     """
 
-    _MOST = 128 << 20
+    MOST = 128 << 20
     """What is larger is not kept."""
+
+    _MOST_VIEWS = 16
 
     def __init__(self) -> None:
         self._kept = torch.empty(0, dtype=torch.uint8)
+        self._views: OrderedDict[int, tuple[AdapterSpec, LoadedAdapter]] = OrderedDict()
 
     def of(self, size: int) -> torch.Tensor:
         """Return uint8 [size], which holds anything; the thread's next call may return the same memory."""
-        if size > self._MOST:
+        if size > self.MOST:
             return torch.empty(size, dtype=torch.uint8)
         if size > self._kept.numel():
             self._kept = torch.empty(size, dtype=torch.uint8)
+            self._views.clear()
         return self._kept[:size]
+
+    def views(self, spec: AdapterSpec) -> LoadedAdapter | None:
+        """Return what was kept for this very object when the memory was the same."""
+        _, views = self._views.get(id(spec), (None, None))
+        return views
+
+    def keep_views(self, spec: AdapterSpec, views: LoadedAdapter) -> None:
+        """Keep views of what ``of`` returned; none of their tensors may be a copy."""
+        # With the object itself, so that no other can have its identity.
+        self._views[id(spec)] = (spec, views)
+        if len(self._views) > self._MOST_VIEWS:
+            self._views.popitem(last=False)
 
 
 class TensorBytes:
-    """The file of an adapter's tensors in memory, read when the first tensor is asked for.
+    """The file of an adapter's tensors in memory: read while it is hashed, or when a tensor is asked for.
 
     Args:
-        path: the file.
-        kernels: sum squares, if they are there.
-        buffer: where it is read to.
+        kernels: sum squares, if they are there; else torch does, several times slower.
+        buffer: where it is read to, until the thread's next; memory of its own by default.
     """
 
-    def __init__(self, path: Path, kernels: NativeKernels | None, buffer: ReadBuffer) -> None:
-        self._path = path
+    def __init__(
+        self, kernels: NativeKernels | None = None, buffer: ReadBuffer | None = None
+    ) -> None:
         self._kernels = kernels
         self._buffer = buffer
+        self._path: Path | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._views: dict[torch.dtype, torch.Tensor] = {}
-        self._end = 0
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    def hash(self, path: Path, size: int) -> str:
+        """Return the hex sha256 of a file of so many bytes; they are kept, unless they are very many.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if size > ReadBuffer.MOST:
+            return hash_file(path)
+        sha256 = hashlib.sha256()
+        self._fill(path, size, sha256.update)
+        return sha256.hexdigest()
 
     def squares(self, path: Path, infos: Sequence[TensorInfo]) -> list[float]:
         """Return the sum of squares of each tensor; NaN or infinite where a square is beyond float32.
@@ -90,8 +127,7 @@ class TensorBytes:
             CorruptArtifact: the file is shorter than its header said.
             StorageError: it cannot be read.
         """
-        assert path == self._path
-        self._read(max((info.end for info in infos), default=0))
+        self._have(path, max((info.end for info in infos), default=0))
         if self._kernels is None or any(info.dtype == "F16" for info in infos):
             return [float(self.tensor(info).float().square().sum()) for info in infos]
         return self._kernels.squares(
@@ -101,41 +137,75 @@ class TensorBytes:
             [_DTYPES[info.dtype] for info in infos],
         )
 
-    def tensor(self, info: TensorInfo) -> torch.Tensor:
-        """Return a tensor of its own dtype and shape, a view of the bytes.
+    def adapter(self, path: Path, spec: AdapterSpec) -> LoadedAdapter:
+        """Return the tensors of a file that ``squares`` has read, or this reads, by their checked layout.
 
         Raises:
             CorruptArtifact: as ``squares``.
             StorageError: likewise.
         """
-        self._read(info.end)
+        self._have(path, max(info.end for info in spec.tensors.values()))
+        buffer = self._buffer if len(self._bytes) <= ReadBuffer.MOST else None
+        found = None if buffer is None else buffer.views(spec)
+        if found is None:
+            found = self._make(spec)
+            if buffer is not None and _is_in_place(spec):
+                buffer.keep_views(spec, found)
+        return found
+
+    def _make(self, spec: AdapterSpec) -> LoadedAdapter:
+        tensors, magnitudes = {}, {}
+        for module, (_, scale) in spec.modules.items():
+            a, b = (self.tensor(spec.tensors[lora_key(module, side)]) for side in "AB")
+            tensors[module] = (a, b if scale == 1.0 else b * scale)
+            if spec.magnitudes:
+                magnitudes[module] = self.tensor(spec.tensors[magnitude_key(module)])
+        return LoadedAdapter(rank=spec.rank, tensors=tensors, magnitudes=magnitudes)
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Return a tensor of what was read last in its own dtype and shape, a view where it is aligned."""
         dtype = _DTYPES[info.dtype]
         first, rest = divmod(info.start, dtype.itemsize)
         if rest:
             return self._bytes[info.start : info.end].clone().view(dtype).view(info.shape)
         # One operator for each of hundreds of tensors, not three.
         strides = [*itertools.accumulate(info.shape[:0:-1], operator.mul, initial=1)][::-1]
-        return self._views[dtype].as_strided(info.shape, strides, first)
+        return self._typed[dtype].as_strided(info.shape, strides, first)
 
-    def _read(self, end: int) -> None:
-        """Have the file up to this byte, which its header has been checked to justify."""
-        if end <= self._end:
+    def _have(self, path: Path, end: int) -> None:
+        """Have a file up to this byte, which its header has been checked to justify."""
+        if self._path == path and end <= len(self._bytes):
             return
-        found = self._buffer.of(end)
-        view, done = memoryview(found.numpy().data), 0
         try:
-            with self._path.open("rb", buffering=0) as file:
-                while done < end:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CorruptArtifact(f"{self._path.name} ends before its last tensor")
-                    done += count
+            self._fill(path, end, lambda _: None)
         except OSError as error:
-            raise StorageError(f"cannot read {self._path}: {error.strerror or error}") from error
-        self._bytes, self._end = found, end
-        self._views = {
+            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def _fill(self, path: Path, end: int, told: Callable[[memoryview], object]) -> None:
+        """Read a file up to this byte, a piece at a time, each shown to ``told`` while caches hold it."""
+        self._path = None
+        found = (
+            torch.empty(end, dtype=torch.uint8) if self._buffer is None else self._buffer.of(end)
+        )
+        view, done = memoryview(found.numpy().data), 0
+        with path.open("rb", buffering=0) as file:
+            while done < end:
+                count = file.readinto(view[done : done + _PIECE_BYTES])
+                if not count:
+                    raise CorruptArtifact(f"{path.name} ends before its last tensor")
+                told(view[done : done + count])
+                done += count
+        self._path, self._bytes = path, found
+        self._typed = {
             dtype: found[: end - end % dtype.itemsize].view(dtype) for dtype in _DTYPES.values()
         }
+
+
+def _is_in_place(spec: AdapterSpec) -> bool:
+    """Whether the pool can take every tensor from where the file has it: nothing scaled, nothing moved."""
+    return all(lora.scale == 1.0 for lora in spec.modules.values()) and not any(
+        info.start % _DTYPES[info.dtype].itemsize for info in spec.tensors.values()
+    )
 
 
 def load_adapter(
@@ -144,8 +214,8 @@ def load_adapter(
     *,
     modules: frozenset[str],
     max_rank: int,
-    kernels: NativeKernels | None = None,
-    buffer: ReadBuffer | None = None,
+    file: TensorBytes | None = None,
+    layouts: Layouts | None = None,
 ) -> LoadedAdapter:
     """Read a canonical version.
 
@@ -154,25 +224,19 @@ def load_adapter(
         card: the resident base's shapes.
         modules: full names of the layers that take adapters here.
         max_rank: largest rank this server accepts.
-        kernels: check the numbers, if they are there; else torch does, several times slower.
-        buffer: what is returned lies in it, until the thread's next load; memory of its own by default.
+        file: reads the tensors, or has read them while it hashed them; what is returned lies in it.
+        layouts: what was found right before; nothing by default.
 
     Raises:
         CorruptArtifact: damaged or hostile content.
         IncompatibleAdapter: another base, too high a rank, or a module that is not served.
     """
-    file = TensorBytes(folder / "adapter_model.safetensors", kernels, buffer or ReadBuffer())
-    spec = validate_adapter(folder, card, max_rank=max_rank, squares=file.squares)
+    file = file or TensorBytes()
+    spec = validate_adapter(folder, card, max_rank=max_rank, squares=file.squares, layouts=layouts)
     foreign = sorted(spec.modules.keys() - modules)
     if foreign:
         raise IncompatibleAdapter(
             f"the adapter changes {foreign[:3]}{'…' if len(foreign) > 3 else ''}, which this server "
             "does not serve with adapters; train it without these modules"
         )
-    tensors, magnitudes = {}, {}
-    for module, (_, scale) in spec.modules.items():
-        a, b = (file.tensor(spec.tensors[lora_key(module, side)]) for side in "AB")
-        tensors[module] = (a, b if scale == 1.0 else b * scale)
-        if spec.magnitudes:
-            magnitudes[module] = file.tensor(spec.tensors[magnitude_key(module)])
-    return LoadedAdapter(rank=spec.rank, tensors=tensors, magnitudes=magnitudes)
+    return file.adapter(folder / TENSORS_FILE, spec)

@@ -18,9 +18,11 @@ residency's affair (an entry is published after it is written, freed after its l
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -185,6 +187,7 @@ class AdapterPool:
         self._lock = threading.Lock()
         self._free = list(range(self.num_pages - 1, -1, -1))
         is_plain = storage == dtype and device.type == "cpu"
+        self._parts: WeakKeyDictionary[object, ctypes.Array[Part]] = WeakKeyDictionary()
         self._kernels = kernels if is_plain and kernels and kernels.supports(dtype) else None
 
     @property
@@ -236,6 +239,8 @@ class AdapterPool:
         rank: int,
         tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         columns: Mapping[str, torch.Tensor] | None = None,
+        *,
+        of: object | None = None,
     ) -> PoolEntry:
         """Copy an adapter into its pages, and return its place.
 
@@ -245,17 +250,26 @@ class AdapterPool:
             rank: the adapter's largest rank; a module of a smaller rank is padded with zeros.
             tensors: per full module name, A [r, in] and B [out, r], r ≤ rank, scale folded in B.
             columns: DoRA's column scales, per module float32 [out]; a module without any keeps 1.
+            of: whose tensors these are: as long as it lives they stay where they are, and what follows
+                from that is kept. None for tensors that may move.
 
         Raises:
             KeyError: a module that no group has; the validator refuses these before.
         """
         entry = self.place(pages, rank, has_columns=columns is not None)
-        foreign = tensors.keys() - self._layer_of.keys()
-        if foreign:
-            raise KeyError(f"modules {sorted(foreign)[:4]} are in no group of this base")
-        if self._kernels is not None and all(map(_is_laid, tensors.values())):
+        parts = None if of is None else self._parts.get(of)
+        if parts is None:
+            foreign = tensors.keys() - self._layer_of.keys()
+            if foreign:
+                raise KeyError(f"modules {sorted(foreign)[:4]} are in no group of this base")
+            if self._kernels is not None and all(map(_is_laid, tensors.values())):
+                parts = self._parts_of(tensors)
+                if of is not None:
+                    self._parts[of] = parts
+        if parts is not None:
+            assert self._kernels is not None, "parts are for them"
+            self._kernels.lay(parts, entry.rows, self.dtype)  # the same bits as ``_put``
             worst = 0.0
-            self._lay(self._kernels, entry, tensors)
         else:
             worst = self._put(entry, rank, tensors)
         if columns is not None:
@@ -294,13 +308,10 @@ class AdapterPool:
                 worst = max(worst, error)
         return worst
 
-    def _lay(
-        self,
-        kernels: NativeKernels,
-        entry: PoolEntry,
-        tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
-        """Write every module in one native call; the same bits as ``_put``."""
+    def _parts_of(
+        self, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> ctypes.Array[Part]:
+        """Return where every module's matrices lie and where they go, for one native call."""
         parts = []
         for group in self.groups:
             width = group.spec.in_features
@@ -314,7 +325,7 @@ class AdapterPool:
                 a, b = tensors[module]
                 is_half = a.dtype == torch.bfloat16
                 parts.append(Part(a.data_ptr(), b.data_ptr(), is_half, a.shape[0], *to))
-        kernels.lay(parts, entry.rows, self.dtype)
+        return (Part * len(parts))(*parts)
 
     def place(self, pages: Sequence[int], rank: int, *, has_columns: bool) -> PoolEntry:
         """Return where an adapter of this rank lies in pages that were taken for its ``num_rows``."""

@@ -583,7 +583,7 @@ class Residency:
                     if has_columns:
                         assert self._scale_columns is not None, "DoRA without the base's weights"
                         columns = self._scale_columns(adapter)
-                    entry = self._pool.write(pages, rank, adapter.tensors, columns)
+                    entry = self._pool.write(pages, rank, adapter.tensors, columns, of=adapter)
             if self._verifier is not None:
                 self._verifier.before_use(resident.resolved, entry)
         except BaseException:

@@ -12,9 +12,10 @@ import torch
 
 from lorary.bases.golden import GoldenWeights
 from lorary.errors import ConfigError, NotMergeable
+from lorary.registry.layouts import Layouts
 from lorary.server.adapters.columns import column_scales
 from lorary.server.adapters.layers import LoraModel
-from lorary.server.adapters.loader import ReadBuffer, load_adapter
+from lorary.server.adapters.loader import ReadBuffer, TensorBytes, load_adapter
 from lorary.server.adapters.merged import MergedWeights, fold, merged_bytes
 from lorary.server.adapters.merging import Merging
 from lorary.server.adapters.probe_runs import ProbeRuns
@@ -221,15 +222,17 @@ def assemble(
     if limits.verify != "off":
         verifier = Verifier(mode=limits.verify, runs=probes, observer=verification_observer)
     modules = frozenset(name for group in lora.groups for name in group.spec.modules)
+    layouts = Layouts()
 
     def read(resolved: Resolved, buffer: ReadBuffer | None = None) -> LoadedAdapter:
+        file = TensorBytes(lora.kernels, buffer)
         return load_adapter(
-            registry.fetch(resolved),
+            registry.fetch(resolved, reader=file.hash),
             card,
             modules=modules,
             max_rank=limits.max_rank,
-            kernels=lora.kernels,
-            buffer=buffer,
+            file=file,
+            layouts=layouts,
         )
 
     merging: Merging | None = None

@@ -280,11 +280,9 @@ class NativeKernels:
         self._squares(data.data_ptr(), count, many(*starts), many(*counts), is_half, sums)
         return list(sums)
 
-    def lay(self, parts: Sequence[Part], rows: Sequence[int], dtype: torch.dtype) -> None:
+    def lay(self, parts: ctypes.Array[Part], rows: Sequence[int], dtype: torch.dtype) -> None:
         """Write adapters' matrices into rows of a pool of this dtype (semantics in rows.cpp)."""
-        self._lay[dtype](
-            (Part * len(parts))(*parts), len(parts), (ctypes.c_int64 * len(rows))(*rows), len(rows)
-        )
+        self._lay[dtype](parts, len(parts), (ctypes.c_int64 * len(rows))(*rows), len(rows))
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
         """Return where each row of logits float32 [n, vocab], unit stride in rows, is largest first."""
