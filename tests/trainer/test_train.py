@@ -255,7 +255,8 @@ def test_existing_output_is_replaced_by_force_only(
         ({"training__device": "abacus"}, InvalidRecipe, "'abacus'"),
         ({"training__max_length": 5}, InvalidRecipe, "Raise it"),
         ({"method__target_modules": ["q_prj"]}, InvalidRecipe, "q_prj"),
-        ({"method__layers_to_transform": [1, 7]}, InvalidRecipe, r"names \[7\], and this base has"),
+        ({"method__layers_to_transform": [1, 7]}, InvalidRecipe, r"names \[7\].*in layers 0 to 1"),
+        ({"method__layers_to_transform": [7]}, InvalidRecipe, r"names \[7\].*in layers 0 to 1"),
         ({"method__layers_to_transform": [1, 1]}, InvalidRecipe, "repeats a number"),
     ],
 )

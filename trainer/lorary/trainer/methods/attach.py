@@ -72,9 +72,10 @@ def attach(
     keep_unpacked(model)
     setting = setting or Setting()
     method = METHODS[recipe.name](recipe, setting)
-    targets: str | list[str] = list(recipe.target_modules)
+    targets = list(recipe.target_modules)
     if ALL_LINEAR in recipe.target_modules:
         targets = linear_names(model, setting.heads)
+    _check_layers(model, recipe.layers_to_transform, targets)
     try:
         with quiet_libraries():
             wrapped = peft.get_peft_model(model, method.config(targets))
@@ -83,7 +84,6 @@ def attach(
             f"method.target_modules {list(recipe.target_modules)} cannot be trained on this base: "
             f"{error}. It has {', '.join(linear_names(model, setting.heads))}; use those, or {ALL_LINEAR}."
         ) from error
-    _check_layers(recipe.layers_to_transform, wrapped.base_model.targeted_module_names)
     method.model = wrapped
     method.extend()
     if is_started:
@@ -103,14 +103,19 @@ def attach(
     return method
 
 
-def _check_layers(wanted: Sequence[int], adapted: Sequence[str]) -> None:
-    """Refuse numbers of layers that PEFT has found nothing in: it leaves them out in silence."""
-    found = {int(match[1]) for name in adapted if (match := _LAYER_NUMBER.search(name))}
+def _check_layers(model: PreTrainedModel, wanted: Sequence[int], targets: Sequence[str]) -> None:
+    """Refuse numbers of layers in which no module is a target: PEFT leaves them out in silence.
+
+    Of a model without any target PEFT says so itself.
+    """
+    endings = tuple(f".{target}" for target in targets)
+    names = [name for name, _ in model.named_modules() if name.endswith(endings)]
+    found = {int(match[1]) for name in names if (match := _LAYER_NUMBER.search(name))}
     missing = sorted(set(wanted) - found)
-    if missing:
+    if missing and found:
         raise InvalidRecipe(
-            f"method.layers_to_transform names {missing}, and this base has no module of "
-            "method.target_modules in such a layer; layers are counted from 0. Leave them out."
+            f"method.layers_to_transform names {missing}, and this base has modules of method.target_modules "
+            f"in layers {min(found)} to {max(found)}. Leave the others out."
         )
 
 
