@@ -5,6 +5,7 @@ The file of tensors is read once, and what is checked are the very bytes that ar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import operator
@@ -20,6 +21,7 @@ from lorary.registry.blobs import hash_file
 from lorary.registry.folder import TENSORS_FILE
 from lorary.registry.tensor_layout import lora_key, magnitude_key
 from lorary.registry.validate import validate_adapter
+from lorary.server.native.library import Spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -130,12 +132,7 @@ class TensorBytes:
         self._have(path, max((info.end for info in infos), default=0))
         if self._kernels is None or any(info.dtype == "F16" for info in infos):
             return [float(self.tensor(info).float().square().sum()) for info in infos]
-        return self._kernels.squares(
-            self._bytes,
-            [info.start for info in infos],
-            [info.num_bytes // _DTYPES[info.dtype].itemsize for info in infos],
-            [_DTYPES[info.dtype] for info in infos],
-        )
+        return self._kernels.squares(self._bytes, _spans(tuple(infos)))
 
     def adapter(self, path: Path, spec: AdapterSpec) -> LoadedAdapter:
         """Return the tensors of a file that ``squares`` has read, or this reads, by their checked layout.
@@ -199,6 +196,15 @@ class TensorBytes:
         self._typed = {
             dtype: found[: end - end % dtype.itemsize].view(dtype) for dtype in _DTYPES.values()
         }
+
+
+@functools.lru_cache(maxsize=16)  # those of a remembered layout are the same objects every time
+def _spans(infos: tuple[TensorInfo, ...]) -> Spans:
+    return Spans(
+        [info.start for info in infos],
+        [info.num_bytes // _DTYPES[info.dtype].itemsize for info in infos],
+        [info.dtype == "BF16" for info in infos],
+    )
 
 
 def _is_in_place(spec: AdapterSpec) -> bool:

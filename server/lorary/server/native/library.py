@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -80,6 +80,23 @@ class Part(ctypes.Structure):
         ("to_a", _POINTER),
         ("to_b", _POINTER),
     )
+
+
+class Spans:
+    """Where tensors of bfloat16 or float32 lie in a file's bytes.
+
+    Args:
+        starts: the byte at which each begins.
+        counts: how many elements each has.
+        is_bfloat16: whether it is of bfloat16, or else of float32.
+    """
+
+    def __init__(
+        self, starts: Sequence[int], counts: Sequence[int], is_bfloat16: Sequence[bool]
+    ) -> None:
+        many = ctypes.c_int64 * len(starts)
+        self.starts, self.counts = many(*starts), many(*counts)
+        self.is_bfloat16 = many(*is_bfloat16)
 
 
 class NativeKernels:
@@ -255,29 +272,15 @@ class NativeKernels:
             by_panel(offsets),
         )
 
-    def squares(
-        self,
-        data: torch.Tensor,
-        starts: Sequence[int],
-        counts: Sequence[int],
-        dtypes: Sequence[Any],
-    ) -> list[float]:
-        """Return the sum of squares of tensors that lie in a file's bytes.
-
-        Args:
-            data: uint8 [n].
-            starts: the byte at which each begins.
-            counts: how many elements each has.
-            dtypes: bfloat16 or float32, of each.
+    def squares(self, data: torch.Tensor, spans: Spans) -> list[float]:
+        """Return the sum of squares of tensors that lie in a file's bytes, uint8 [n].
 
         Returns:
             The sums; NaN or infinite where an element is, or where a square is beyond float32.
         """
-        count = len(starts)
-        many = ctypes.c_int64 * count
+        count = len(spans.starts)
         sums = (ctypes.c_double * count)()
-        is_half = many(*(dtype == torch.bfloat16 for dtype in dtypes))
-        self._squares(data.data_ptr(), count, many(*starts), many(*counts), is_half, sums)
+        self._squares(data.data_ptr(), count, spans.starts, spans.counts, spans.is_bfloat16, sums)
         return list(sums)
 
     def lay(self, parts: ctypes.Array[Part], rows: Sequence[int], dtype: torch.dtype) -> None:
