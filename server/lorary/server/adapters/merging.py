@@ -160,6 +160,7 @@ class Merging:
         self._copy: _Copy | None = None
         # Nobody runs on these any more.
         self._garbage: list[MergedWeights] = []
+        self._sweeping = threading.Lock()
         self._refused: OrderedDict[str, LoraryError] = OrderedDict()
         # When memory may be there again, and when to try again what was not refused for good.
         self._short_until_s = self._retry_at_s = 0.0
@@ -387,12 +388,14 @@ class Merging:
         self._sweep()
 
     def _sweep(self) -> None:
-        with self._changed:
-            garbage, self._garbage = self._garbage, []
-        for weights in garbage:
-            weights.free()
-        if garbage:
-            trim_heap()
+        # One at a time: what the other thread has begun to free is free when this returns, too.
+        with self._sweeping:
+            with self._changed:
+                garbage, self._garbage = self._garbage, []
+            for weights in garbage:
+                weights.free()
+            if garbage:
+                trim_heap()
 
     def _look_after(self) -> None:
         """Let go of a copy that nobody uses, or that takes memory which others need."""
