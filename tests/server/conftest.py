@@ -56,7 +56,7 @@ class Collector:
 
     def wait_started(self, request_id: str, index: int = 0) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: (request_id, index) in self.outputs, 30)
+            assert self._changed.wait_for(lambda: (request_id, index) in self.outputs, 60)
 
     def wait(
         self, request_id: str, index: int = 0

@@ -196,7 +196,10 @@ def test_churn_over_related_documents_stays_exact(
 ) -> None:
     """Two documents cut anywhere, all kinds of adapters, turns that grow, cancellations, few blocks."""
     block = make(start=False).engine._cache.shape.block_bytes(torch.float32)
-    world = make(max_batch=3, prefill_budget=24, kv_memory_bytes=14 * block)
+    # All at once: who shares what with whom is then the same on any machine.
+    world = make(max_batch=3, prefill_budget=24, kv_memory_bytes=14 * block, start=False)
+    for name in RECIPES:
+        world.residency.load(world.registry.resolve(name))
     source = random.Random(7)
     documents = [prompt_of(80, 60), prompt_of(70, 61)]
     asked = []
@@ -211,6 +214,7 @@ def test_churn_over_related_documents_stays_exact(
         asked.append((request_id, name, prompt))
         if i % 9 == 4:
             world.engine.cancel(request_id)
+    world.engine.start()
     num_cached = num_of_base = 0
     for request_id, name, prompt in asked:
         tokens, finish, error = world.collector.wait(request_id)
@@ -235,12 +239,16 @@ def test_preempted_answers_are_the_same(
     ]
 
     def answers(world: EngineWorld) -> list[list[int]]:
+        # All at once: one after the other they would find room.
+        for name in ("judge", "critic"):
+            world.residency.load(world.registry.resolve(name))
         ids = [world.submit(p, name, max_tokens=90, ignore_eos=True) for name, p in asked]
+        world.engine.start()
         return [world.collector.wait(i)[0] for i in ids]
 
-    roomy = make(prefix_cache=prefix_cache)
+    roomy = make(prefix_cache=prefix_cache, start=False)
     memory = 8 * roomy.engine._cache.shape.block_bytes(torch.float32)
-    tight = make(prefix_cache=prefix_cache, kv_memory_bytes=memory)
+    tight = make(prefix_cache=prefix_cache, kv_memory_bytes=memory, start=False)
     assert answers(tight) == answers(roomy)
     assert sum(step.num_preempted for step in tight.collector.steps) > 0
 

@@ -26,7 +26,7 @@ from lorary.server.engine.kv_cache import KVShape
 from lorary.server.engine.memory import available_bytes, plan_blocks
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.sequence import Sequence
-from tests.conftest import peft_greedy
+from tests.conftest import peft_greedy, wait_until
 from tests.server.on_paper import FakeLease
 
 if TYPE_CHECKING:
@@ -442,12 +442,16 @@ def test_preempted_answers_are_the_same(
     prompts = [prompt_of(20 + i, 10 + i) for i in range(8)]
 
     def ask(world: EngineWorld) -> list[tuple[list[int], list[float]]]:
+        # All at once: one after the other they would find room.
+        for name in names[:2]:
+            world.residency.load(world.registry.resolve(name))
         asked = [
             world.submit(
                 prompt, names[i % 3], max_tokens=90, ignore_eos=True, logprobs=0, **options[i % 3]
             )
             for i, prompt in enumerate(prompts)
         ]
+        world.engine.start()
         answers = []
         for request_id in asked:
             tokens, finish, error = world.collector.wait(request_id)
@@ -457,12 +461,12 @@ def test_preempted_answers_are_the_same(
             answers.append((tokens, world.collector.logprobs(request_id)))
         return answers
 
-    roomy = make_world(prefix_cache=prefix_cache)
+    roomy = make_world(prefix_cache=prefix_cache, start=False)
     expected = ask(roomy)
     assert sum(step.num_preempted for step in roomy.collector.steps) == 0
     shape = roomy.engine._cache.shape
     memory = 10 * shape.block_bytes(torch.float32)
-    tight = make_world(kv_memory_bytes=memory, prefix_cache=prefix_cache)
+    tight = make_world(kv_memory_bytes=memory, prefix_cache=prefix_cache, start=False)
     actual = ask(tight)
     assert sum(step.num_preempted for step in tight.collector.steps) > 0
     assert max(step.kv_tokens_used for step in tight.collector.steps) <= 10 * BLOCK
@@ -528,4 +532,6 @@ def test_a_lone_sequence_without_memory_ends_the_engine(
     world.engine._runner.forward = refused  # type: ignore[method-assign]
     _, _, error = world.collector.wait(world.submit(prompt_of(30, 1), ""))
     assert error is not None
+    # Told after the answer's end.
+    wait_until(lambda: bool(world.collector.errors))
     assert isinstance(world.collector.errors[0], MemoryError)

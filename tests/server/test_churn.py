@@ -16,6 +16,7 @@ import pytest
 
 from lorary.errors import Cancelled
 from lorary.registry import BaseCard, Registry
+from tests.conftest import wait_until
 from tests.server.conftest import EngineWorld
 from tests.server.library import write_adapter
 
@@ -114,14 +115,27 @@ class Churn:
         self.weights = [1 / (k + 1) ** 0.5 for k in range(NUM_LINES)]
 
     def run(self, seconds: float) -> None:
+        """Go on for so long, and on a slow machine until it was churn."""
         end = time.monotonic() + seconds
+        last = end + 120
         actions = {"stream": 70, "cancel": 8, "unload": 6, "move": 8, "pin": 2, "unpin": 6}
-        while time.monotonic() < end:
+        while (now := time.monotonic()) < end or (now < last and not self.is_enough):
             (action,) = self.rng.choices(list(actions), list(actions.values()))
             getattr(self, action)()
             self.did[action] += 1
             self.reap(most=24)
         self.reap(most=0)
+
+    @property
+    def is_enough(self) -> bool:
+        """Much more came than fits, some of it from host memory, and some was cut short."""
+        stats = self.world.residency.host_stats()
+        return (
+            stats.num_misses > 2 * FITTING
+            and stats.num_hits > 0
+            and self.did["cancelled"] > 0
+            and self.did["checked"] > 100
+        )
 
     def line(self) -> str:
         (k,) = self.rng.choices(range(NUM_LINES), self.weights)
@@ -152,7 +166,7 @@ class Churn:
     def pin(self) -> None:
         if len(self.pinned) < 2:
             resolved = self.lines.registry.resolve(f"{self.line()}@prod")
-            assert self.world.residency.load(resolved, pin=True, timeout_s=30).pinned
+            assert self.world.residency.load(resolved, pin=True, timeout_s=60).pinned
             self.pinned.append(resolved.digest)
 
     def unpin(self) -> None:
@@ -194,19 +208,18 @@ def test_every_stream_is_its_solo_run(lines: Lines, solo: dict[tuple[str, int], 
     try:
         churn.run(SECONDS)
         assert world.collector.errors == []
-        # It was churn: much more came than fits, some of it from host memory, and some was cut short.
-        stats = world.residency.host_stats()
-        assert stats.num_misses > 2 * FITTING, churn.did
-        assert stats.num_hits > 0, churn.did
-        assert churn.did["cancelled"] > 0, churn.did
-        assert churn.did["checked"] > 100, churn.did
+        assert churn.is_enough, (churn.did, world.residency.host_stats())
         assert world.collector.steps[-1].num_running == 0 or world.engine.num_running == 0
-        residents = world.residency.snapshot()
-        assert all(r.num_holders == 0 for r in residents)
-        for resident in residents:
-            world.residency.unload(resident.digest)
-        assert world.lora.pool.used_bytes == 0
-        assert stats.num_bytes <= IN_HOST * pages * page
+        assert world.residency.host_stats().num_bytes <= IN_HOST * pages * page
+        assert all(r.num_holders == 0 for r in world.residency.snapshot())
+
+        def is_all_free() -> bool:
+            # Again, for a load that was under way when its call was cancelled goes on to its end.
+            for resident in world.residency.snapshot():
+                world.residency.unload(resident.digest)
+            return not world.residency.snapshot() and world.lora.pool.used_bytes == 0
+
+        wait_until(is_all_free)
     finally:
         world.close()
 
@@ -280,9 +293,6 @@ def test_unload_lets_a_stream_in_flight_end_right_and_then_frees(
         tokens, _, error = world.collector.wait(request)
         assert error is None
         assert tokens == solo[resolved.digest, 2]
-        end = time.monotonic() + 10
-        while world.lora.pool.used_bytes:
-            assert time.monotonic() < end, "unloaded, and its pages are not free"
-            time.sleep(0.005)
+        wait_until(lambda: world.lora.pool.used_bytes == 0)
     finally:
         world.close()

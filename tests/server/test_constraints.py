@@ -152,12 +152,13 @@ def test_an_answer_that_is_cut_off_is_the_beginning_of_one(world: EngineWorld) -
 def test_what_cannot_be_compiled_is_refused_in_the_compilers_words(
     world: EngineWorld, constraint: Constraint, says: str
 ) -> None:
-    started = time.perf_counter()
+    # Of this process: a machine that does something else meanwhile is no hostile grammar.
+    started = time.process_time()
     with pytest.raises(InvalidRequest) as refused:
         world.grammars.submit(constraint).result()
     assert says in str(refused.value)
     assert refused.value.field == f"sampling.{constraint.kind}"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 CHAIN = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4_500)) + 'r4500: "a"'

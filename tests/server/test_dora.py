@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -325,13 +326,23 @@ def test_golden_probes_pass_and_find_exchanged_magnitudes(
     assert [r.name for r in world.residency.snapshot()] == ["sound"]
 
 
-def test_a_composition_with_dora_is_refused(make: Callable[..., EngineWorld]) -> None:
+def test_a_composition_with_dora_is_refused(
+    make: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At once where its parts are there, else when they have come; nothing of it stays held."""
     world = make()
+    load, may_come = world.residency._load, threading.Event()
+
+    def loaded(resolved: Any) -> Any:
+        assert may_come.wait(60)
+        return load(resolved)
+
+    monkeypatch.setattr(world.residency, "_load", loaded)
     asked = [
         world.submit([5, 6], weights=weights)
         for weights in ({"lora": 0.5, "small": 0.5}, {"odd": 0.5})
     ]
+    may_come.set()
     for request_id in asked:
         _, _, error = world.collector.wait(request_id)
         assert isinstance(error, IncompatibleAdapter)

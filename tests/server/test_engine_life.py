@@ -21,6 +21,7 @@ from lorary.server.engine import answering
 from lorary.server.engine import engine as engine_module
 from lorary.server.engine.detokenizer import TextStream
 from lorary.server.engine.runner import Runner
+from tests.conftest import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +36,7 @@ CONTEXT = 8192
 
 def assert_idle(world: EngineWorld) -> None:
     """Every slot and every hold is back."""
-    end = time.monotonic() + 5
-    while world.engine.num_running or world.engine.num_waiting:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not world.engine.num_running and not world.engine.num_waiting)
     assert world.engine._cache.num_free_slots == world.engine._cache.num_slots
     assert world.engine._places.blocks.num_free == world.engine._cache.num_blocks
     assert all(r.num_holders == 0 for r in world.residency.snapshot())
@@ -173,6 +171,8 @@ def test_step_that_raises_fails_everyone_and_says_so(
         assert "fire" not in str(error)
     assert_idle(world)
     assert not world.engine.is_alive
+    # The last to be told, after everybody's answers.
+    wait_until(lambda: bool(world.collector.errors))
     assert [str(e) for e in world.collector.errors] == ["device on fire"]
     with pytest.raises(Unavailable):
         world.submit(PROMPT)

@@ -7,7 +7,6 @@ it is on; more adapters than the pool holds, so that pages change hands under ru
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 from lorary.bases import find_base
 from lorary.bases.load import load_model
 from lorary.server.native import library as native
-from tests.conftest import AdapterRecipe, build_adapter, peft_greedy
+from tests.conftest import AdapterRecipe, build_adapter, peft_greedy, wait_until
 from tests.server.conftest import EngineWorld, registry_of
 from tests.server.test_dora import take_path
 from tests.server.test_engine_quantized import TOLERANCE
@@ -117,10 +116,9 @@ def ask(world: EngineWorld, ranked: Ranked) -> list[str]:
         for a in ranked.traffic
     ]
     # The engine answers faster than adapters come: it begins when there are some to be mixed.
-    end = time.monotonic() + 30
-    while sum(a.state == "resident" for a in world.residency.snapshot()) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(
+        lambda: sum(a.state == "resident" for a in world.residency.snapshot()) >= 2, seconds=60
+    )
     world.engine.start()
     return ids
 

@@ -69,6 +69,7 @@ def check_against_peft(
 ) -> None:
     asked = prompts(len(names))
     ids = [world.submit(p, n) for p, n in zip(asked, names, strict=True)]
+    world.engine.start()
     for request_id, name, prompt in zip(ids, names, asked, strict=True):
         tokens, _, error = world.collector.wait(request_id)
         assert error is None
@@ -78,7 +79,7 @@ def check_against_peft(
 def test_mixed_batch_on_the_gpu_equals_peft_on_the_cpu(
     make_gpu_world: Callable[..., EngineWorld], tiny_base: Path, tiny_adapters: dict[str, Path]
 ) -> None:
-    world = make_gpu_world(prefill_budget=48)
+    world = make_gpu_world(prefill_budget=48, start=False)
     assert all(isinstance(group.bound, TritonPool) for group in world.lora.groups)
     for name in RECIPES:
         world.residency.load(world.registry.resolve(name))
@@ -112,7 +113,7 @@ def test_adapters_of_every_kind_equal_peft(
     adapters["vera"] = tmp_path / "vera"
     vera.save_pretrained(adapters["vera"])
     registry = registry_of(tmp_path, tiny_base, adapters)
-    world = make_gpu_world(registry=registry)
+    world = make_gpu_world(registry=registry, start=False)
     for name in adapters:
         world.residency.load(registry.resolve(name))
     check_against_peft(world, tiny_base, adapters, [*adapters, "", *adapters])

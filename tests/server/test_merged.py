@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lorary.bases import find_base
 from lorary.bases.load import load_model
-from lorary.errors import NotMergeable, Unavailable
+from lorary.errors import Cancelled, NotMergeable, Unavailable
 from lorary.registry import BaseCard, Registry
+from lorary.server.adapters.merging import LEAST_TOKENS
 from lorary.server.engine.request import Pooling
 from lorary.server.native import library as native
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, greedy, write_manifest
@@ -250,13 +253,26 @@ def test_refused_with_the_reason(
 
 def test_one_at_a_time(make: Callable[..., EngineWorld]) -> None:
     """Another one has to wait while the copy is in use, and replaces it once it is not."""
-    world = make()
+    world = make(start=False)
+    forward, is_held, may_go_on = world.engine._runner.forward, threading.Event(), threading.Event()
+    passes = itertools.count(1)
+
+    def held(batch: Any) -> torch.Tensor | list[int]:
+        # In the middle of the answer, which else might be over before anybody else asks.
+        if next(passes) == 3:
+            is_held.set()
+            assert may_go_on.wait(60)
+        return forward(batch)
+
+    world.engine._runner.forward = held  # type: ignore[method-assign]
+    world.engine.start()
     long = world.submit([5, 6], "alpha", execution="merged", max_tokens=200, ignore_eos=True)
-    world.collector.wait_started(long)
+    assert is_held.wait(60)
     with pytest.raises(Unavailable, match="'alpha@1' is merged here and in use"):
         world.submit([5, 6], "charlie", execution="merged")
     world.engine.cancel(long)
-    world.collector.wait(long)
+    may_go_on.set()
+    assert isinstance(world.collector.wait(long)[2], Cancelled)
     assert answer(world, world.submit([5, 6], "charlie", execution="merged"))[1]
     merged = merging_of(world).merged()
     assert merged is not None
@@ -306,10 +322,11 @@ def test_when_memory_runs_short_the_copy_goes_first(
     world = make(merge_share=0.5, start=False)
     runner = world.engine._runner
     forward = runner.forward
-    num_together = 0
+    num_together, are_both_there = 0, threading.Event()
 
     def limited(batch: Any) -> torch.Tensor | list[int]:
         nonlocal num_together
+        assert are_both_there.wait(60)
         are_together = batch.merged is not None and batch.num_decode == 2
         num_together += are_together
         if are_together and num_together == 3:
@@ -322,6 +339,7 @@ def test_when_memory_runs_short_the_copy_goes_first(
     asked = prompts(2)
     must = world.submit(asked[1], "alpha", execution="merged", max_tokens=200, ignore_eos=True)
     auto = world.submit(asked[0], "alpha", execution="auto", max_tokens=20)
+    are_both_there.set()
     model = merged_model(tiny_base, tiny_adapters["alpha"])
     # Greedy tokens in float32: the same on either weights, so that nothing was lost or made twice.
     assert answer(world, auto) == (greedy(model, asked[0], 20), False)
@@ -339,8 +357,18 @@ def test_auto_merges_who_dominates(
     make: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a real engine, with short windows; answers of others stay batched."""
-    world = make(merge_share=0.6, draft_rows=0)
-    monkeypatch.setattr(merging_of(world)._traffic, "_window_s", 0.05)
+    world = make(merge_share=0.6, draft_rows=0, start=False)
+    merging = merging_of(world)
+    # Windows of passes and not of seconds, in which a slow machine may make too few tokens to judge by.
+    monkeypatch.setattr(merging._traffic, "_clock", itertools.count().__next__)
+    monkeypatch.setattr(merging._traffic, "_since", 0)
+    monkeypatch.setattr(merging._traffic, "_window_s", LEAST_TOKENS)
+    world.engine.start()
+
+    def is_building() -> bool:
+        merged = merging.merged()
+        return merged is not None and merged.state == "building"
+
     answers: list[bool] = []
     for _ in range(200):
         ids = [
@@ -350,6 +378,7 @@ def test_auto_merges_who_dominates(
         answers = [answer(world, request_id)[1] for request_id in ids]
         if all(answers):
             break
+        wait_for(lambda: not is_building())
     assert all(answers)
     assert not answer(world, world.submit([5, 6], "alpha", execution="auto"))[1]
     assert not answer(world, world.submit([5, 6], "charlie", execution="batched"))[1]

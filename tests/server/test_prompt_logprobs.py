@@ -66,15 +66,17 @@ def test_they_are_the_models_whole_or_in_chunks_beside_others(
 
 def test_they_survive_a_preemption(make_world: Callable[..., EngineWorld]) -> None:
     """Ten blocks for four answers that need five each: the latest are sent away, and come back."""
-    roomy = make_world(start=False)
+    roomy = make_world()
     memory = 10 * roomy.engine._cache.shape.block_bytes(torch.float32)
-    world = make_world(kv_memory_bytes=memory)
-    alone = world.submit(PROMPT, max_tokens=1, prompt_logprobs=0)
-    _, first, _ = world.collector.wait(alone)
+    alone = roomy.submit(PROMPT, max_tokens=1, prompt_logprobs=0)
+    _, first, _ = roomy.collector.wait(alone)
     assert first is not None
+    # Begun when all four are there: one after the other they would find room.
+    world = make_world(kv_memory_bytes=memory, start=False)
     ids = [
         world.submit(PROMPT, max_tokens=80, ignore_eos=True, prompt_logprobs=0) for _ in range(4)
     ]
+    world.engine.start()
     for request_id in ids:
         _, finish, error = world.collector.wait(request_id)
         assert error is None
