@@ -19,8 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-READY_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 90.0
 BIN = Path(sys.executable).parent
 
 

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=REPO,
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     (path,) = out.glob("*.whl")
     return path

@@ -71,7 +71,7 @@ def open_page(path: Path) -> Opened:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=240,
         )
         server.shutdown()
     match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from lorary.trainer.recipe_file import load_recipe, recipe_dict
 from lorary.trainer.search.run import search
 from lorary.trainer.search.trial import prepare_without_test
 from lorary.trainer.train import train
+from tests.conftest import wait_until
 from tests.trainer.browser import open_page
 
 if TYPE_CHECKING:
@@ -38,6 +39,22 @@ SPACE = {
     "training.learning_rate": {"low": 1e-5, "high": 5e-2, "log": True},
 }
 COMMAND = [sys.executable, "-c", "from lorary.trainer.search.cli import app; app()"]
+# Killed by itself: to a signal from outside the search may be over, however soon it is sent.
+KILLED_IN_THE_THIRD = """
+from lorary.trainer.search import trial
+from lorary.trainer.search.cli import app
+from tests.trainer.killed import kill_after_step
+
+before = trial._run_trial
+
+def run_trial(run, study, one, *rest):
+    if one.number == 2:
+        kill_after_step(1)
+    before(run, study, one, *rest)
+
+trial._run_trial = run_trial
+app()
+"""
 
 
 def with_search(make_recipe: MakeRecipe, **keys: Any) -> Recipe:
@@ -131,18 +148,17 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(
     recipe = with_search(make_recipe, trials=5, startup_trials=2)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe_dict(recipe)))
-    args = [*COMMAND, str(path), "--no-train", "--study", str(tmp_path / "broken")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        ended = 0
-        for line in process.stderr:
-            ended += line.startswith("trial ")
-            if ended == 2:
-                time.sleep(0.05)  # into the next one
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    args = [str(path), "--no-train", "--study", str(tmp_path / "broken")]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_THE_THIRD, *args],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sum(line.startswith("trial ") for line in killed.stderr.splitlines()) == 2
     assert not (tmp_path / "broken" / "trials.jsonl").exists()
     with pytest.raises(AlreadyExists, match="--resume"):
         search(recipe, tmp_path / "broken", reporter=quiet)
@@ -155,6 +171,28 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(
         search(other, tmp_path / "broken", resume=True, reporter=quiet)
 
 
+def begun_together(args: list[str], study: Path) -> tuple[int, str, str]:
+    """Run a search whose two workers take no point before both are there; return its end and what it said."""
+    study.mkdir()
+    with (study / "ask.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(
+            [*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                wait_until(
+                    lambda: (
+                        process.poll() is not None or len(list(study.glob("workers/*.lock"))) == 2
+                    ),
+                    seconds=120,
+                )
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                printed, told = process.communicate(timeout=200)
+            finally:
+                process.kill()
+    return process.returncode, printed, told
+
+
 def test_two_workers_share_a_grid_without_a_point_twice(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -162,19 +200,23 @@ def test_two_workers_share_a_grid_without_a_point_twice(
     recipe = with_search(make_recipe, space=space, sampler="grid", pruner="none", trials=0)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe_dict(recipe)))
-    args = [str(path), "--study", str(tmp_path / "study"), "--output", str(tmp_path / "out")]
-    args += ["--workers", "2", "--push", "--registry", str(tmp_path / "registry"), "--json"]
-    done = subprocess.run(
-        [*COMMAND, *args], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    points = [tuple(trial["point"].values()) for trial in said["trials"]]
-    assert sorted(points) == [(r, rate) for r in (1, 2) for rate in (1e-3, 1e-2)]
-    assert len({trial["worker"] for trial in said["trials"]}) == 2
-    assert said["version"]["version"] == 1
-    assert said["metrics"]["adapter"]["accuracy"] >= 0.0
-    assert "trial 4/4" in done.stderr
+    # Again where one of the two stood still for so long that the other took every point.
+    for number in range(1, 5):
+        study, out = tmp_path / f"study-{number}", tmp_path / f"out-{number}"
+        args = [str(path), "--study", str(study), "--output", str(out), "--workers", "2"]
+        args += ["--push", "--registry", str(tmp_path / f"registry-{number}"), "--json"]
+        status, printed, told = begun_together(args, study)
+        assert status == 0, told
+        said = json.loads(printed)
+        points = [tuple(trial["point"].values()) for trial in said["trials"]]
+        assert sorted(points) == [(r, rate) for r in (1, 2) for rate in (1e-3, 1e-2)]
+        assert said["version"]["version"] == 1
+        assert said["metrics"]["adapter"]["accuracy"] >= 0.0
+        assert "trial 4/4" in told
+        workers = {trial["worker"] for trial in said["trials"]}
+        if len(workers) == 2:
+            break
+    assert len(workers) == 2
 
 
 def test_a_point_that_cannot_be_trained_is_told_and_ends_nothing(

@@ -25,6 +25,22 @@ if TYPE_CHECKING:
     from lorary.trainer.recipe import Recipe
 
 COMMAND = [sys.executable, "-m", "lorary.trainer"]
+# Its last step does not end: else the run might be over before the signal comes.
+WAITS_TO_BE_KILLED = """
+import signal
+from lorary.trainer import fit
+from lorary.trainer.cli import main
+
+before = fit._Steps.on_step_end
+
+def on_step_end(self, args, state, control, **kwargs):
+    before(self, args, state, control, **kwargs)
+    if state.global_step == state.max_steps:
+        signal.pause()
+
+fit._Steps.on_step_end = on_step_end
+main()
+"""
 
 
 @pytest.fixture
@@ -105,14 +121,17 @@ def test_bad_call_has_its_exit_code_and_leaves_nothing(
 
 def test_killed_run_leaves_no_adapter_and_can_be_resumed(recipe_file: Path, tmp_path: Path) -> None:
     """SIGKILL at any moment: nothing half-written has the output's name, and --resume ends the run."""
-    args = [*COMMAND, str(recipe_file), "--set", "training.max_steps=100"]
+    args = [str(recipe_file), "--set", "training.max_steps=100"]
     args += ["--set", "training.patience=1000", "--set", "training.learning_rate=1e-4"]
     checkpoints = tmp_path / "runs" / "tiny.checkpoints"
     process = subprocess.Popen(
-        args, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", WAITS_TO_BE_KILLED, *args],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list(checkpoints.glob("checkpoint-*/lorary.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -120,8 +139,9 @@ def test_killed_run_leaves_no_adapter_and_can_be_resumed(recipe_file: Path, tmp_
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "runs" / "tiny").exists()
-    done = call(*args[3:], "--resume", "--json", cwd=tmp_path)
+    done = call(*args, "--resume", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["training"]["steps"] == 100
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["tiny"]
