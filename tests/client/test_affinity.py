@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -83,9 +84,11 @@ def test_a_hot_adapter_is_spread(backends: list[Backend]) -> None:
 
 
 async def test_servers_take_turns_without_it(backends: list[Backend]) -> None:
-    async with AsyncClient(target_of(backends)) as client:
-        found = [await client.tokenize(prompt="x", adapter=ADAPTERS[0]) for _ in range(12)]
-    assert len({answer.token_ids[0] for answer in found}) > 1
+    ports: set[int] = set()
+    async with AsyncClient(target_of(backends)) as client, asyncio.timeout(30):
+        # Whoever is connected to takes part; on a busy machine that is one server for a while.
+        while len(ports) < 2:
+            ports.update((await client.tokenize(prompt="x", adapter=ADAPTERS[0])).token_ids)
     assert all(HEADER not in one for backend in backends for one in backend.metadata)
 
 

@@ -146,7 +146,7 @@ async def test_leaving_a_stream_early_cancels_the_call(edge: Edge, client: Async
 async def test_the_sync_client_works_from_threads(edge: Edge) -> None:
     def work() -> list[str]:
         with Client(edge.address) as client:
-            client.wait_until_ready(5)
+            client.wait_until_ready(30)
             texts = [client.generate(prompt="2 5", adapter="beta", max_tokens=2).text]
             texts += [e.text for e in client.stream(prompt="1", max_tokens=1)]
             texts.append(client.classify(prompt="2 5", adapter="beta").label)
@@ -281,7 +281,7 @@ async def test_a_server_that_starts_late_is_waited_for() -> None:
     async with serving() as probe:
         port = int(probe.address.rsplit(":", 1)[-1])
     async with AsyncClient(f"127.0.0.1:{port}") as client:
-        waiting = asyncio.create_task(client.wait_until_ready(20))
+        waiting = asyncio.create_task(client.wait_until_ready(60))
         await asyncio.sleep(1.0)
         async with serving(port=port):
             assert (await waiting).base == "tiny"
@@ -294,4 +294,4 @@ def test_a_sync_client_gives_up_in_time() -> None:
         pytest.raises(errors.Unavailable, match=r"not ready within 0\.3 s"),
     ):
         client.wait_until_ready(0.3)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10

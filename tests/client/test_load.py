@@ -15,7 +15,7 @@ import pytest
 from lorary.cli import load
 from lorary.cli.load import Outcome, Plan, percentiles, summarize
 from lorary.client import AsyncClient
-from tests.edge.fakes import serving
+from tests.edge.fakes import eventually, serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,7 @@ async def lorary(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", MAIN, *arguments],
-            capture_output=True, text=True, input=stdin, timeout=60, check=False,
+            capture_output=True, text=True, input=stdin, timeout=120, check=False,
         )  # fmt: skip
 
     done = await asyncio.to_thread(run)
@@ -70,6 +70,7 @@ async def test_who_waits_to_be_sent_has_waited() -> None:
         running = asyncio.ensure_future(
             load.run(client, plan(num_calls=3, concurrency=1, rate=1000.0))
         )
+        await eventually(lambda: bool(edge.engine.submitted))
         await asyncio.sleep(0.3)
         edge.engine.gate.set()
         outcomes = await running

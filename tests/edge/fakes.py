@@ -336,17 +336,30 @@ class FakeResidency:
         return list(self.resident.values())
 
 
+class Gate(threading.Event):
+    """Lets the engine step while it is set; once ``clear`` has returned, no step is under way."""
+
+    def __init__(self, stepping: threading.RLock) -> None:
+        super().__init__()
+        self._stepping = stepping
+
+    def clear(self) -> None:
+        with self._stepping:
+            super().clear()
+
+
 class FakeEngine:
     """Steps on a thread of its own; ``gate`` cleared holds it before the next step."""
 
     def __init__(self, deliver: Callable[[list[Output]], None], observer: Observer) -> None:
         self._deliver = deliver
         self._observer = observer
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._running: list[tuple[Request, list[int]]] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="fake-engine")
-        self.gate = threading.Event()
+        self._hold_at = 0
+        self.gate = Gate(self._lock)
         self.gate.set()
         self.cancelled: list[str] = []
         self.submitted: list[Request] = []
@@ -364,6 +377,10 @@ class FakeEngine:
     @property
     def num_waiting(self) -> int:
         return sum(not r.lease.is_ready for r, _ in self._running)
+
+    def hold_at(self, num_tokens: int) -> None:
+        """Close the gate as soon as an answer has so many tokens, and is to have more."""
+        self._hold_at = num_tokens
 
     def submit(self, request: Request) -> None:
         if self._stopping:
@@ -399,8 +416,10 @@ class FakeEngine:
         self._end_all(Unavailable("the engine has stopped"))
 
     def _step(self) -> None:
-        outputs = []
         with self._lock:
+            if not self.gate.is_set():
+                return
+            outputs = []
             for entry in list(self._running):
                 output = self._advance(*entry)
                 if output is None:
@@ -409,10 +428,13 @@ class FakeEngine:
                 if output.finish is not None or output.error is not None:
                     self._running.remove(entry)
                     entry[0].lease.release()
-        if outputs:
-            self.num_steps += 1
-            self._observer.on_step(self._stats(outputs))
-            self._deliver(outputs)
+            if self._hold_at and any(len(told) >= self._hold_at for _, told in self._running):
+                self._hold_at = 0
+                self.gate.clear()
+            if outputs:
+                self.num_steps += 1
+                self._observer.on_step(self._stats(outputs))
+                self._deliver(outputs)
 
     def _advance(self, request: Request, tokens: list[int]) -> Output | None:
         error = request.lease.error
@@ -612,7 +634,7 @@ async def serving(
         await server.stop()
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Wait until ``condition`` holds; fail the test when it never does."""
     import asyncio
 

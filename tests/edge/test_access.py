@@ -114,7 +114,7 @@ async def test_absent_and_forbidden_look_the_same(tenants: Path) -> None:
 async def test_the_http_door_asks_as_well(tenants: Path) -> None:
     async with serving(access=tenants, http_port=0) as edge:
         body = {"model": "alpha", "prompt": [2, 5], "max_tokens": 1}
-        async with httpx.AsyncClient(base_url=edge.http, timeout=10) as nobody:
+        async with httpx.AsyncClient(base_url=edge.http, timeout=30) as nobody:
             for refused in (
                 await nobody.post("/v1/completions", json=body),
                 await nobody.get("/v1/models", headers={"authorization": "Bearer lry_wrong"}),
@@ -124,7 +124,7 @@ async def test_the_http_door_asks_as_well(tenants: Path) -> None:
             assert (await nobody.get("/health")).status_code == 200
             assert (await nobody.get("/metrics")).status_code == 404
         headers = {"authorization": f"Bearer {ACME}"}
-        async with httpx.AsyncClient(base_url=edge.http, headers=headers, timeout=10) as acme:
+        async with httpx.AsyncClient(base_url=edge.http, headers=headers, timeout=30) as acme:
             assert (await acme.post("/v1/completions", json=body)).json()["choices"][0][
                 "text"
             ] == "7 "
@@ -326,7 +326,7 @@ async def test_tls_with_client_certificates_and_a_renewed_one(
 
     async def ask(edge: Edge, **given: Any) -> str:
         credentials = Credentials(ca=given.pop("ca", authority.certificate), **given)
-        async with AsyncClient(edge.address, credentials=credentials, timeout_s=5) as caller:
+        async with AsyncClient(edge.address, credentials=credentials, timeout_s=30) as caller:
             return (await caller.generate(prompt="2 5", adapter="beta", max_tokens=1)).text
 
     async with serving(**options) as edge:

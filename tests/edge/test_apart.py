@@ -183,11 +183,11 @@ def orders(client: Client) -> list[Any]:
     refs = ("alpha", "bravo")
     for ref in refs:
         client.unload_adapter(ref)
-    wait_until(lambda: {client.get_adapter(ref).residency for ref in refs} == {"registry"}, 10.0)
+    wait_until(lambda: {client.get_adapter(ref).residency for ref in refs} == {"registry"})
     said.append(client.load_adapter("alpha", pin=True).pinned)
     said.append(client.prefetch_adapter("bravo", wait=True).residency)
     # Their probes are looked for when calls may be answered already.
-    wait_until(lambda: {client.get_adapter(ref).verified for ref in refs} == {"no probes"}, 10.0)
+    wait_until(lambda: {a[6] for a in state_of(client) if a[1] == "resident"} == {"no probes"})
     said.append(state_of(client))
     said.append(client.unpin_adapter("alpha").pinned)
     said.append(failure(client.load_adapter, "broken"))
@@ -218,10 +218,11 @@ def test_both_processes_are_measured(servers: tuple[ServerProcess, ServerProcess
     with Client(servers[1].address) as client:
         client.generate(token_ids=IDS, adapter="alpha", max_tokens=4, ignore_eos=True)
     url = servers[1].metrics_url
-    assert metric(url, "lorary_step_seconds_count") > 0
-    assert metric(url, "lorary_adapter_loads_total", result="ok") > 0
-    assert metric(url, "lorary_adapters", state="resident") > 0
-    assert metric(url, "lorary_engine_process_resident_memory_bytes") > 2**20
+    # What the engine's process counts is told beside the answers.
+    wait_until(lambda: metric(url, "lorary_step_seconds_count") > 0)
+    wait_until(lambda: metric(url, "lorary_adapter_loads_total", result="ok") > 0)
+    wait_until(lambda: metric(url, "lorary_adapters", state="resident") > 0)
+    wait_until(lambda: metric(url, "lorary_engine_process_resident_memory_bytes") > 2**20)
     assert metric(url, "lorary_engine_up") == 1
 
 
@@ -231,7 +232,7 @@ async def test_a_cancelled_answer_is_gone_within_a_step(
     async with AsyncClient(servers[1].address) as client:
         async for _ in client.stream(token_ids=[5], max_tokens=200, ignore_eos=True):
             break
-        for _ in range(500):
+        for _ in range(3000):
             if not (await client.server_info()).num_running:
                 break
             await asyncio.sleep(0.01)
@@ -276,13 +277,18 @@ def test_an_engine_that_dies_is_told_to_callers_watchers_and_the_supervisor(
             seen.append((await health.read()).status)
             return [ends, seen]
 
-    with started(tiny_base, registry, tmp_path, *SAME_BITS, *APART) as server:
-        ends, seen = asyncio.run(streams(server))
-        assert ends == ["EngineFailed"] * 3
-        kind = health_pb2.HealthCheckResponse
-        assert seen == [kind.SERVING, kind.NOT_SERVING]
-        assert server.process.wait(30) == 70
-        assert "the engine's process was ended by SIGKILL" in server.log.read_text()
+    # Nor is it sure that none is here, to its end, before the engine is dead.
+    for number in range(5):
+        (work := tmp_path / str(number)).mkdir()
+        with started(tiny_base, registry, work, *SAME_BITS, *APART) as server:
+            ends, seen = asyncio.run(streams(server))
+            kind = health_pb2.HealthCheckResponse
+            assert seen == [kind.SERVING, kind.NOT_SERVING]
+            assert server.process.wait(60) == 70
+            assert "the engine's process was ended by SIGKILL" in server.log.read_text()
+        if "whole" not in ends:
+            break
+    assert ends == ["EngineFailed"] * 3
 
 
 def test_what_cannot_start_says_so_as_it_always_did(tmp_path: Path) -> None:
@@ -338,7 +344,7 @@ def test_a_drain_ends_no_stream_early_and_leaves_no_process(
 
     for answer in asyncio.run(streams()):
         assert len(answer.token_ids) == 200
-    assert apart.process.wait(30) == 0
+    assert apart.process.wait(60) == 0
     assert not lives(apart.engine_pid)
 
 
@@ -369,7 +375,7 @@ def test_an_engine_that_holds_its_interpreter_does_not_outlive_its_door() -> Non
         orphan = int(door.stdout.readline())
         assert lives(orphan)
         door.kill()
-    wait_until(lambda: not lives(orphan), 5.0)
+    wait_until(lambda: not lives(orphan))
 
 
 # -- what travels ---------------------------------------------------------------------------------

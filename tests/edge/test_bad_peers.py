@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -44,27 +45,38 @@ async def answers_others(edge: Edge) -> None:
         adapter="beta", input=pb.Input(prompt="2 5"), sampling=pb.SamplingParams(max_tokens=3)
     )
     # Not by a deadline of the call's: this client reckons it by a clock that a test may turn.
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         events = [event async for event in edge.inference.Generate(request)]
     assert events[-1].complete.text == "8 11 14 "
 
 
 async def test_a_stream_that_is_not_read_ends_and_gives_its_place_back() -> None:
     """S15, over gRPC: windows that do not grow are full at 64 KiB."""
+    # A busy machine may be longer than that at what has to happen while the stream is waited for.
+    for stall_s in (2.0, 20.0):
+        if await stalled(stall_s):
+            return
+    pytest.fail("nobody was waited for")
+
+
+async def stalled(stall_s: float) -> bool:
+    """Let a stream stall; whether it was seen waiting before its time was up."""
     options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14))
-    async with serving(stall_timeout=2.0) as edge:
+    async with serving(stall_timeout=stall_s) as edge:
         channel = grpc.aio.insecure_channel(edge.address, options=options)
         async with channel:
             stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-            stalled = stub.Generate(wordy())
-            await stalled.read()
-            await eventually(lambda: edge.calls.num_in_flight == 1)
+            began_s = time.monotonic()
+            unread = stub.Generate(wordy())
+            await unread.read()
             await answers_others(edge)
             await eventually(lambda: edge.residency.num_held == 0)
-            assert edge.calls.num_in_flight == 1
-            await eventually(lambda: edge.calls.num_in_flight == 0)
+            is_waiting = edge.calls.num_in_flight == 1
+            assert is_waiting or time.monotonic() - began_s >= stall_s
+            await eventually(lambda: edge.calls.num_in_flight == 0, stall_s + 30)
             assert counted(edge, "Generate", "CANCELLED") == 1
             await answers_others(edge)
+    return is_waiting
 
 
 async def test_a_stream_over_http_that_is_not_read_is_cut() -> None:
@@ -72,11 +84,13 @@ async def test_a_stream_over_http_that_is_not_read_is_cut() -> None:
     body = json.dumps({"model": "alpha", "prompt": ["2 5"] * 8, **WORDY, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     async with serving(http_port=0, stall_timeout=0.5, limit=64) as edge:
+        edge.engine.gate.clear()
         with socket.socket() as peer:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             peer.connect(http_address(edge))
             peer.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
             await eventually(lambda: edge.calls.num_in_flight == 8)
+            edge.engine.gate.set()
             await answers_others(edge)
             await eventually(lambda: edge.calls.num_in_flight == 0)
             await eventually(lambda: counted(edge, "Completions", "CANCELLED") == 1)
@@ -97,19 +111,46 @@ async def test_half_a_request_is_not_waited_for(
     """Nor does one more byte, now and then, buy more time."""
     monkeypatch.setattr(connection, "REQUEST_S", 0.4)
     async with serving(http_port=0) as edge:
-        reader, writer = await asyncio.open_connection(*http_address(edge))
-        writer.write(half)
-        started = time.monotonic()
-        answering = asyncio.ensure_future(reader.read())
-        while half and not answering.done() and time.monotonic() < started + 2:
-            await asyncio.sleep(0.1)
-            writer.write(b"x")
-        answer = await asyncio.wait_for(answering, 2)
-        assert 0.3 < time.monotonic() - started < 1.5
-        assert answer.startswith(b"HTTP/1.1 200") == half.startswith(b"GET /health")
-        writer.close()
+        # Of a moment that the machine took for something else nothing can be said.
+        for _ in range(20):
+            waited_s, longest_s, answer = await half_sent(edge, half)
+            assert waited_s > 0.3
+            assert answer.startswith(b"HTTP/1.1 200") == half.startswith(b"GET /health")
+            if longest_s < 0.3:
+                break
+        assert waited_s < 1.5
         listener: Any = edge.server._http
         await eventually(lambda: not listener._server.server_state.connections)
+
+
+async def half_sent(edge: Edge, half: bytes) -> tuple[float, float, bytes]:
+    """Send half a request, then a byte now and then.
+
+    Returns how long the server waited, the longest time between two looks of ours, and what it said.
+    """
+    started_s = looked_s = time.monotonic()
+    longest_s = 0.0
+    reader, writer = await asyncio.open_connection(*http_address(edge))
+    writer.write(half)
+    answering = asyncio.ensure_future(read_to_the_end(reader))
+    while not answering.done():
+        await asyncio.wait({answering}, timeout=0.1)
+        now_s = time.monotonic()
+        longest_s, looked_s = max(longest_s, now_s - looked_s), now_s
+        assert now_s < started_s + 30
+        if half and not answering.done() and now_s < started_s + 2:
+            writer.write(b"x")
+    writer.close()
+    return looked_s - started_s, longest_s, answering.result()
+
+
+async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
+    """Return all that comes; bytes that the peer has not read when it hangs up break the connection."""
+    found = b""
+    with suppress(ConnectionError):
+        while piece := await reader.read(1 << 16):
+            found += piece
+    return found
 
 
 CHUNKED = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -124,7 +165,7 @@ async def test_what_follows_an_answer_and_is_no_request_ends_the_connection(
         writer.write(CHUNKED)
         assert (await reader.readline()).startswith(b"HTTP/1.1 404")
         writer.write(b"no size\r\n")
-        await asyncio.wait_for(reader.read(), 2)
+        await asyncio.wait_for(reader.read(), 30)
         writer.close()
         await answers_others(edge)
     assert "Traceback" not in caplog.text
@@ -138,7 +179,7 @@ async def test_a_body_that_spoils_its_request_is_answered_once(
     async with serving(http_port=0) as edge:
         reader, writer = await asyncio.open_connection(*http_address(edge))
         writer.write(CHUNKED + b"no size\r\n")
-        answer = await asyncio.wait_for(reader.read(), 2)
+        answer = await asyncio.wait_for(reader.read(), 30)
         assert answer.startswith(b"HTTP/1.1 400")
         assert answer.count(b"HTTP/1.1") == 1
         writer.close()

@@ -158,7 +158,7 @@ async def test_leases_come_back_whatever_ends_the_call(edge: Edge, client: Async
             pass
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     await eventually(lambda: edge.engine.num_waiting == 0)
-    assert edge.residency.num_held == 0
+    await eventually(lambda: edge.residency.num_held == 0)
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,17 @@ async def test_what_came_of_the_probes_is_shown_and_a_load_tries_again(edge: Edg
 
 async def test_a_load_that_fails_or_is_given_up_holds_nothing(edge: Edge) -> None:
     edge.residency.slow.add("alpha")
-    given_up = edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"), timeout=0.1)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await given_up
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    # On a busy machine the deadline may pass before anything has begun.
+    for _ in range(20):
+        given_up = edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"), timeout=0.1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await given_up
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        if edge.residency.leases:
+            break
+    await eventually(lambda: bool(edge.residency.leases) and edge.residency.num_held == 0)
     failed = edge.control.LoadAdapter(pb.LoadAdapterRequest(adapter="alpha"))
-    await eventually(lambda: len(edge.residency.leases) == 2)
+    await eventually(lambda: edge.residency.num_held == 1)
     edge.residency.fail("alpha", CorruptArtifact("adapter 'alpha@1' is damaged"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await failed

@@ -134,6 +134,7 @@ async def test_the_first_error_ends_the_call(edge: Edge, client: AsyncClient) ->
     edge.residency.fail("alpha", LoraryError("it broke"))
     with pytest.raises(LoraryError):
         await both
+    await eventually(lambda: edge.residency.num_held == 0)
     edge.residency.slow.clear()
     edge.residency.leases.clear()
     edge.residency.num_released = 0

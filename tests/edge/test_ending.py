@@ -39,20 +39,42 @@ async def all_is_given_back(edge: Edge) -> None:
     await eventually(lambda: edge.engine.num_running + edge.engine.num_waiting == 0)
 
 
-async def reach(edge: Edge, phase: str, call: Any) -> None:
-    """Bring a call into a phase: waiting for its adapter, for its first token, or streaming."""
-    if phase == "decode":
+async def reach(edge: Edge, phase: str, call: Any) -> bool:
+    """Bring a call into a phase: waiting for its adapter, for its first token, or streaming.
+
+    Returns whether it came so far: its deadline may pass before.
+    """
+    if phase != "decode":
+        await eventually(lambda: bool(edge.engine.submitted) or call.done())
+        return not call.done()
+    try:
         await call.read()
-    else:
-        await eventually(lambda: bool(edge.engine.submitted))
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise
+        return False
+    return True
 
 
 @pytest.mark.parametrize("phase", ["loading", "prefill", "decode"])
 @pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
-async def test_an_early_end_gives_everything_back(edge: Edge, phase: str, how: str) -> None:
+async def test_an_early_end_gives_everything_back(phase: str, how: str) -> None:
+    # On a busy machine a deadline may pass before its call has come so far.
+    for _ in range(20 if how == "deadline" else 1):
+        async with serving() as edge:
+            if await ends_early(edge, phase, how):
+                return
+    pytest.fail("no call came so far")
+
+
+async def ends_early(edge: Edge, phase: str, how: str) -> bool:
+    """End a call in a phase, and look at what it leaves; whether it came so far."""
     if phase == "loading":
         edge.residency.slow.add("alpha")
-    if phase == "prefill":
+    if phase == "decode":
+        edge.engine.hold_at(1)
+    else:
+        # Nor does the engine see for itself that a deadline has passed.
         edge.engine.gate.clear()
     channel = grpc.aio.insecure_channel(edge.address)
     generate = channel.unary_stream(
@@ -61,11 +83,10 @@ async def test_an_early_end_gives_everything_back(edge: Edge, phase: str, how: s
         response_deserializer=pb.GenerateResponse.FromString,
     )
     timeout = 0.5 if how == "deadline" else None
-    # 62 tokens at 1 ms each would end too soon to be cut off in decode.
     call = generate(request(max_tokens=62, n=16), timeout=timeout)
-    await reach(edge, phase, call)
-    if phase == "decode":
-        edge.engine.gate.clear()
+    if not await reach(edge, phase, call):
+        await channel.close(None)
+        return False
     if how == "cancel":
         call.cancel()
     elif how == "disconnect":
@@ -84,6 +105,7 @@ async def test_an_early_end_gives_everything_back(edge: Edge, phase: str, how: s
     await eventually(
         lambda: edge.metrics.registry.get_sample_value("lorary_requests_total", labels) == 1
     )
+    return True
 
 
 async def test_the_deadline_reaches_the_engine(edge: Edge) -> None:
@@ -92,7 +114,7 @@ async def test_the_deadline_reaches_the_engine(edge: Edge) -> None:
         pass
     deadline_s = edge.engine.submitted[0].deadline_s
     assert deadline_s is not None
-    assert 29 < deadline_s - before < 31
+    assert before + 29 < deadline_s < time.monotonic() + 31
 
 
 async def test_a_refused_answer_of_several_takes_the_others_back(edge: Edge) -> None:
@@ -154,27 +176,45 @@ async def test_health_names_the_process_and_the_service(edge: Edge) -> None:
 
 
 async def test_drain_lets_running_calls_end_and_refuses_new_ones() -> None:
-    async with serving(drain_delay=0.3) as edge:
+    # A busy machine may be longer than the delay at what has to happen within it.
+    for delay_s in (0.3, 3.0, 30.0):
+        if await drained(delay_s):
+            return
+    pytest.fail("nobody came within the delay")
+
+
+async def drained(delay_s: float) -> bool:
+    """Drain a server that has a call; whether another one came within the delay."""
+    async with serving(drain_delay=delay_s) as edge:
         edge.engine.gate.clear()
         running = edge.inference.Generate(request(max_tokens=3))
         await eventually(lambda: bool(edge.engine.submitted))
         stopping = asyncio.create_task(edge.server.serve_until_stopped())
         edge.server.request_stop()
-        await asyncio.sleep(0.05)
+        began_s = time.monotonic()
         # In the delay: not ready for balancers, still serving.
         not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-        assert await health_of(edge, "lorary.v1.Inference") == not_serving
+        for _ in range(3000):
+            if await health_of(edge, "lorary.v1.Inference") == not_serving:
+                break
+            await asyncio.sleep(0.01)
+        else:
+            pytest.fail("balancers are not told")
         late = edge.inference.Generate(request(max_tokens=1))
-        await eventually(lambda: len(edge.engine.submitted) == 2)
-        await asyncio.sleep(0.4)
+        await eventually(lambda: len(edge.engine.submitted) == 2 or late.done())
+        is_served = len(edge.engine.submitted) == 2
+        assert is_served or time.monotonic() - began_s >= delay_s, "refused within the delay"
+        await eventually(lambda: edge.calls.is_refusing, delay_s + 30)
         error = await generate_error(edge, request())
         assert error.code() == grpc.StatusCode.UNAVAILABLE
         assert details(error)["RetryInfo"].retry_delay.seconds == 0
         edge.engine.gate.set()
         assert [e async for e in running][-1].complete.text == "7 9 11 "
-        assert [e async for e in late][-1].complete.text == "7 "
-        await asyncio.wait_for(stopping, 5)
+        if is_served:
+            assert [e async for e in late][-1].complete.text == "7 "
+        await asyncio.wait_for(stopping, 30)
         assert not edge.server.was_hurried
+    return is_served
 
 
 async def test_calls_that_outlast_the_drain_end_with_unavailable() -> None:
@@ -189,7 +229,7 @@ async def test_calls_that_outlast_the_drain_end_with_unavailable() -> None:
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         assert details(caught.value)["ErrorInfo"].reason == "UNAVAILABLE"
         edge.engine.gate.set()
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
         await all_is_given_back(edge)
 
 
@@ -205,7 +245,7 @@ async def test_a_second_request_to_stop_cuts_the_drain_short() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await running.read()
         edge.engine.gate.set()
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
         assert edge.server.was_hurried
 
 
@@ -223,5 +263,5 @@ async def test_a_broken_engine_ends_every_call_and_the_server(
             await running.read()
         assert caught.value.code() == grpc.StatusCode.INTERNAL
         with pytest.raises(EngineFailed, match="ZeroDivisionError"):
-            await asyncio.wait_for(stopping, 5)
+            await asyncio.wait_for(stopping, 30)
         assert edge.metrics.registry.get_sample_value("lorary_engine_up") == 0

@@ -65,20 +65,29 @@ class Multiplexing:
         return name
 
 
+async def told(announcer: Announcer) -> None:
+    """Wait until Serve knows whoever has entered."""
+    for _ in range(1000):
+        if not announcer._tasks:
+            return
+        await asyncio.sleep(0)
+    pytest.fail("Serve is never told")
+
+
 async def test_what_is_in_use_is_not_what_serve_forgets() -> None:
     serve = Multiplexing(3)
     announcer = Announcer(serve, 3)
     announcer.enter("long")  # a stream that goes on and on
     for number in range(10):
         announcer.enter(f"short-{number}")
-        await asyncio.sleep(0.01)
+        await told(announcer)
         announcer.leave(f"short-{number}")
     assert "long" in serve.ids
     assert serve.forgotten == [f"short-{number}" for number in range(8)]
     announcer.leave("long")
     for number in range(3):
         announcer.enter(f"later-{number}")
-        await asyncio.sleep(0.01)
+        await told(announcer)
     assert "long" not in serve.ids
 
 
@@ -87,7 +96,7 @@ async def test_with_all_of_them_in_use_the_new_one_is_known_all_the_same() -> No
     announcer = Announcer(serve, 2)
     for name in ("a", "b", "c"):
         announcer.enter(name)
-        await asyncio.sleep(0.01)
+        await told(announcer)
     assert list(serve.ids)[-1] == "c"
 
 

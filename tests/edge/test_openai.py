@@ -33,14 +33,14 @@ async def edge() -> AsyncIterator[Edge]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def client(edge: Edge) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
-        base_url=edge.http + "/v1", api_key="unused", max_retries=0, timeout=10
+        base_url=edge.http + "/v1", api_key="unused", max_retries=0, timeout=30
     ) as opened:
         yield opened
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def http(edge: Edge) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=edge.http, timeout=10) as opened:
+    async with httpx.AsyncClient(base_url=edge.http, timeout=30) as opened:
         yield opened
 
 
@@ -481,8 +481,8 @@ async def test_errors_are_the_clients_own_classes(edge: Edge, client: openai.Asy
 async def test_an_error_in_a_stream_is_its_last_event(
     edge: Edge, client: openai.AsyncOpenAI
 ) -> None:
+    edge.engine.hold_at(1)
     stream = await client.completions.create(model="", prompt="2 5", max_tokens=50, stream=True)
-    edge.engine.gate.clear()
     await anext(stream)
     edge.calls.fail_all(Overloaded("too much"))
     edge.engine.gate.set()
@@ -528,15 +528,15 @@ async def test_draining_finishes_streams_and_refuses_the_rest() -> None:
     async with (
         serving(http_port=0) as edge,
         openai.AsyncOpenAI(
-            base_url=edge.http + "/v1", api_key="x", max_retries=0, timeout=10
+            base_url=edge.http + "/v1", api_key="x", max_retries=0, timeout=30
         ) as client,
         httpx.AsyncClient(base_url=edge.http) as http,
     ):
         served = asyncio.create_task(edge.server.serve_until_stopped())
+        edge.engine.hold_at(1)
         stream = await client.completions.create(
             model="beta", prompt="2 5", max_tokens=40, stream=True
         )
-        edge.engine.gate.clear()
         edge.server.request_stop()
         await eventually(lambda: edge.calls.is_refusing)
         assert (await http.get("/ready")).status_code == 503

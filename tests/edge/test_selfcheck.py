@@ -88,6 +88,22 @@ def words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakePrompts, "from_prompt", lambda _, text: [len(w) for w in text.split()])
 
 
+NUM_CASES = 6
+"""That the fakes can answer: the base twice, two adapters, one of them scaled, both together."""
+
+
+@pytest.fixture(autouse=True)
+def rounds_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each has been asked alone, nobody is answered before all of a round are there."""
+    step = FakeEngine._step
+
+    def together(self: FakeEngine) -> None:
+        if len(self.submitted) <= NUM_CASES or len(self.submitted) % NUM_CASES == 0:
+            step(self)
+
+    monkeypatch.setattr(FakeEngine, "_step", together)
+
+
 async def test_a_sound_server_passes(capsys: pytest.CaptureFixture[str]) -> None:
     async with serving() as edge:
         assert await run(edge, capsys) == (

@@ -9,16 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorary.client import AsyncClient, Client, GenerateResult
 from lorary.errors import AdapterNotFound, Cancelled, Unavailable
 from lorary.registry import BaseCard
-from tests.conftest import peft_greedy
+from tests.conftest import peft_greedy, wait_until
 from tests.server.conftest import registry_of
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def test_the_ready_line_says_where_and_what(running: dict[str, Any], tiny_base: 
     assert running["fingerprint"] == BaseCard.from_folder(tiny_base).fingerprint
     assert running["metrics"].endswith("/metrics")
     with Client(running["address"]) as client:
-        assert client.wait_until_ready(10).base == "tiny-llama"
+        assert client.wait_until_ready(60).base == "tiny-llama"
 
 
 def test_answers_through_the_socket_are_pefts(
@@ -126,9 +127,13 @@ async def test_concurrent_calls_of_different_adapters_share_steps_and_stay_right
             async for _ in client.stream(token_ids=[5], adapter=ref, max_tokens=200):
                 break
 
-        asks = [ask(ref, i) for _ in range(9) for ref, i in wanted]
-        await asyncio.gather(*asks, *(give_up(ref) for ref in folders for _ in range(2)))
-        steps = (await client.server_info()).steps_by_distinct_adapters
+        # On a busy machine they may come, and be answered, one by one.
+        for _ in range(20):
+            asks = [ask(ref, i) for _ in range(9) for ref, i in wanted]
+            await asyncio.gather(*asks, *(give_up(ref) for ref in folders for _ in range(2)))
+            steps = (await client.server_info()).steps_by_distinct_adapters
+            if len(steps) == 3:
+                break
     assert len(steps) == 3
     assert steps[2] > 0
 
@@ -263,12 +268,15 @@ def test_sigterm_lets_a_stream_end_and_exits_0(
 def test_a_second_signal_stops_at_once_with_130(tiny_base: Path, registry: Path) -> None:
     with served(tiny_base, registry, "--drain-delay", "300") as (process, ready):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        # Two signals that come together are one.
+        with grpc.insecure_channel(ready["address"]) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            asked = health_pb2.HealthCheckRequest(service="lorary.v1.Inference")
+            not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+            wait_until(lambda: health.Check(asked).status == not_serving)
         assert process.poll() is None
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        assert time.monotonic() - started < 15
+        assert process.wait(60) == 130
         host, port = ready["address"].rsplit(":", 1)
         with socket.socket() as probe:
             assert probe.connect_ex((host, int(port))) != 0
@@ -277,19 +285,29 @@ def test_a_second_signal_stops_at_once_with_130(tiny_base: Path, registry: Path)
 def test_a_killed_server_is_unavailable_and_one_restarted_serves_again(
     tiny_base: Path, registry: Path
 ) -> None:
-    with served(tiny_base, registry) as (process, ready):
-        port = ready["address"].rsplit(":", 1)[-1]
-        with Client(ready["address"]) as client:
+    # On a busy machine an answer may be here, to its end, before its server is dead.
+    for _ in range(5):
+        with (
+            served(tiny_base, registry) as (process, ready),
+            Client(ready["address"]) as client,
+        ):
             stream = client.stream(
                 token_ids=[5, 9], max_tokens=500, ignore_eos=True, adapter="alpha"
             )
             next(stream)
             process.kill()
-            with pytest.raises((Unavailable, Cancelled)):
+            process.wait(30)
+            try:
                 list(stream)
-            process.wait(10)
+            except (Unavailable, Cancelled):
+                pass
+            else:
+                continue
+            port = ready["address"].rsplit(":", 1)[-1]
             with served(tiny_base, registry, "--port", port):
-                client.wait_until_ready(30)
+                client.wait_until_ready(60)
                 assert client.generate(token_ids=[5], adapter="alpha@1", max_tokens=1).token_ids
                 with pytest.raises(AdapterNotFound):
                     client.generate(token_ids=[5], adapter="gone")
+            return
+    pytest.fail("no server died within an answer")

@@ -6,6 +6,7 @@ import io
 import logging
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,23 +19,38 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_phase_is_one_log_line_with_its_seconds(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands still at ``now`` seconds."""
+    standing = SimpleNamespace(now=100.0)
+    standing.monotonic = lambda: standing.now
+    monkeypatch.setattr(startup, "time", standing)
+    return standing
+
+
+def test_a_phase_is_one_log_line_with_its_seconds(
+    caplog: pytest.LogCaptureFixture, clock: SimpleNamespace
+) -> None:
     caplog.set_level(logging.INFO, logger="lorary")
     with Startup() as shown, shown.phase("packing weights") as progress:
         for done in range(1, 101):
             progress(done, 100)
-    assert caplog.messages == ["packing weights: 0.0 s"]
+        clock.now += 2.5
+    assert caplog.messages == ["packing weights: 2.5 s"]
 
 
 def test_a_long_phase_says_how_far_it_is(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, clock: SimpleNamespace
 ) -> None:
     caplog.set_level(logging.INFO, logger="lorary")
-    monkeypatch.setattr(startup, "SAY_EVERY_S", 0.0)
     with Startup().phase("loading weights") as progress:
-        progress(1, 2)
-        progress(2, 2)
-    assert caplog.messages == ["loading weights: 1 of 2", "loading weights: 0.0 s"]
+        progress(1, 9)
+        clock.now += startup.SAY_EVERY_S
+        progress(2, 9)
+        progress(3, 9)
+        clock.now += startup.SAY_EVERY_S
+        progress(9, 9)
+    assert caplog.messages == ["loading weights: 2 of 9", "loading weights: 30.0 s"]
 
 
 def test_a_phase_that_fails_is_not_called_done(caplog: pytest.LogCaptureFixture) -> None:

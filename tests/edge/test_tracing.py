@@ -101,7 +101,7 @@ async def consume(call: Any) -> None:
 
 
 async def test_a_call_is_one_span_in_the_callers_trace_with_its_phases() -> None:
-    seen = Seen()
+    seen, started = Seen(), time.monotonic()
     async with traced(seen) as edge:
         await consume(generate(edge, "beta@prod", ("traceparent", SAMPLED), max_tokens=3, n=2))
         (call,) = await seen.calls()
@@ -111,7 +111,8 @@ async def test_a_call_is_one_span_in_the_callers_trace_with_its_phases() -> None
     assert call.name == "text_completion beta"
     assert call.status.status_code == StatusCode.UNSET
     said = dict(call.attributes or {})
-    assert 0 < said.pop("gen_ai.response.time_to_first_chunk") < 5  # type: ignore[operator]
+    to_first_s: Any = said.pop("gen_ai.response.time_to_first_chunk")
+    assert 0 < to_first_s < time.monotonic() - started
     assert said == {
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "lorary",
@@ -289,7 +290,7 @@ async def test_scores_and_control_have_spans_and_health_has_none() -> None:
         stub = health_pb2_grpc.HealthStub(edge.channel)
         await stub.Check(health_pb2.HealthCheckRequest())
         scored, listed = await seen.calls(2)
-        assert len(seen.get_finished_spans()) == 2 + 3  # a score has no decoding
+    assert len(seen.get_finished_spans()) == 2 + 3  # a score has no decoding
     assert scored.name == "classify beta"
     assert (scored.attributes or {})["gen_ai.usage.output_tokens"] == 0
     assert listed.name == "lorary.v1.Control/ListAdapters"
@@ -303,7 +304,7 @@ async def test_vectors_have_one_span_with_the_phases_of_each_input() -> None:
         request = pb.EmbedRequest(adapter="beta", inputs=inputs, dimensions=2)
         await edge.inference.Embed(request)
         (embedded,) = await seen.calls(1)
-        assert len(seen.get_finished_spans()) == 1 + 2 * 3
+    assert len(seen.get_finished_spans()) == 1 + 2 * 3
     assert embedded.name == "embeddings beta"
     expected = {
         "gen_ai.operation.name": "embeddings",
@@ -314,18 +315,19 @@ async def test_vectors_have_one_span_with_the_phases_of_each_input() -> None:
     assert expected.items() <= dict(embedded.attributes or {}).items()
 
 
-def refused(edge: Edge) -> Any:
+async def refused(edge: Edge) -> Any:
     return generate(edge, "no-such-adapter")
 
 
-def broken(edge: Edge) -> Any:
+async def broken(edge: Edge) -> Any:
     edge.residency.slow.add("alpha")
-    error = CorruptArtifact(SECRET)
-    asyncio.get_running_loop().call_later(0.1, edge.residency.fail, "alpha", error)
-    return generate(edge, "alpha")
+    call = generate(edge, "alpha")
+    await eventually(lambda: bool(edge.engine.submitted))
+    edge.residency.fail("alpha", CorruptArtifact(SECRET))
+    return call
 
 
-def private(edge: Edge) -> Any:
+async def private(edge: Edge) -> Any:
     edge.registry.broken = LoraryError(f"/srv/{SECRET}")
     return generate(edge, "alpha")
 
@@ -344,7 +346,7 @@ async def test_how_a_call_failed_is_what_the_table_of_errors_says(
     seen = Seen()
     async with traced(seen) as edge:
         with pytest.raises(grpc.aio.AioRpcError):
-            await consume(ask(edge))
+            await consume(await ask(edge))
         (call,) = await seen.calls()
     said = call.attributes or {}
     assert (said["rpc.response.status_code"], said["error.type"]) == (code, why)
@@ -356,9 +358,9 @@ async def test_how_a_call_failed_is_what_the_table_of_errors_says(
 async def test_a_cancelled_call_tells_its_phase_and_the_tokens_it_got() -> None:
     seen = Seen()
     async with traced(seen) as edge:
+        edge.engine.hold_at(1)
         call = generate(edge, "alpha", max_tokens=60)
         await call.read()
-        edge.engine.gate.clear()
         call.cancel()
         (span,) = await seen.calls()
         edge.engine.gate.set()
@@ -453,7 +455,10 @@ def interceptors(edge: Edge) -> Sequence[Any]:
 async def test_a_collector_that_is_away_neither_slows_calls_nor_the_end(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing listens there; ``port`` only decides how it is spoken to."""
+    """Nothing listens there; ``port`` only decides how it is spoken to.
+
+    One export alone would be tried for ten seconds.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         nobody = probe.getsockname()[1]
@@ -468,9 +473,9 @@ async def test_a_collector_that_is_away_neither_slows_calls_nor_the_end(
             await asyncio.gather(
                 *(consume(generate(edge, "alpha", max_tokens=2)) for _ in range(20))
             )
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 8.0
             stopping = time.monotonic()
-        assert time.monotonic() - stopping < 3.0
+        assert time.monotonic() - stopping < 8.0
 
 
 async def test_over_http_spans_are_protobuf_posted_to_a_path_of_their_own(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tests.fuzz.messages import Draw
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 """A call that nobody ends must have ended by then."""
 MAX_METADATA = 8 << 10
 """What gRPC lets through; above, it refuses by itself, and below twice that only now and then."""

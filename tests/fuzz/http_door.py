@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.fuzz.messages import Draw
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 _LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 _CALL = {"id": "call", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 SEEDS: Mapping[str, tuple[dict[str, Any], ...]] = {

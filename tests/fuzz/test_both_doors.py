@@ -140,7 +140,7 @@ def test_what_its_description_allows_is_answered_as_described(
         @given(operation.as_strategy(generation_mode=mode))
         def ask(case: schemathesis.Case[Any]) -> None:
             counts[case.method] += 1
-            case.validate_response(case.call(timeout=30), CHECKS)
+            case.validate_response(case.call(timeout=120), CHECKS)
 
         ask()
     record_property("inputs through OpenAPI", counts.total())
@@ -160,7 +160,7 @@ def fuzz(driver: Driver, count: int, drawn_from: int) -> None:
 
 def answers(server: ServerProcess) -> list[Any]:
     """Return what known calls are answered: tokens, scores and text, through either door."""
-    with Client(server.address, timeout_s=60) as client:
+    with Client(server.address, timeout_s=120) as client:
         said: list[Any] = [
             list(client.generate(token_ids=PROMPT, adapter=name, max_tokens=24).token_ids)
             for name in ("", "alpha@1", "judge@1")
@@ -183,7 +183,7 @@ def answers(server: ServerProcess) -> list[Any]:
 
 def free(server: ServerProcess) -> None:
     """Let go of every adapter: what nobody holds leaves the device."""
-    with Client(server.address, timeout_s=30) as client:
+    with Client(server.address, timeout_s=120) as client:
         for name in ("alpha@1", "judge@1"):
             client.unload_adapter(name)
         ends = time.monotonic() + SETTLED_S
@@ -206,7 +206,7 @@ def fill_pools(server: ServerProcess) -> None:
 def whole_house(server: ServerProcess) -> None:
     """As many of the longest answers as there is room for, and both adapters: nothing of it is lost."""
     preempted = metric(server.metrics_url, "lorary_preemptions_total")
-    with Client(server.address, timeout_s=60) as client, ThreadPoolExecutor(MAX_BATCH) as pool:
+    with Client(server.address, timeout_s=120) as client, ThreadPoolExecutor(MAX_BATCH) as pool:
 
         def longest(number: int) -> int:
             answer = client.generate(
