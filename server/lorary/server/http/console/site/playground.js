@@ -131,6 +131,7 @@ class Column {
     try {
       const [path, body] = asked(this.ref.value.trim(), question);
       for await (const { headers, event } of stream(path, body, either)) {
+        either.throwIfAborted(); // more of it may be here already
         if (headers) this.showReceipt(headers);
         else this.take(event, meter);
       }
