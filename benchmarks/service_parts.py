@@ -38,6 +38,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CONNECTIONS = 10
 _SAMPLED_EVERY_S = 5.0
+_LEAST_SAMPLES = 4
 _CANCELLED = 0.1
 """Share of the soak's answers that are given up after their first token."""
 
@@ -180,14 +181,14 @@ def soak(
     concurrency: int,
 ) -> dict[str, Any]:
     """Keep ``concurrency`` answers going; return the series of what must stay flat, and their slopes."""
-    ends_at = time.monotonic() + 60 * minutes
+    is_over = asyncio.Event()
     counts = {"answers": 0, "cancelled": 0}
     series: list[dict[str, float]] = []
 
     async def work(stub: Any, number: int) -> None:
         drawn = random.Random(number)
         weights = [1 / (k + 1) for k in range(len(adapters))]
-        while time.monotonic() < ends_at:
+        while not is_over.is_set():
             sampling = pb.SamplingParams(max_tokens=drawn.choice((4, 16, 48)), ignore_eos=True)
             ids = pb.TokenIds(ids=drawn.choice(prompts))
             (adapter,) = drawn.choices(adapters, weights)
@@ -207,8 +208,9 @@ def soak(
 
     async def watch() -> None:
         started = time.monotonic()
-        while time.monotonic() < ends_at:
-            folder = Path(f"/proc/{pid}")
+        folder = Path(f"/proc/{pid}")
+        # Where the machine stands still there are fewer samples, too few for a line.
+        while time.monotonic() < started + 60 * minutes or len(series) < _LEAST_SAMPLES:
             series.append(
                 {
                     "at_s": round(time.monotonic() - started, 1),
@@ -218,6 +220,7 @@ def soak(
                 }
             )
             await asyncio.sleep(_SAMPLED_EVERY_S)
+        is_over.set()
 
     async def everything() -> None:
         async with grpc.aio.insecure_channel(address) as channel:

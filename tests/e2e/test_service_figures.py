@@ -38,7 +38,7 @@ def test_parts_measure_a_real_server(
         assert measured.idle(address, pid, 50)["streams"] == 50
         churned = measured.soak(address, pid, prompts, names, minutes=0.04, concurrency=3)
         assert churned["answers"] > 0
-        assert len(churned["series"]) > 3
+        assert len(churned["series"]) >= 4
         tasks = [(t / "comm").read_text().strip() for t in Path(f"/proc/{pid}/task").iterdir()]
         assert measured.ENGINE in tasks
 
