@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def soon(is_so: Callable[[], bool]) -> None:
     """Wait until it is so: what a reader knows of a hub may be a second old."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -45,9 +45,14 @@ AT_A_PULL = [
 
 
 @pytest.fixture(autouse=True)
-def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patterns that take for ever are given up sooner."""
-    monkeypatch.setattr("lorary.registry.module_patterns.MATCH_TIMEOUT_S", 0.5)
+def _patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns that take for ever are given up soon; the others get all the time of a busy machine."""
+    callspec = getattr(request.node, "callspec", None)
+    attack = callspec.params.get("attack") if callspec else None
+    is_endless = attack is not None and attack.says == "takes longer"
+    monkeypatch.setattr(
+        "lorary.registry.module_patterns.MATCH_TIMEOUT_S", 0.5 if is_endless else 60.0
+    )
 
 
 @pytest.fixture(scope="module")
