@@ -211,8 +211,12 @@ def test_a_hostile_version_is_refused_at_load_and_remembered(
     raised, found = refused(client, f"hostile-{name}")
     assert (type(raised), found) == (error, status), raised
     assert said in str(raised)
-    again, found = refused(client, f"hostile-{name}")
-    assert (type(again), found) == (error, status)
+    # It is remembered for five seconds; a test that stood still for longer asks again.
+    for _ in range(20):
+        again, found = refused(client, f"hostile-{name}")
+        assert (type(again), found) == (error, status)
+        if again.retry_after_s is not None:
+            break
     assert again.retry_after_s is not None
     assert 0 < again.retry_after_s <= 5
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
+import time
 from typing import TYPE_CHECKING
 
 from lorary.client import AsyncClient, Client, GenerateResult
@@ -78,8 +80,12 @@ async def test_a_canary_that_answers_otherwise_is_rolled_back_and_no_stream_brea
             *("canary", "careful", "prod", "2", "--percent", "10", "--shadow", "100"),
             *("--gate", "divergence=0.2", "--gate", "calls=5", "--registry", world.registry),
         )
+        # Copies of the answers under way may end it before anybody looks here.
         await until(
-            lambda: metric(server.metrics_url, "lorary_canary_percent", **here, how="copies") == 100
+            lambda: (
+                metric(server.metrics_url, "lorary_canary_percent", **here, how="copies") == 100
+                or opened.rollouts.of("careful", "prod") is None
+            )
         )
         async with asyncio.timeout(90):
             while opened.rollouts.of("careful", "prod") is not None:
@@ -95,7 +101,10 @@ async def test_a_canary_that_answers_otherwise_is_rolled_back_and_no_stream_brea
         assert last.reason in shown
         await until(lambda: metric(server.metrics_url, "lorary_canary_percent", **here) == 0)
         assert {a.receipt.version for a in await asyncio.gather(*map(ask, users[:8]))} == {1}
-    assert metric(server.metrics_url, "lorary_canaries_ended_total", result="failed") == 1
+    # The line is in the log a moment before the server counts it.
+    await until(
+        lambda: metric(server.metrics_url, "lorary_canaries_ended_total", result="failed") == 1
+    )
     assert metric(server.metrics_url, "lorary_shadow_calls_total", result="different") >= 5
 
 
@@ -121,9 +130,10 @@ def test_a_canary_that_holds_its_gates_takes_the_alias(
             *("canary", "twin", "prod", "2", "--percent", "50", "--auto-promote", "10"),
             *("--gate", "errors=0.1", "--gate", "calls=5", "--registry", world.registry),
         )
-        for number in range(2000):
+        deadline = time.monotonic() + 60
+        for number in itertools.count():
             if ask(f"user-{number}").receipt.version == 2 and opened.aliases("twin")["prod"] == 2:
                 break
-        assert opened.aliases("twin")["prod"] == 2
+            assert time.monotonic() < deadline, "never promoted"
         assert "held its gates" in opened.log("twin", "prod")[-1].reason
         assert opened.rollback("twin", "prod").to_version == 1

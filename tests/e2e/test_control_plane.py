@@ -77,11 +77,18 @@ def test_an_adapter_comes_is_pinned_and_goes_and_everybody_is_told(
         assert lorary(server, "ps")["registry_trouble"] == ""
         assert not client.unpin_adapter(REF).pinned
 
-        stream = client.stream(token_ids=[5, 9], adapter=REF, max_tokens=250, ignore_eos=True)
-        next(stream)
-        assert client.unload_adapter(REF, force=True).name == "delta"
-        with pytest.raises(Unavailable, match="by force"):
-            list(stream)
+        # A tiny answer may be over before it is ended: then another one is asked for.
+        for _ in range(20):
+            stream = client.stream(token_ids=[5, 9], adapter=REF, max_tokens=250, ignore_eos=True)
+            next(stream)
+            assert client.unload_adapter(REF, force=True).name == "delta"
+            try:
+                list(stream)
+            except Unavailable as error:
+                assert "by force" in str(error)  # noqa: PT017 - not every round has one
+                break
+        else:
+            pytest.fail("no answer was ended by force")
         told("evicted")
         assert next(health).status == NOT_SERVING
         health.cancel()

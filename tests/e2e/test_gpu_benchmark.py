@@ -5,6 +5,7 @@ Nothing here is a figure of a GPU: the same code runs on another device.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -113,12 +114,15 @@ def test_what_fails_is_said_and_the_rest_is_measured(
     assert all(not figure.is_ok for figure in figures)
 
 
-def test_speed_is_what_longer_answers_take_longer() -> None:
+def test_speed_is_what_longer_answers_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
+    now = iter([0.0, 5.5, 10.0, 16.5])
+    clock = SimpleNamespace(perf_counter=lambda: next(now))
+    monkeypatch.setattr("benchmarks.harness.gpu_peers.time", clock)
     found = decode_rate(asked.append, rows=4, short=1, long=3)
     # The first one is not on the clock.
     assert asked == [3, 1, 3]
-    assert set(found) == {"step_ms", "tokens_per_s"}
+    assert found == {"step_ms": 500.0, "tokens_per_s": 8.0}
 
 
 def decode_record(base: str, rows: int, adapters: int, tokens_per_s: float) -> dict[str, Any]:
