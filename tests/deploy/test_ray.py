@@ -79,11 +79,21 @@ class Caller:
         until = time.monotonic() + 20
         while len(found) < 2 and time.monotonic() < until:
             answer, call = self.inference.GetServerInfo.with_call(
-                pb.GetServerInfoRequest(), timeout=10
+                pb.GetServerInfoRequest(), timeout=30
             )
             tag = dict(call.trailing_metadata())["lorary-replica"]
             found[tag] = sum(answer.steps_by_distinct_adapters)
         return found
+
+    def settled(self) -> int:
+        """Wait until both replicas have stopped; return the steps that they have made."""
+        until = time.monotonic() + 120
+        last: dict[str, int] = {}
+        while (found := self.steps()) != last or len(found) < 2:
+            assert time.monotonic() < until, f"it never stopped: {found}"
+            last = found
+            time.sleep(0.5)
+        return sum(found.values())
 
 
 @dataclass
@@ -175,35 +185,34 @@ def test_a_running_answer_keeps_its_adapter_while_serve_forgets_it(cluster: Clus
 
 
 def test_a_cancelled_stream_frees_its_row(cluster: Cluster) -> None:
-    before = sum(cluster.ray.steps().values())
-    call = cluster.ray.start("alpha", max_tokens=ENDLESS)
-    next(iter(call))
-    call.cancel()
-    time.sleep(1)
-    settled = sum(cluster.ray.steps().values())
-    assert settled - before < ENDLESS / 2
-    time.sleep(0.5)
-    assert sum(cluster.ray.steps().values()) == settled
+    # Where this process stood still an answer may be over before it is cancelled: then another one is.
+    for _ in range(5):
+        before = cluster.ray.settled()
+        call = cluster.ray.start("alpha", max_tokens=ENDLESS)
+        next(iter(call))
+        call.cancel()
+        if cluster.ray.settled() - before < ENDLESS / 2:
+            break
+    else:
+        pytest.fail("cancelled streams went on")
 
 
 def test_the_deadline_is_the_engines_too(cluster: Cluster) -> None:
+    before = cluster.ray.settled()
     with pytest.raises(grpc.RpcError) as caught:
         cluster.ray.generate("alpha", max_tokens=ENDLESS, timeout_s=0.1)
     error: Any = caught.value
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    time.sleep(0.5)
-    settled = sum(cluster.ray.steps().values())
-    time.sleep(0.5)
-    assert sum(cluster.ray.steps().values()) == settled
+    assert cluster.ray.settled() - before < ENDLESS / 2
 
 
 def test_load_balancers_may_ask_for_health(cluster: Cluster) -> None:
     stub = health_pb2_grpc.HealthStub(cluster.ray.channel)
     for service in ("", "lorary.v1.Inference"):
-        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=10)
+        stub.Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=60)
     error: Any = caught.value
     assert error.code() == grpc.StatusCode.NOT_FOUND
 
@@ -222,7 +231,7 @@ def test_a_killed_replica_is_replaced(cluster: Cluster) -> None:
     assert "ip=" not in error.details()
     assert "pid=" not in error.details()
     wanted = cluster.plain.generate("bravo").token_ids
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     found: set[str] = set()
     while len(found - before) < 1 and time.monotonic() < until:
         answer = cluster.ray.generate("bravo")

@@ -62,9 +62,14 @@ def test_selfcheck_starts_a_server_and_finds_every_answer_the_same_in_company(
     command = [str(BIN / "lorary"), "selfcheck", "--rounds", "2", "--json", "--"]
     command += ["--base", str(world.base), "--registry", str(registry)]
     command += ["--device", "cpu", "--dtype", "float32", "--max-context", "256"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Answers this small may come one by one, which it says itself: again, until some shared a step.
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.stdout, done.stderr
+        checks = json.loads(done.stdout)
+        if not (checks[-1]["name"] == "mixed steps" and checks[-1]["result"] == "FAIL"):
+            break
     assert done.returncode == 0, done.stdout + done.stderr
-    checks = json.loads(done.stdout)
     # DoRA is served beside the others, and is no part of a sum.
     others = {check["name"]: check for check in checks if check["result"] != "ok"}
     assert {name: check["result"] for name, check in others.items()} == {

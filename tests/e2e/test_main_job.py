@@ -114,7 +114,7 @@ def test_a_scrape_counts_the_calls(client: Client, server: ServerProcess) -> Non
 
 def scrape(server: ServerProcess) -> dict[str, float]:
     """Return every sample of /metrics, by name and labels."""
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
+    with urllib.request.urlopen(server.metrics_url, timeout=60) as answer:
         text = answer.read().decode()
     return {
         k: float(v) for k, v in re.findall(r"^([^#\s]\S*(?:\{.*\})?) (\S+)$", text, re.MULTILINE)

@@ -17,7 +17,7 @@ import pytest
 from lorary.client import Client
 from lorary.errors import AdapterNotFound, LoraryError
 from lorary.registry import BaseCard, Registry
-from tests.conftest import peft_greedy
+from tests.conftest import peft_greedy, wait_until
 from tests.edge.test_serve_process import served
 from tests.processes import metric
 from tests.registry.conftest import use_hub
@@ -101,11 +101,12 @@ def test_a_server_answers_from_a_hub_and_without_it(
         assert says("a@prod", "bravo")
         with pytest.raises(AdapterNotFound):
             ask("nobody@prod")
+        deadline = time.monotonic() + 90
         while not (trouble := client.snapshot().registry_trouble):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         assert "HF_ENDPOINT" in trouble, trouble
-        assert metric(ready["metrics"], "lorary_registry_up") == 0
+        wait_until(lambda: metric(ready["metrics"], "lorary_registry_up") == 0)
         assert says("a@prod", "bravo")
         assert says("a@1", "alpha")
 
