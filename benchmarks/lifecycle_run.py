@@ -31,7 +31,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each case.")] = 5,
     cold: Annotated[int, typer.Option(min=1, help="Cold adapters that arrive.")] = 200,
     gap: Annotated[float, typer.Option(min=0.0, help="Seconds between their arrivals.")] = 0.15,
     fitting: Annotated[
