@@ -85,8 +85,8 @@ def _run(scratch: Path, kept: Kept, setup: dict[str, Any], parts: Sequence[str])
     model = find_base(setup["base"])
     started_s = time.monotonic()
     repeats = range(setup["repeats"])
-    if "known" in parts:
-        _keep(kept, "known", "", 0, lambda: measured.known(model, scratch, setup["known"]))
+    for repeat in repeats if "known" in parts else ():
+        _keep(kept, "known", "", repeat, lambda: measured.known(model, scratch, setup["known"]))
     if set(parts) == {"known"}:
         return
     with console.status("making adapters") as status:
