@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,6 @@ from benchmarks.synthetic import STRENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from lorary.bases import Base
     from lorary.registry import Registry
@@ -129,9 +129,7 @@ def recall_files(folder: Path) -> None:
     """Have the system keep these files in memory, so that a load reads no disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(root, name), "rb", buffering=0) as file:
-                while file.read(1 << 20):
-                    pass
+            Path(root, name).read_bytes()
 
 
 def _last(module: str) -> str:

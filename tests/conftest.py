@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 torch.set_num_threads(1)
@@ -207,6 +207,14 @@ def write_manifest(base: Path, folder: Path, **task: Any) -> Path:
     return folder
 
 
+def build_adapters(base: Path, root: Path, recipes: Mapping[str, AdapterRecipe]) -> dict[str, Path]:
+    """Save random PEFT adapters with manifests, each in a folder of its name."""
+    return {
+        name: write_manifest(base, build_adapter(base, root / name, recipe))
+        for name, recipe in recipes.items()
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama, shared by all tests; never write to it."""
@@ -228,11 +236,7 @@ RECIPES = {
 @pytest.fixture(scope="session")
 def tiny_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """PEFT folders with manifests, of mixed ranks, scales and target modules."""
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        name: write_manifest(tiny_base, build_adapter(tiny_base, root / name, recipe))
-        for name, recipe in RECIPES.items()
-    }
+    return build_adapters(tiny_base, tmp_path_factory.mktemp("adapters"), RECIPES)
 
 
 def peft_greedy(

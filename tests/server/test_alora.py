@@ -15,7 +15,7 @@ from lorary.registry import BaseCard, Manifest, Registry
 from lorary.registry.invocation import active_from
 from lorary.server.adapters.loader import load_adapter
 from lorary.server.engine.blocks import BLOCK
-from tests.conftest import AdapterRecipe, build_adapter, peft_greedy, write_manifest
+from tests.conftest import AdapterRecipe, build_adapter, build_adapters, peft_greedy
 from tests.server.conftest import EngineWorld, registry_of, worlds
 from tests.server.test_blocks import prompt_of
 from tests.server.test_dora import take_path
@@ -44,11 +44,7 @@ DOCUMENT = prompt_of(3 * BLOCK + 10, 44)
 
 @pytest.fixture(scope="module")
 def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("alora")
-    return {
-        name: write_manifest(tiny_base, build_adapter(tiny_base, root / name, recipe))
-        for name, recipe in RECIPES.items()
-    }
+    return build_adapters(tiny_base, tmp_path_factory.mktemp("alora"), RECIPES)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from lorary.server.adapters.host_copy import copy_in, copy_out
 from lorary.server.engine.blocks import BLOCK
 from lorary.server.engine.request import Pooling
 from lorary.server.native import library as native
-from tests.conftest import AdapterRecipe, build_adapter, build_llama, peft_greedy, write_manifest
+from tests.conftest import AdapterRecipe, build_adapters, build_llama, peft_greedy
 from tests.server.conftest import EngineWorld, registry_of, worlds
 from tests.server.test_blocks import prompt_of
 from tests.server.test_dora import take_path
@@ -56,11 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("late-adapters")
-    return {
-        name: write_manifest(base, build_adapter(base, root / name, recipe))
-        for name, recipe in RECIPES.items()
-    }
+    return build_adapters(base, tmp_path_factory.mktemp("late-adapters"), RECIPES)
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ class ModuleLora(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class AdapterSpec:
-    """What a validated adapter needs of a server.
+    """What a validated adapter needs of a server; equal to itself alone.
 
     Attributes:
         rank: the largest rank of any module.
@@ -84,7 +84,7 @@ class Layouts:
         config: bytes,
         header: RawHeader,
         manifest: Manifest | None,
-        examine: Callable[[RawHeader], Layout | None],
+        examine: Callable[[], Layout | None],
     ) -> Layout:
         """Return what ``examine`` returned for the same bytes before, or else does now.
 
@@ -98,7 +98,7 @@ class Layouts:
             if found is not None:
                 self._found.move_to_end(key)
                 return found
-        made = cast("Layout", examine(header))  # it raises where there would be none
+        made = cast("Layout", examine())  # it raises where there would be none
         if len(config) + len(header.json) <= self._MAX_BYTES:
             with self._lock:
                 self._found[key] = made

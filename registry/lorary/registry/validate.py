@@ -149,11 +149,12 @@ def examine_files(
             config, lambda: read_raw_header(files.tensors), manifest, card, report, limits
         )
     else:
+        header = read_raw_header(files.tensors)
         layout = limits.layouts.find(
             config,
-            read_raw_header(files.tensors),
+            header,
             manifest,
-            lambda header: _examine_layout(config, lambda: header, manifest, card, refuse, limits),
+            lambda: _examine_layout(config, lambda: header, manifest, card, refuse, limits),
         )
     if layout is None:
         return None

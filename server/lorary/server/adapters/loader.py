@@ -10,9 +10,9 @@ import hashlib
 import itertools
 import operator
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -65,11 +65,10 @@ class ReadBuffer(threading.local):
     MOST = 128 << 20
     """What is larger is not kept."""
 
-    _MOST_VIEWS = 16
-
     def __init__(self) -> None:
         self._kept = torch.empty(0, dtype=torch.uint8)
-        self._views: OrderedDict[int, tuple[AdapterSpec, LoadedAdapter]] = OrderedDict()
+        # As long as their layout is remembered.
+        self._views: WeakKeyDictionary[AdapterSpec, LoadedAdapter] = WeakKeyDictionary()
 
     def of(self, size: int) -> torch.Tensor:
         """Return uint8 [size], which holds anything; the thread's next call may return the same memory."""
@@ -82,15 +81,11 @@ class ReadBuffer(threading.local):
 
     def views(self, spec: AdapterSpec) -> LoadedAdapter | None:
         """Return what was kept for this very object when the memory was the same."""
-        _, views = self._views.get(id(spec), (None, None))
-        return views
+        return self._views.get(spec)
 
     def keep_views(self, spec: AdapterSpec, views: LoadedAdapter) -> None:
         """Keep views of what ``of`` returned; none of their tensors may be a copy."""
-        # With the object itself, so that no other can have its identity.
-        self._views[id(spec)] = (spec, views)
-        if len(self._views) > self._MOST_VIEWS:
-            self._views.popitem(last=False)
+        self._views[spec] = views
 
 
 class TensorBytes:
