@@ -49,12 +49,13 @@ def fill(
     members: Sequence[Member],
     scratch: Path,
     *,
+    aliases: Sequence[str] = (),
     said: Callable[[int], None] = lambda _done: None,
 ) -> None:
-    """Push every member; ``scratch`` holds one folder at a time and none at the end."""
+    """Push every member, behind these aliases; ``scratch`` holds one folder at a time and none at the end."""
     for done, member in enumerate(members, 1):
         write_adapter(base, scratch, member)
-        registry.push(scratch, member.name, base=base.card)
+        registry.push(scratch, member.name, base=base.card, aliases=aliases)
         shutil.rmtree(scratch)
         said(done)
 

@@ -1,13 +1,14 @@
-"""The picture in docs/benchmarks.md: output tokens per second against the number of adapters."""
+"""Pictures in docs/benchmarks.md; the main one is output tokens per second against the number of adapters."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import Cell, medians
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 # Okabe & Ito's colours, which colour-blind readers tell apart; the same contender always has the same.
@@ -27,8 +28,15 @@ _MANY = 4
 """From so many contenders on the legend stands below, where it hides no line."""
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write an SVG with one panel per number of requests at once, one line per contender."""
+@contextmanager
+def panels(path: Path, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list[Any]]]:
+    """Give a figure and its panels, side by side, to draw into; at the end write them as an SVG.
+
+    Args:
+        path: where to.
+        columns: how many.
+        size: inches of one, width and height.
+    """
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -36,35 +44,48 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "lorary"
     import matplotlib.pyplot as plt
 
+    width, height = size
+    figure, axes = plt.subplots(
+        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
+    )
+    yield figure, list(axes[0])
+    for axis in axes[0]:
+        axis.set_ylim(bottom=0)
+        axis.grid(visible=True, axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write an SVG with one panel per number of requests at once, one line per contender."""
     found = medians(records)
     cells = sorted({cell for values in found.values() for cell in values})
     columns = sorted({cell.concurrency for cell in cells})
     counts = sorted({cell.adapters for cell in cells})
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=(3.2 * len(columns), 3.0), squeeze=False, layout="constrained"
-    )
-    for axis, at_once in zip(axes[0], columns, strict=True):
-        for name, values in found.items():
-            there = [k for k in counts if Cell(k, at_once) in values]
-            speed = [values[Cell(k, at_once)].tokens_per_s for k in there]
-            # Numbers of adapters side by side: from 0 to 32 no scale shows all of them.
-            axis.plot([counts.index(k) for k in there], speed, label=name, **_style(name))
-        axis.set_title(f"{at_once} request{'s' if at_once > 1 else ''} at once", fontsize=10)
-        axis.set_xticks(range(len(counts)), [str(k) for k in counts])
-        axis.set_xlabel("adapters")
-        axis.set_ylim(bottom=0)
-        axis.grid(visible=True, axis="y", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("output tokens/s")
-    if len(found) < _MANY:
-        axes[0][0].legend(frameon=False, fontsize=9)
-    else:
-        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
-        figure.legend(
-            lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize=9
-        )
-    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+    with panels(path, len(columns), (3.2, 3.0)) as (figure, axes):
+        for axis, at_once in zip(axes, columns, strict=True):
+            for name, values in found.items():
+                there = [k for k in counts if Cell(k, at_once) in values]
+                speed = [values[Cell(k, at_once)].tokens_per_s for k in there]
+                # Numbers of adapters side by side: from 0 to 32 no scale shows all of them.
+                axis.plot([counts.index(k) for k in there], speed, label=name, **_style(name))
+            axis.set_title(f"{at_once} request{'s' if at_once > 1 else ''} at once", fontsize=10)
+            axis.set_xticks(range(len(counts)), [str(k) for k in counts])
+            axis.set_xlabel("adapters")
+        axes[0].set_ylabel("output tokens/s")
+        if len(found) < _MANY:
+            axes[0].legend(frameon=False, fontsize=9)
+        else:
+            lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+            figure.legend(
+                lines.values(),
+                lines,
+                loc="outside lower center",
+                ncols=4,
+                frameon=False,
+                fontsize=9,
+            )
 
 
 def _style(name: str) -> dict[str, Any]:

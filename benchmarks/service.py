@@ -1,6 +1,6 @@
 """What does the service cost beside its engine, and does the HTTP door cost throughput beside gRPC?
 
-    python benchmarks/service.py                 everything: 15 minutes, and half an hour of soak
+    python benchmarks/service.py                 everything, 15 minutes
     python benchmarks/service.py --only doors    one part; --help lists them
     python benchmarks/service.py --table         newest records → docs/benchmarks.md
 

@@ -7,21 +7,20 @@
   says that the engine took: queue, load and prefill.
 - ``idle``: a thousand streams that say nothing (``grpc.health.v1.Health/Watch``), over ten connections; the
   server's resident memory before and with them.
-- ``soak``: answers over more adapters than fit, some cancelled in the middle, for ``minutes``; memory, threads and
-  open files of the server all along, and the slope of a straight line through the last two thirds of each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
-import random
 import statistics
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import grpc.aio
 import numpy as np
@@ -37,10 +36,6 @@ ENGINE = "engine"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CONNECTIONS = 10
-_SAMPLED_EVERY_S = 5.0
-_LEAST_SAMPLES = 4
-_CANCELLED = 0.1
-"""Share of the soak's answers that are given up after their first token."""
 
 
 def _cpu_s(pid: int) -> tuple[float, float]:
@@ -79,6 +74,45 @@ async def stream_all(address: str, prompts: Sequence[Sequence[int]], tokens: int
             return sum([len(e.chunk.token_ids) async for e in stub.Generate(request)])
 
         return sum(await asyncio.gather(*map(one, prompts)))
+
+
+async def stream_http(
+    url: str, ids: Sequence[int], tokens: int, model: str = "", *, is_given_up: bool = False
+) -> int:
+    """Stream one answer through the HTTP door, by a connection of its own; return how many tokens came.
+
+    Args:
+        url: the door's.
+        ids: of the prompt.
+        tokens: of the answer.
+        model: a ref; the bare base where it is empty.
+        is_given_up: close the connection after the first event.
+
+    Raises:
+        RuntimeError: the stream did not end as one does.
+    """
+    place = urlsplit(url)
+    body = {"prompt": list(ids), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    sent = json.dumps({**body, "model": model} if model else body).encode()
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    try:
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n"
+            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(sent) + sent
+        )
+        events = []
+        async for line in reader:
+            if line.startswith(b"data: "):
+                events.append(line)
+                if is_given_up:
+                    return 1
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    if not events or b"[DONE]" not in events[-1]:
+        raise RuntimeError(f"a stream over HTTP ended with {events[-1:]}")
+    return int(json.loads(events[-2].removeprefix(b"data: "))["usage"]["completion_tokens"])
 
 
 def streams(
@@ -169,84 +203,6 @@ def idle(address: str, pid: int, count: int) -> dict[str, Any]:
 
     before, after = asyncio.run(hold())
     return {"kind": "idle", "streams": count, "added_mb": round((after - before) / 1e6, 2)}
-
-
-def soak(
-    address: str,
-    pid: int,
-    prompts: Sequence[Sequence[int]],
-    adapters: Sequence[str],
-    *,
-    minutes: float,
-    concurrency: int,
-) -> dict[str, Any]:
-    """Keep ``concurrency`` answers going; return the series of what must stay flat, and their slopes."""
-    is_over = asyncio.Event()
-    counts = {"answers": 0, "cancelled": 0}
-    series: list[dict[str, float]] = []
-
-    async def work(stub: Any, number: int) -> None:
-        drawn = random.Random(number)
-        weights = [1 / (k + 1) for k in range(len(adapters))]
-        while not is_over.is_set():
-            sampling = pb.SamplingParams(max_tokens=drawn.choice((4, 16, 48)), ignore_eos=True)
-            ids = pb.TokenIds(ids=drawn.choice(prompts))
-            (adapter,) = drawn.choices(adapters, weights)
-            call = stub.Generate(
-                pb.GenerateRequest(
-                    adapter=adapter, input=pb.Input(token_ids=ids), sampling=sampling
-                )
-            )
-            if drawn.random() < _CANCELLED:
-                await call.read()
-                call.cancel()
-                counts["cancelled"] += 1
-                continue
-            async for _ in call:
-                pass
-            counts["answers"] += 1
-
-    async def watch() -> None:
-        started = time.monotonic()
-        folder = Path(f"/proc/{pid}")
-        # Where the machine stands still there are fewer samples, too few for a line.
-        while time.monotonic() < started + 60 * minutes or len(series) < _LEAST_SAMPLES:
-            series.append(
-                {
-                    "at_s": round(time.monotonic() - started, 1),
-                    "memory_mb": round(resident_bytes(pid) / 1e6, 1),
-                    "threads": len(list((folder / "task").iterdir())),
-                    "files": len(list((folder / "fd").iterdir())),
-                }
-            )
-            await asyncio.sleep(_SAMPLED_EVERY_S)
-        is_over.set()
-
-    async def everything() -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
-            await asyncio.gather(watch(), *(work(stub, k) for k in range(concurrency)))
-
-    asyncio.run(everything())
-    return {
-        "kind": "soak",
-        "minutes": minutes,
-        "adapters": len(adapters),
-        **counts,
-        "per_hour": slopes(series),
-        "series": series,
-    }
-
-
-def slopes(series: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return by how much each number of a series grows in an hour: least squares over its last two thirds."""
-    late = series[len(series) // 3 :]
-    hours = np.array([sample["at_s"] for sample in late]) / 3600
-    return {
-        key: round(float(np.polyfit(hours, [sample[key] for sample in late], 1)[0]), 3)
-        for key in late[0]
-        if key != "at_s"
-    }
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:

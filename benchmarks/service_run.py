@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import os
 import random
 import statistics
@@ -13,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -39,13 +37,9 @@ QUIET = 0.1
 BAR = 0.9
 """Least share of gRPC's tokens per second that the HTTP door must make."""
 BAR_CPU_US, BAR_UNARY_MS, BAR_IDLE_MB = 60.0, 1.0, 100.0
-BAR_GROWTH = {"memory_mb": 50.0, "threads": 1.0, "files": 1.0}
-"""Most that the soak's straight lines may grow by in an hour."""
-BAR_STREAMS, BAR_IDLE_STREAMS, BAR_MINUTES = 256, 1000, 30.0
-"""Of how many streams, and of how long a soak, the bars are."""
-PARTS = ("doors", "streams", "unary", "idle", "soak")
-SOAK_ADAPTERS, SOAK_RANK, SOAK_CONCURRENCY, SOAK_MEMORY = 48, 16, 8, "120MB"
-"""A dozen of the adapters fit."""
+BAR_STREAMS, BAR_IDLE_STREAMS = 256, 1000
+"""Of how many streams the bars are."""
+PARTS = ("doors", "streams", "unary", "idle")
 HERE, ELSEWHERE = "here", "elsewhere"
 """Where a record's model is computed; here, where it does not say."""
 BESIDE_ENGINE = ("streams", "unary")
@@ -67,7 +61,6 @@ def main(
     many: Annotated[int, typer.Option(min=1, help="Streams at once of 'streams'.")] = BAR_STREAMS,
     idle: Annotated[int, typer.Option(min=1, help="Streams of 'idle'.")] = BAR_IDLE_STREAMS,
     calls: Annotated[int, typer.Option(min=100, help="Calls of a round of 'unary'.")] = 200,
-    minutes: Annotated[float, typer.Option(min=0.2, help="How long 'soak' takes.")] = BAR_MINUTES,
     only: Annotated[
         list[str] | None, typer.Option(help=f"Measure this part; of {', '.join(PARTS)}.")
     ] = None,
@@ -90,17 +83,17 @@ def main(
     beside = [part for part in BESIDE_ENGINE if part in parts]
     used = threads or len(os.sched_getaffinity(0))
     setup = {"base": base, "threads": used, "streams": streams, "tokens": tokens}
-    setup |= {"many": many, "idle": idle, "calls": calls, "minutes": minutes}
+    setup |= {"many": many, "idle": idle, "calls": calls}
     setup |= {"engine_process": engine_process}
     path = out or result_path(NAME)
     quiet = Quiet(max_foreign=QUIET, retries=retries, tolerate=tolerate_load)
     kept = Kept(path, head(NAME, setup), quiet)
     prompts = _prompts(base, max(streams, many))
     with tempfile.TemporaryDirectory(prefix="lorary-service-") as scratch:
-        registry, adapters = _registry(Path(scratch), base, is_filled="soak" in parts)
+        registry = Path(scratch) / "registry"
+        Registry.open(registry, create=True)
         arguments = ["--base", base, "--registry", str(registry), "--device", "cpu"]
         arguments += ["--threads", str(used), "--http-port", "0", "--max-batch", str(many)]
-        arguments += ["--adapter-memory", SOAK_MEMORY]
         arguments += ["--engine-process"] if engine_process else []
         with ServerProcess(arguments, Path(scratch)) as server:
             address, pid = server.address, int(server.facts["pid"])
@@ -112,17 +105,6 @@ def main(
                     kept.measure(work)
             if "idle" in parts:
                 kept.measure(lambda: measured.idle(address, pid, idle))
-            if "soak" in parts:
-                kept.measure(
-                    lambda: measured.soak(
-                        address,
-                        pid,
-                        prompts,
-                        adapters,
-                        minutes=minutes,
-                        concurrency=SOAK_CONCURRENCY,
-                    )
-                )
         for part in beside:
             with _distant(part, arguments, Path(scratch)) as server:
                 work = _beside_engine(part, server, prompts, setup, ELSEWHERE)
@@ -162,20 +144,6 @@ def _beside_engine(
         return {**found, "model": model}
 
     return work
-
-
-def _registry(scratch: Path, base: str, *, is_filled: bool) -> tuple[Path, list[str]]:
-    """Make a registry; with more adapters than fit into ``SOAK_MEMORY``, if they are needed."""
-    from benchmarks.library import Member, fill
-    from lorary.bases import find_base
-
-    folder = scratch / "registry"
-    registry = Registry.open(folder, create=True)
-    members = [
-        Member(f"soak-{k:02d}", SOAK_RANK, k) for k in range(SOAK_ADAPTERS if is_filled else 0)
-    ]
-    fill(registry, find_base(base), members, scratch / "one")
-    return folder, [member.name for member in members]
 
 
 def _measure_doors(
@@ -228,25 +196,10 @@ def _round(
 def _doors(server: ServerProcess) -> dict[str, Load]:
     async def by_http(prompts: Sequence[Sequence[int]], tokens: int) -> int:
         """Stream every prompt's answer through a connection each; return how many tokens came."""
-        url = urlsplit(str(server.facts["http"]))
-
-        async def one(ids: Sequence[int]) -> int:
-            body = {"prompt": ids, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-            options = {"stream": True, "stream_options": {"include_usage": True}}
-            sent = json.dumps({**body, **options}).encode()
-            reader, writer = await asyncio.open_connection(url.hostname, url.port)
-            writer.write(
-                b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n"
-                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(sent) + sent
-            )
-            events = [line async for line in reader if line.startswith(b"data: ")]
-            writer.close()
-            await writer.wait_closed()
-            if not events or b"[DONE]" not in events[-1]:
-                raise RuntimeError(f"a stream over HTTP ended with {events[-1:]}")
-            return int(json.loads(events[-2].removeprefix(b"data: "))["usage"]["completion_tokens"])
-
-        return sum(await asyncio.gather(*map(one, prompts)))
+        url = str(server.facts["http"])
+        return sum(
+            await asyncio.gather(*(measured.stream_http(url, ids, tokens) for ids in prompts))
+        )
 
     return {"gRPC": functools.partial(measured.stream_all, server.address), "HTTP": by_http}
 
@@ -291,10 +244,6 @@ def figures(records: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, 
             BAR_UNARY_MS,
         ),
         ("idle", HERE, ("added_mb",), "MB that idle streams add", BAR_IDLE_MB),
-        *(
-            ("soak", HERE, ("per_hour", key), f"{key} that a soak grows by in an hour", most)
-            for key, most in BAR_GROWTH.items()
-        ),
     )
     for kind, model, path, name, most in bars:
         value = _median(records, kind, path, model)
@@ -351,7 +300,7 @@ def section(path: Path) -> str:
     return "\n".join(
         [
             f"{origin(records[0])}; doors: {setup['streams']} streams of {setup['tokens']} tokens on the bare "
-            f"base; {setup['many']} streams; {setup['idle']} idle ones; a soak of {setup['minutes']:g} minutes; "
+            f"base; {setup['many']} streams; {setup['idle']} idle ones; "
             f"medians of rounds, others used at most {foreign:.2f} cores. "
             f"Records: `benchmarks/results/{path.name}`.",
             "",

@@ -9,7 +9,13 @@ import typer
 
 from benchmarks.harness.machine import ROOT
 from scripts.measured import Measured
-from scripts.service_figures import FUZZ_INPUTS, fuzz_figures, service_figures, shown_figures
+from scripts.service_figures import (
+    FUZZ_INPUTS,
+    fuzz_figures,
+    service_figures,
+    shown_figures,
+    soak_figures,
+)
 from scripts.verify_run import check, console, run_parts, run_tests
 
 if TYPE_CHECKING:
@@ -62,7 +68,7 @@ TESTS = {
     "console": ("tests/edge/test_console.py", "tests/e2e/test_console.py"),
 }
 """Tests that are promises of their own."""
-MINUTES = {"check": 2, **dict.fromkeys(TESTS, 1), "fuzz": 5, "service": 45, "shows": 0}
+MINUTES = {"check": 2, **dict.fromkeys(TESTS, 1), "fuzz": 5, "service": 15, "soak": 31, "shows": 0}
 """What each part takes on two quiet cores."""
 
 
@@ -82,6 +88,7 @@ def main(
         **{part: partial(run_tests, part, files) for part, files in TESTS.items()},
         "fuzz": fuzz,
         "service": lambda: measured.part("service", "service.py", [], service_figures),
+        "soak": lambda: measured.part("soak", "soak.py", [], soak_figures),
         "shows": lambda: shown_figures(ROOT),
     }
     minutes = sum(m for part, m in MINUTES.items() if not only or part in only)

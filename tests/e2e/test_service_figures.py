@@ -3,55 +3,105 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from benchmarks import service_parts as measured
+from benchmarks.harness.machine import head
 from benchmarks.harness.server_process import ServerProcess
-from benchmarks.library import Member, fill
-from benchmarks.service_run import BAR_GROWTH
+from benchmarks.soak_run import GROWTH, MINUTES, draw, section
+from benchmarks.soak_traffic import Library, Pace, slopes, soak
 from lorary.bases import find_base
 from lorary.registry import Registry
 from scripts.proven import Proof
-from scripts.service_figures import DOORS, fuzz_figures, service_figures
+from scripts.service_figures import DOORS, fuzz_figures, service_figures, soak_figures
+
+PROMPTS = [[3 + (i * 7 + j) % 90 for j in range(12)] for i in range(8)]
 
 
-def test_parts_measure_a_real_server(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measured, "_SAMPLED_EVERY_S", 0.2)
-    registry = Registry.open(tmp_path / "store", create=True)
-    names = [f"soak-{k}" for k in range(6)]
-    members = [Member(name, 8, k) for k, name in enumerate(names)]
-    fill(registry, find_base(tiny_base), members, tmp_path / "one")
+def test_parts_measure_a_real_server(tiny_base: Path, tmp_path: Path) -> None:
+    Registry.open(tmp_path / "store", create=True)
     arguments = ["--base", str(tiny_base), "--registry", str(tmp_path / "store"), "--threads", "1"]
-    prompts = [[3 + (i * 7 + j) % 90 for j in range(12)] for i in range(8)]
     with ServerProcess(arguments, tmp_path / "server") as server:
         address, pid = server.address, int(server.facts["pid"])
-        found = measured.streams(address, pid, prompts, 24)
+        found = measured.streams(address, pid, PROMPTS, 24)
         assert found["tokens"] == 8 * 24
         assert found["service_cpu_us_per_token"] >= 0
-        calls = measured.unary(address, prompts, 100)
+        calls = measured.unary(address, PROMPTS, 100)
         assert 0 < calls["beside_engine_ms"]["p50"] < calls["whole_ms"]["p50"]
         assert measured.idle(address, pid, 50)["streams"] == 50
-        churned = measured.soak(address, pid, prompts, names, minutes=0.04, concurrency=3)
-        assert churned["answers"] > 0
-        assert len(churned["series"]) >= 4
         tasks = [(t / "comm").read_text().strip() for t in Path(f"/proc/{pid}/task").iterdir()]
         assert measured.ENGINE in tasks
+
+
+def test_a_soak_goes_through_both_doors_and_publishes(tiny_base: Path, tmp_path: Path) -> None:
+    registry = Registry.open(tmp_path / "store", create=True)
+    names = [f"soak-{k}" for k in range(6)]
+    library = Library(registry, find_base(tiny_base), names, 8, tmp_path / "one")
+    library.fill()
+    arguments = ["--base", str(tiny_base), "--registry", str(tmp_path / "store"), "--threads", "1"]
+    arguments += ["--http-port", "0", "--alias-poll", "0.1"]
+    pace = Pace(minutes=0.05, callers=4, sampled_s=0.2, published_s=0.3)
+    with ServerProcess(arguments, tmp_path / "server") as server:
+        soaked = soak(server, library, PROMPTS, pace)
+        with urllib.request.urlopen(server.metrics_url) as response:
+            told = response.read().decode()
+    assert soaked["answers"] > 0
+    assert soaked["published"] == sum(v.version > 1 for v in registry.list()) > 0
+    assert len(soaked["series"]) >= 4
+    assert all(sample["tasks"] >= 1 for sample in soaked["series"])
+    for method in ("Generate", "Completions"):
+        assert f'lorary_requests_total{{code="OK",method="{method}"}}' in told
+    setup = {"base": "tiny", "threads": 1, "minutes": 0.05, "callers": 4, "adapters": 6, "rank": 8}
+    document = tmp_path / "soak.jsonl"
+    _write(document, head("soak", setup) | {"load": {"foreign_cores": 0.0}} | soaked)
+    assert "| open files |" in section(document)
+    draw(soaked["series"], tmp_path / "soak.svg")
+    assert "<svg" in (tmp_path / "soak.svg").read_text()
+
+
+def test_a_caller_who_fails_ends_the_soak(tiny_base: Path, tmp_path: Path) -> None:
+    registry = Registry.open(tmp_path / "store", create=True)
+    library = Library(registry, find_base(tiny_base), ["absent"], 8, tmp_path / "one")
+    arguments = ["--base", str(tiny_base), "--registry", str(tmp_path / "store"), "--threads", "1"]
+    with (
+        ServerProcess([*arguments, "--http-port", "0"], tmp_path / "server") as server,
+        pytest.raises(ExceptionGroup, match="unhandled errors") as raised,
+    ):
+        soak(server, library, PROMPTS, Pace(minutes=10, callers=1))
+    assert raised.group_contains(grpc.aio.AioRpcError, match="absent")
 
 
 def test_a_straight_line_goes_through_the_last_two_thirds() -> None:
     warming = [{"at_s": 60.0 * k, "memory_mb": 100.0 * k, "threads": 4.0} for k in range(10)]
     flat = [{"at_s": 600.0 + 60.0 * k, "memory_mb": 900.0 + k, "threads": 4.0} for k in range(20)]
-    assert measured.slopes(warming + flat) == {"memory_mb": 60.0, "threads": 0.0}
+    assert slopes(warming + flat) == {"memory_mb": 60.0, "threads": 0.0}
+
+
+def test_what_grows_and_a_soak_too_short_are_short(tmp_path: Path) -> None:
+    grown = {key: most - 0.5 for key, most in GROWTH.items()}
+    path = tmp_path / "soak.jsonl"
+
+    def states(minutes: float, **changed: float) -> list[bool | None]:
+        record = {"kind": "soak", "accepted": True, "per_hour": {**grown, **changed}}
+        _write(path, {"setup": {"minutes": minutes}, **record})
+        return [figure.is_ok for figure in soak_figures(path)]
+
+    assert states(MINUTES) == [True] * 5
+    assert states(1.0) == [True] * 4 + [False]
+    assert states(MINUTES, tasks=1.5) == [True] * 3 + [False, True]
+    assert [f.is_ok for f in soak_figures(tmp_path / "none")] == [False] * 5
+
+
+def _write(path: Path, *records: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_every_bar_is_held_and_what_is_less_than_promised_is_short(tmp_path: Path) -> None:
-    grown = {key: most - 0.5 for key, most in BAR_GROWTH.items()}
-
     def states(setup: dict[str, Any] | None = None, **changed: Any) -> list[bool | None]:
         records: list[dict[str, Any]] = [
             {"kind": "round", "door": "gRPC", "tokens_per_s": 100.0, "server_cpu_us_per_token": 1},
@@ -62,34 +112,20 @@ def test_every_bar_is_held_and_what_is_less_than_promised_is_short(tmp_path: Pat
             {"kind": "streams", "service_cpu_us_per_token": 59.0, "model": "elsewhere"},
             {"kind": "unary", "beside_engine_ms": {"p50": 0.9}, "model": "elsewhere"},
             {"kind": "idle", "added_mb": 30.0},
-            {"kind": "soak", "per_hour": grown},
         ]
-        whole = {"many": 256, "idle": 1000, "minutes": 30.0}
+        whole = {"many": 256, "idle": 1000}
         path = tmp_path / "service.jsonl"
-        path.write_text(
-            "".join(
-                json.dumps(
-                    {
-                        "setup": setup or whole,
-                        "accepted": True,
-                        **record,
-                        **changed.get(record["kind"], {}),
-                    }
-                )
-                + "\n"
-                for record in records
-            )
-        )
+        common = {"setup": setup or whole, "accepted": True}
+        _write(path, *(common | record | changed.get(record["kind"], {}) for record in records))
         return [figure.is_ok for figure in service_figures(path)]
 
-    assert states() == [True] * 10
+    assert states() == [True] * 6
     assert states(streams={"service_cpu_us_per_token": 61.0}).count(False) == 1
     assert states(unary={"beside_engine_ms": {"p50": 1.1}}).count(False) == 1
     assert states(idle={"added_mb": 101.0}).count(False) == 1
-    assert states(soak={"per_hour": {**grown, "memory_mb": 51.0}}).count(False) == 1
-    assert states(soak={"accepted": False}).count(False) == 3
-    assert states({"many": 256, "idle": 1000, "minutes": 1.0}).count(False) == 1
-    assert [f.is_ok for f in service_figures(tmp_path / "none")] == [False] * 10
+    assert states(idle={"accepted": False}).count(False) == 1
+    assert states({"many": 256, "idle": 100}).count(False) == 1
+    assert [f.is_ok for f in service_figures(tmp_path / "none")] == [False] * 6
 
 
 def test_fuzzing_is_short_when_it_was_less_or_found_something() -> None:
