@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 import pytest
 
+from lorary.client import AsyncClient, channel
 from lorary.errors import DeadlineExceeded, Unavailable
-from lorary.server.http import connection
+from lorary.server import app
+from lorary.server.http import connection, listener
 from lorary.server.interceptors import ErrorInterceptor
 from lorary.v1 import inference_pb2 as pb
 from lorary.v1 import inference_pb2_grpc
+from tests.edge.black_hole import BlackHole
 from tests.edge.fakes import eventually, serving
 
 if TYPE_CHECKING:
@@ -94,6 +97,71 @@ async def test_a_stream_over_http_that_is_not_read_is_cut() -> None:
             await answers_others(edge)
             await eventually(lambda: edge.calls.num_in_flight == 0)
             await eventually(lambda: counted(edge, "Completions", "CANCELLED") == 1)
+
+
+@pytest.mark.parametrize("is_answering", [False, True], ids=["waiting", "answering"])
+async def test_a_peer_that_is_gone_without_a_word_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch, is_answering: bool
+) -> None:
+    """S16, over gRPC."""
+    monkeypatch.setattr(app, "KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(app, "PING_TIMEOUT_MS", 500)
+    async with serving() as edge, BlackHole.before(edge.address) as hole:
+        edge.engine.gate.clear()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{hole.port}") as channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.Generate(wordy())
+            reading = asyncio.ensure_future(call.read())
+            await eventually(lambda: edge.calls.num_in_flight == 1)
+            hole.swallow()
+            if is_answering:
+                edge.engine.gate.set()
+            # Far less than the minute that gRPC's core waits for a ping of its own accord.
+            await eventually(lambda: edge.calls.num_in_flight == 0, 30)
+            edge.engine.gate.set()
+            await eventually(lambda: edge.residency.num_held == 0)
+            await answers_others(edge)
+            reading.cancel()
+
+
+async def test_a_peer_over_http_that_is_gone_without_a_word_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """S16: nothing is written to it, so only the system can find out."""
+    monkeypatch.setattr(listener, "PROBED_AFTER_S", 1)
+    monkeypatch.setattr(listener, "PROBED_EVERY_S", 1)
+    body = json.dumps({"model": "alpha", "prompt": "2 5"}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    async with serving(http_port=0, stall_timeout=1.0) as edge:
+        edge.engine.gate.clear()
+        host, port = http_address(edge)
+        async with BlackHole.before(f"{host}:{port}") as hole:
+            _, writer = await asyncio.open_connection("127.0.0.1", hole.port)
+            writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            await eventually(lambda: edge.calls.num_in_flight == 1)
+            hole.swallow()
+            await eventually(lambda: edge.calls.num_in_flight == 0, 30)
+            edge.engine.gate.set()
+            await eventually(lambda: edge.residency.num_held == 0)
+            await answers_others(edge)
+            writer.close()
+
+
+async def test_a_server_that_is_gone_without_a_word_fails_its_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """S16, seen by a client: what it waits for ends, and is not waited for until the call's deadline."""
+    monkeypatch.setattr(channel, "KEEPALIVE_MS", 1000)
+    monkeypatch.setattr(channel, "PING_TIMEOUT_MS", 500)
+    async with serving() as edge, BlackHole.before(edge.address) as hole:
+        edge.engine.gate.clear()
+        async with AsyncClient(f"127.0.0.1:{hole.port}") as client:
+            waiting = asyncio.ensure_future(client.generate("2 5", adapter="alpha"))
+            await eventually(lambda: edge.calls.num_in_flight == 1)
+            hole.swallow()
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(waiting, 60)
+        edge.engine.gate.set()
 
 
 HALVES = [
@@ -217,7 +285,8 @@ async def test_a_clock_that_jumps_ends_nothing(
     """S28: every limit is measured on a clock that does not jump."""
     edge.engine.gate.clear()
     call = edge.inference.Generate(wordy(), timeout=30)
-    await eventually(lambda: edge.calls.num_in_flight == 1)
+    # gRPC tells a call's deadline by the clock that jumps, so it is read once, before the engine has the work.
+    await eventually(lambda: len(edge.engine.submitted) == 16)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + jump_s)
     edge.engine.gate.set()

@@ -12,6 +12,8 @@ from lorary.affinity import HEADER
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 120.0
 MAX_MESSAGE_BYTES = 64 * 2**20
+KEEPALIVE_MS, PING_TIMEOUT_MS = 30_000, 10_000
+"""A connection with calls that was silent for so long is pinged, and an answer waited for so long."""
 
 # Of several addresses (a headless service's pods) each call takes the next one that is ready.
 _IN_TURN: dict[str, Any] = {"round_robin": {}}
@@ -63,8 +65,10 @@ def channel_options(*, affinity: int = 0) -> list[tuple[str, str | int]]:
         # gRPC's own pause between two attempts grows to minutes; a server that starts is met sooner.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        # A server that is gone without a FIN is noticed within the sum; see the server's own on the two names.
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
     ]
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Every call has been ended before the listener stops; this is for what gRPC does not know of.
 LAST_WORDS_S = 2
 START_S = 10.0
+PROBED_AFTER_S, PROBED_EVERY_S = 20, 5
+"""The system asks a connection that was silent for so long whether its peer is there, and asks again."""
 
 
 class Listener:
@@ -69,9 +71,14 @@ class Listener:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listening = socket.create_server((host, port), family=found[0][0], backlog=1024)
+        # What is accepted has these from the socket that listens.
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # What is accepted has it from the socket that listens.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_ms)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            # A peer that is gone while its answer is waited for would otherwise be noticed by nobody.
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBED_AFTER_S)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBED_EVERY_S)
         taken = int(listening.getsockname()[1])
         self._task = loop.create_task(self._server.serve(sockets=[listening]))
         async with asyncio.timeout(START_S):
