@@ -130,7 +130,7 @@ class MissingDependency(LoraryError, ImportError):
 
 
 class Overloaded(LoraryError):
-    """A queue or a budget is full; retrying later is safe.
+    """A queue or a budget is full, or memory is; retrying later is safe.
 
     Attributes:
         retry_after_s: an honest estimate, in seconds, of when a retry may succeed.

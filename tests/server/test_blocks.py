@@ -26,7 +26,7 @@ from lorary.server.engine.kv_cache import KVShape
 from lorary.server.engine.memory import available_bytes, plan_blocks
 from lorary.server.engine.request import Request, Sampling
 from lorary.server.engine.sequence import Sequence
-from tests.conftest import peft_greedy, wait_until
+from tests.conftest import peft_greedy
 from tests.server.on_paper import FakeLease
 
 if TYPE_CHECKING:
@@ -497,41 +497,3 @@ def test_a_small_prompt_does_not_overtake_a_large_one_for_ever(
         assert finish is not None
     ended = world.collector.ended
     assert ended[large, 0] < min(ended[request_id, 0] for request_id in later)
-
-
-def test_a_step_without_memory_shrinks_the_batch(make_world: Callable[..., EngineWorld]) -> None:
-    """The real forward, behind a device that refuses more than three rows of decoding."""
-    world = make_world(start=False)
-    prompts = [prompt_of(30, i) for i in range(6)]
-    expected = make_world()
-    answers = [expected.collector.wait(expected.submit(p, ""))[0] for p in prompts]
-    runner = world.engine._runner
-    forward = runner.forward
-
-    def limited(batch: Any) -> torch.Tensor | list[int]:
-        if batch.num_decode > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(batch)
-
-    runner.forward = limited  # type: ignore[method-assign]
-    asked = [world.submit(prompt, "") for prompt in prompts]
-    world.engine.start()
-    assert [world.collector.wait(request_id)[0] for request_id in asked] == answers
-    assert world.engine._scheduler.max_batch <= 3
-    assert world.engine.is_alive
-
-
-def test_a_lone_sequence_without_memory_ends_the_engine(
-    make_world: Callable[..., EngineWorld],
-) -> None:
-    world = make_world()
-
-    def refused(batch: Any) -> torch.Tensor:
-        raise MemoryError
-
-    world.engine._runner.forward = refused  # type: ignore[method-assign]
-    _, _, error = world.collector.wait(world.submit(prompt_of(30, 1), ""))
-    assert error is not None
-    # Told after the answer's end.
-    wait_until(lambda: bool(world.collector.errors))
-    assert isinstance(world.collector.errors[0], MemoryError)

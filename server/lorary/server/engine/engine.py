@@ -301,25 +301,24 @@ class Engine:
     ) -> bool:
         """Run the model once, for one part of a step; False when there was no memory for it."""
         is_merged = scheduled.merged is not None
-        batch = build_batch(
-            scheduled,
-            self._cache,
-            device=self._device,
-            long_from=self._long_from,
-            drafts={s: drafts[s] for s in scheduled.decode if s in drafts} if drafts else None,
-            # Not kept: unless it is advanced, its tensors make room for the next one's.
-            last=self._last.pop(is_merged, None),
-        )
+        if drafts:
+            drafts = {s: drafts[s] for s in scheduled.decode if s in drafts}
         try:
+            batch = build_batch(
+                scheduled,
+                self._cache,
+                device=self._device,
+                long_from=self._long_from,
+                drafts=drafts,
+                # Not kept: unless it is advanced, its tensors make room for the next one's.
+                last=self._last.pop(is_merged, None),
+            )
             found = self._runner.forward(batch)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             self._last.clear()
-            if self._merging is not None and self._merging.revoke("memory"):
-                self._leave_merged(self._merging)
-            else:
-                self._places.shrink(error)
+            self._do_with_less(scheduled, drafts, error)
             return False
         self._last[is_merged] = batch
         self._places.move_on(batch.advanced)
@@ -334,6 +333,26 @@ class Engine:
         if outputs:
             self._deliver(outputs)
         return True
+
+    def _do_with_less(
+        self, scheduled: Scheduled, drafts: dict[Sequence, list[int]], error: BaseException
+    ) -> None:
+        """Give something up after a pass for which there was no memory: a copy, guesses, places, at last an answer.
+
+        Raises:
+            BaseException: ``error``, where not even the least of steps has memory.
+        """
+        if self._merging is not None and self._merging.revoke("memory"):
+            self._leave_merged(self._merging)
+            return
+        if drafts:
+            for sequence in drafts:
+                sequence.drafter = None
+            return
+        refused = self._places.shrink(scheduled, error)
+        if refused is not None:
+            sequence, reason = refused
+            self._deliver([self._end(sequence, error=reason)])
 
     def _leave_merged(self, merging: Merging) -> None:
         """Let merged weights be freed now: who runs on them loses its place, and goes on beside the base's."""

@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from lorary.errors import Overloaded
 from lorary.server.engine.blocks import BLOCK, Blocks
+from lorary.server.engine.scheduler import RETRY_S
 
 if TYPE_CHECKING:
     from lorary.server.engine.kv_cache import KVCache
     from lorary.server.engine.request import MergeableLease
-    from lorary.server.engine.scheduler import Scheduler
+    from lorary.server.engine.scheduler import Scheduled, Scheduler
     from lorary.server.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
+
+LAST_STRAW = 3
+"""So many requests in a row without memory for the smallest of steps: there is nobody to serve any more."""
 
 
 class Places:
@@ -42,6 +47,9 @@ class Places:
         self.blocks = Blocks(cache.num_blocks, share=share, shared_layers=cache.shape.shared_layers)
         self.num_preempted = 0
         self._is_full = False
+        self._first_limits = scheduler.max_batch, scheduler.prefill_budget
+        # Requests that had no memory for the smallest of steps since any step went well.
+        self._hopeless: set[str] = set()
 
     def make_room(self) -> None:
         """Give every sequence that decodes a block for its next token, at others' expense if need be."""
@@ -59,6 +67,7 @@ class Places:
 
     def move_on(self, advanced: tuple[tuple[Sequence, int], ...]) -> None:
         """Note so many more positions of each as computed; what has filled a block may be shared."""
+        self._hopeless.clear()
         for sequence, count in advanced:
             sequence.num_computed += count
             if count > 1 or not sequence.num_computed % BLOCK:
@@ -121,25 +130,76 @@ class Places:
         self._cache.release_slot(sequence.slot)
         sequence.slot = -1
 
-    def shrink(self, error: BaseException) -> None:
-        """Go on with half as many after a step for which there was no memory; it changed nothing.
+    def shrink(
+        self, scheduled: Scheduled, error: BaseException
+    ) -> tuple[Sequence, Overloaded] | None:
+        """Make less of the next step, after a pass for which there was no memory; it changed nothing.
+
+        Of several, half go on; one that is alone reads its prompt in chunks of half the size, down to a block.
+
+        Returns:
+            Who was alone with nothing left to halve, and what it is told: it must be ended. The limits are
+            again what they were at first, for it may be what they were lowered for. None: try again.
 
         Raises:
-            BaseException: ``error``, when one sequence alone was too much.
+            BaseException: ``error``, when ``LAST_STRAW`` different requests in a row had no memory for a step
+                that nobody's could be smaller than.
         """
         scheduler = self._scheduler
-        if len(scheduler.running) == 1 and scheduler.prefill_budget <= BLOCK:
-            raise error
-        scheduler.max_batch = max(1, len(scheduler.running) // 2)
-        scheduler.prefill_budget = max(BLOCK, scheduler.prefill_budget // 2)
-        while len(scheduler.running) > scheduler.max_batch:
-            self.preempt(scheduler.victim())
+        budget = scheduler.prefill_budget
+        num_read = sum(count for _, count in scheduled.prefill)
         if self._cache.k.device.type == "cuda":
             torch.cuda.empty_cache()
+        if len(scheduler.running) > 1:
+            scheduler.max_batch = len(scheduler.running) // 2
+            while len(scheduler.running) > scheduler.max_batch:
+                self.preempt(scheduler.victim())
+        elif num_read > BLOCK:
+            budget = num_read
+        else:
+            return self._refuse(scheduler.running[0], num_read, error)
+        # One that is below a block as it is stays there.
+        scheduler.prefill_budget = min(scheduler.prefill_budget, max(BLOCK, budget // 2))
         logger.warning(
             "a step ran out of memory (%s); from now on at most %d answers at once and %d prompt tokens "
             "in a step. Lower --memory-fraction, --max-batch or --prefill-budget",
-            str(error).partition("\n")[0],
+            _first_line(error),
             scheduler.max_batch,
             scheduler.prefill_budget,
         )
+        return None
+
+    def _refuse(
+        self, sequence: Sequence, num_read: int, error: BaseException
+    ) -> tuple[Sequence, Overloaded]:
+        """Return what a sequence is told whose step has no memory, though it is alone and as small as it gets."""
+        scheduler, request = self._scheduler, sequence.request
+        num_tokens = max(1, num_read)
+        if sequence.num_computed + num_read == len(sequence.token_ids):
+            num_tokens += sequence.num_branch_tokens
+        # A longer one may be too long, or have too many labels. This one says that nothing fits.
+        if sequence.num_computed + num_tokens <= BLOCK:
+            self._hopeless.add(request.request_id)
+            if len(self._hopeless) >= LAST_STRAW:
+                raise error
+        scheduler.max_batch, scheduler.prefill_budget = self._first_limits
+        logger.warning(
+            "request '%s' was refused: alone, a step of %d tokens behind %d others ran out of memory (%s). "
+            "Lower --memory-fraction or --max-batch, or give the server more memory",
+            request.request_id,
+            num_tokens,
+            sequence.num_computed,
+            _first_line(error),
+        )
+        return sequence, Overloaded(
+            f"this server has no memory for a step of {num_tokens} tokens behind {sequence.num_computed} "
+            f"others, not even alone: all labels and up to {BLOCK} tokens of a prompt are one step at least. "
+            "Send a shorter prompt or fewer labels; or start the server with a lower --memory-fraction or "
+            "--max-batch, or with more memory",
+            retry_after_s=RETRY_S[1],
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what an error says, without the allocator's advice."""
+    return str(error).partition("\n")[0] or type(error).__name__
