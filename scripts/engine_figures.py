@@ -28,7 +28,7 @@ STEP_ROWS = 32
 OVERHEAD_MS = 1.5
 OF_BOUND = 0.50
 EXACT = 0.88
-SECTIONS = ("serving", "mixes", "roofline", "step", "exactness")
+SECTIONS = ("serving", "peers", "mixes", "roofline", "step", "exactness")
 
 Found = dict[str, dict[report.Cell, "Median"]]
 
@@ -151,17 +151,17 @@ def shown_figures(root: Path) -> list[Figure]:
     """Check that the docs show what committed records say."""
     text = (root / "docs" / "benchmarks.md").read_text()
     figures = [section_figure(root, section) for section in SECTIONS]
-    begin, end = report.markers("serving")
+    begin, end = report.markers("peers")
     shown = text.partition(begin)[2].partition(end)[0]
     absent = [name for name in (OURS, *MIXING_PEERS, BASE_PEER) if name not in shown]
     figures.append(
         Figure("docs/benchmarks.md: peers in the table", _all_but(absent), "all", is_ok=not absent)
     )
-    picture = root / "docs" / "serving.svg"
+    picture = root / "docs" / "peers.svg"
     drawn = picture.read_text() if picture.exists() else ""
     absent = [name for name in (OURS, *MIXING_PEERS) if name not in drawn]
     figures.append(
-        Figure("docs/serving.svg: lines in the picture", _all_but(absent), "all", is_ok=not absent)
+        Figure("docs/peers.svg: lines in the picture", _all_but(absent), "all", is_ok=not absent)
     )
     log = root / "docs" / "log.md"
     days = len(re.findall(r"^## \d{4}-", log.read_text(), re.MULTILINE)) if log.exists() else 0

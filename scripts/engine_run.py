@@ -98,6 +98,8 @@ def gpu(measured: Measured) -> list[Figure]:
 
 def _matrix_options() -> list[str]:
     return [
+        "--name",
+        "peers",
         "--cells",
         CELLS,
         "--contenders",
