@@ -124,6 +124,7 @@ class FakeRegistry:
 
     def __init__(self) -> None:
         self.broken: BaseException | None = None
+        self.listed: list[str] = []
 
     @property
     def rollouts(self) -> FakeRollouts:
@@ -164,12 +165,14 @@ class FakeRegistry:
             Method(name="lora", rank=8, alpha=8.0, target_modules=("q_proj",)),
         )
 
-    def list(self) -> list[FakeVersion]:
+    def list(self, name: str = "") -> list[FakeVersion]:
+        self.listed.append(name)
         return [
             FakeVersion(
-                name, 1, digest_of(name), ("prod",), 8, self.manifest(self.resolve(name)).task.kind
+                one, 1, digest_of(one), ("prod",), 8, self.manifest(self.resolve(one)).task.kind
             )
-            for name in ADAPTERS
+            for one in ADAPTERS
+            if name in ("", one)
         ]
 
 

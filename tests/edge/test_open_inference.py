@@ -13,7 +13,7 @@ import pytest_asyncio
 from lorary.oip import open_inference_pb2 as oip
 from lorary.oip import open_inference_pb2_grpc
 from lorary.server.access.tokens import token_hash
-from tests.edge.fakes import FINGERPRINT, digest_of, serving
+from tests.edge.fakes import FINGERPRINT, FakeRegistry, digest_of, serving
 from tests.edge.test_bad_input import details
 
 if TYPE_CHECKING:
@@ -136,6 +136,21 @@ async def test_texts_are_answered_with_their_receipt(edge: Edge, stub: Any) -> N
     assert dict(await call.trailing_metadata())["lorary-adapter-digest"] == digest_of("beta")
     sampling = edge.engine.submitted[-1].sampling
     assert (sampling.temperature, sampling.stop) == (0.0, ("99",))
+
+
+async def test_metadata_of_a_name_reads_that_name_alone() -> None:
+    """A registry has thousands of others, and a Hub is asked for each."""
+    registry = FakeRegistry()
+    async with serving(open_inference=True, registry=registry) as edge:
+        known = len(registry.listed)
+        stub = stub_of(edge)
+        found = await stub.ModelMetadata(oip.ModelMetadataRequest(name="beta@prod"))
+        assert list(found.versions) == ["1"]
+        found = await stub.ModelMetadata(oip.ModelMetadataRequest(name="alpha", version="1"))
+        assert list(found.versions) == ["1"]
+        found = await stub.ModelMetadata(oip.ModelMetadataRequest(name="tiny"))
+        assert list(found.versions) == []
+        assert registry.listed[known:] == ["beta", "alpha"]
 
 
 async def test_raw_texts_are_answered_raw(stub: Any) -> None:

@@ -252,6 +252,34 @@ def test_verify_and_list_know_every_version(filled: Registry) -> None:
     assert Registry.open(filled.url).list() == filled.list()
 
 
+def test_a_list_of_one_adapter_reads_no_other(
+    forge: Forge, filled: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled.push(forge.folder(seed=9), "b", base=forge.card)
+    filled.set_alias("a", "prod", 2)
+    filled.delete("a@1", reason="old")
+    every = filled.list()
+    assert [(info.name, info.version) for info in every] == [("a", 2), ("a", 3), ("b", 1)]
+    store, summaries = filled._store, filled._store.summaries
+    read: list[str] = []
+
+    def names() -> list[str]:
+        raise AssertionError("every adapter is asked for")
+
+    def noted(name: str) -> object:
+        read.append(name)
+        return summaries(name)
+
+    monkeypatch.setattr(store, "names", names)
+    monkeypatch.setattr(store, "summaries", noted)
+    assert filled.list("a") == every[:2]
+    assert filled.list("b") == every[2:]
+    assert filled.list("nobody") == []
+    assert read == ["a", "b", "nobody"]
+    with pytest.raises(InvalidRef):
+        filled.list("../a")
+
+
 def test_a_refused_push_changes_nothing(
     forge: Forge, anywhere: Registry, other_card: BaseCard
 ) -> None:

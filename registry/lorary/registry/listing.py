@@ -16,13 +16,13 @@ from lorary.registry.versions import Pointer
 logger = logging.getLogger(__name__)
 
 
-def listed(store: Store) -> list[VersionInfo]:
-    """Return every version of every adapter that is not deleted, by name and number.
+def listed(store: Store, only: str = "") -> list[VersionInfo]:
+    """Return every version that is not deleted, by name and number: of every adapter, or of ``only`` this one.
 
     A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
     """
     infos: list[VersionInfo] = []
-    for name in store.names():
+    for name in [only] if only else store.names():
         marks = _marks_or_none(store, name)
         if marks is None:
             continue

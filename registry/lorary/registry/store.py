@@ -270,12 +270,20 @@ class Registry:
             folder = self._store.fetch(resolved.name, pointer)  # heals what it can, or says why not
             return copy_version(folder, pointer, manifest, dest, check=check)
 
-    def list(self) -> builtins.list[VersionInfo]:
-        """Return every version of every adapter that is not deleted, by name and number.
+    def list(self, name: str = "") -> builtins.list[VersionInfo]:
+        """Return every version that is not deleted, by name and number.
 
         A damaged version is left out, with a warning in the log; ``verify`` says what is wrong.
+
+        Args:
+            name: only of this adapter, and no other is read: nothing if there is none; of every one if empty.
+
+        Raises:
+            InvalidRef: the name is not valid.
         """
-        return listed(self._store)
+        if name:
+            check_name(name)
+        return listed(self._store, name)
 
     def described(self) -> Iterator[tuple[VersionInfo, Manifest]]:
         """Yield what ``list`` returns, each with its manifest."""

@@ -169,8 +169,8 @@ class RegistryLike(Protocol):
         """
         ...
 
-    def list(self) -> Sequence[VersionLike]:
-        """Return every version of every adapter."""
+    def list(self, name: str = "") -> Sequence[VersionLike]:
+        """Return every version of an adapter, without a look at others; of every adapter if ``name`` is empty."""
         ...
 
 

@@ -103,12 +103,13 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         target = await self._parts.targets.resolve(ref)
         versions: Sequence[Any] = ()
         if target.name:
-            versions = await self._parts.targets.run(self._registry.list)
+            # Of thousands of adapters, which a Hub is asked for one by one, this is about one.
+            versions = await self._parts.targets.run(self._registry.list, target.name)
         tensor = oip.ModelMetadataResponse.TensorMetadata
         outputs = [(*one, kind) for kind, names in OUTPUTS.items() for one in names.items()]
         return oip.ModelMetadataResponse(
             name=request.name,
-            versions=[str(v.version) for v in versions if v.name == target.name],
+            versions=[str(v.version) for v in versions],
             platform=PLATFORM,
             inputs=[tensor(name=TEXT_INPUT, datatype="BYTES", shape=[-1])],
             outputs=[
