@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,11 @@ import httpx2 as httpx
 import pytest
 import pytest_asyncio
 
+from lorary.errors import InvalidRequest
 from lorary.oip import open_inference_pb2 as oip
 from lorary.oip import open_inference_pb2_grpc
 from lorary.server.access.tokens import token_hash
+from lorary.server.open_inference.tensors import read_texts
 from tests.edge.fakes import FINGERPRINT, FakeRegistry, digest_of, serving
 from tests.edge.test_bad_input import details
 
@@ -138,6 +141,31 @@ async def test_texts_are_answered_with_their_receipt(edge: Edge, stub: Any) -> N
     assert (sampling.temperature, sampling.stop) == (0.0, ("99",))
 
 
+async def test_a_shape_has_up_to_eight_dimensions(stub: Any) -> None:
+    request = asking("tiny", "2 5", max_tokens=1)
+    request.inputs[0].shape[:] = [1] * 8
+    found = await stub.ModelInfer(request)
+    assert [list(one.shape) for one in found.outputs] == [[1] * 8] * 3
+
+
+async def test_shapes_are_not_multiplied_before_they_are_known_to_be_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """400,000 dimensions of 62 bits fit into one message; their product would hold up every caller for minutes."""
+    multiplied: list[int] = []
+    prod = math.prod
+
+    def noted(shape: list[int]) -> int:
+        multiplied.append(len(shape))
+        return prod(shape)
+
+    monkeypatch.setattr(math, "prod", noted)
+    with pytest.raises(InvalidRequest, match="has 400000 dimensions; at most 8"):
+        read_texts(broken(shape=[2**62] * 400_000), most=128)
+    read_texts(broken(shape=[1, 1]), most=128)
+    assert multiplied == [2]
+
+
 async def test_metadata_of_a_name_reads_that_name_alone() -> None:
     """A registry has thousands of others, and a Hub is asked for each."""
     registry = FakeRegistry()
@@ -207,6 +235,7 @@ FAULTS: dict[str, tuple[oip.ModelInferRequest, str]] = {
     "no shape": (broken(shape=[]), "inputs[0].shape"),
     "negative shape": (broken(shape=[-1, -1]), "inputs[0].shape"),
     "huge shape": (broken(shape=[2**62, 2**62]), "inputs[0].shape"),
+    "many dimensions": (broken(shape=[1] * 9), "inputs[0].shape"),
     "both contents": (broken(raw=[raw_texts("2")]), "raw_input_contents"),
     "cut raw": (
         broken(contents=oip.InferTensorContents(), raw=[raw_texts("2 5")[:-1]]),

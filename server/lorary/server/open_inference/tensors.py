@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 TEXT_INPUT = "text_input"
+MAX_DIMENSIONS = 8
+"""Of the texts. Each is told again with every output, and the product of thousands of large ones takes minutes."""
 
 _LENGTH = struct.Struct("<I")
 
@@ -40,11 +42,17 @@ def read_texts(request: oip.ModelInferRequest, *, most: int) -> tuple[tuple[str,
             f"'{TEXT_INPUT}' has the parameter '{name}', and tensors here have none. Leave it out.",
             field="inputs[0].parameters",
         )
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise InvalidRequest(
+            f"the shape of '{TEXT_INPUT}' has {len(tensor.shape)} dimensions; at most {MAX_DIMENSIONS} are "
+            "allowed. Send the texts in fewer, such as one.",
+            field="inputs[0].shape",
+        )
     shape = list(tensor.shape)
     count = math.prod(shape)
     if not shape or min(shape) < 1 or count > most:
         raise InvalidRequest(
-            f"'{TEXT_INPUT}' has shape {shape[:8]}; it must hold 1 to {most} texts.",
+            f"'{TEXT_INPUT}' has shape {shape}; it must hold 1 to {most} texts.",
             field="inputs[0].shape",
         )
     elements = _elements(request)
