@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from scripts.proven import Proof
 
-DOORS = ("gRPC", "HTTP", "sockets")
+DOORS = ("gRPC", "HTTP", "sockets", "OIP gRPC", "OIP HTTP")
+"""Of OIP: the Open Inference Protocol's service, and its paths below /v2."""
 BAR_INPUTS, BAR_FUZZ_MB = 10_000, 24
 FUZZ_INPUTS = 12_000
 """More than the bar: of inputs drawn at random, some are drawn twice and sent once."""

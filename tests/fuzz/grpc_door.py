@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import strategies as st
 
 from lorary.errors import OUTCOMES, reason
+from lorary.oip import open_inference_pb2 as oip
 from lorary.server.status import DETAILS_KEY, DOMAIN
 from lorary.v1 import control_pb2 as control
 from lorary.v1 import inference_pb2 as pb
@@ -48,6 +49,24 @@ _TOOL_CHAT = pb.Input(chat=pb.ChatMessages(messages=_TURNS, tools=_TOOLS))
 _PROMPT = pb.Input(prompt="the cat sat")
 _IDS = pb.Input(token_ids=pb.TokenIds(ids=[5, 9, 12, 30]))
 _FEW = pb.SamplingParams(max_tokens=4)
+
+
+def _infer(model: str, *outputs: str, raw: bytes = b"", **parameters: int | str | bool) -> Message:
+    """Return a call of the Open Inference Protocol, of two texts, or of one sent raw."""
+    message = oip.ModelInferRequest(model_name=model)
+    tensor = message.inputs.add(name="text_input", datatype="BYTES", shape=[1 if raw else 2])
+    if raw:
+        message.raw_input_contents.append(raw)
+    else:
+        tensor.contents.bytes_contents.extend([b"the cat", b"sat"])
+    for name in outputs:
+        message.outputs.add(name=name)
+    kinds = {bool: "bool_param", int: "int64_param", str: "string_param"}
+    for name, value in parameters.items():
+        setattr(message.parameters[name], kinds[type(value)], value)
+    return message
+
+
 SEEDS: dict[str, Sequence[Message]] = {
     "GenerateRequest": (
         pb.GenerateRequest(adapter="alpha", input=_PROMPT, sampling=_FEW),
@@ -95,6 +114,14 @@ SEEDS: dict[str, Sequence[Message]] = {
     "EmbedRequest": (
         pb.EmbedRequest(adapter="alpha", inputs=[_PROMPT, _IDS], dimensions=8, normalize=True),
     ),
+    "ModelInferRequest": (
+        _infer("alpha", max_tokens=3, stop="cat"),
+        _infer("base", max_tokens=2, raw=b"\x07\0\0\0the cat"),
+        _infer("judge@prod", "label", "probability", use_template=True),
+        _infer("alpha", "embedding", dimensions=8, pooling="last", normalize=True),
+    ),
+    "ModelReadyRequest": (oip.ModelReadyRequest(name="alpha", version="1"),),
+    "ModelMetadataRequest": (oip.ModelMetadataRequest(name="judge@prod"),),
     "SetAliasRequest": (
         control.SetAliasRequest(name="alpha", alias="canary", version=1, reason="why"),
     ),
@@ -116,6 +143,7 @@ def _methods() -> Iterator[Method]:
     services = [
         *pb.DESCRIPTOR.services_by_name.values(),
         *control.DESCRIPTOR.services_by_name.values(),
+        *oip.DESCRIPTOR.services_by_name.values(),
         *health_pb2.DESCRIPTOR.services_by_name.values(),
         *reflection_pb2.DESCRIPTOR.services_by_name.values(),
     ]
@@ -134,8 +162,21 @@ def _methods() -> Iterator[Method]:
 
 METHODS = tuple(_methods())
 _KNOWN = {method.path: method for method in METHODS}
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
+_BY_DOOR = {
+    "gRPC": tuple(one for one in METHODS if not one.path.startswith("/inference.")),
+    # What answers is most of that service; the others say what there is.
+    "OIP gRPC": (
+        *(one for one in METHODS if one.path.startswith("/inference.")),
+        *(_KNOWN[_INFER],) * 6,
+    ),
+}
 _STRANGE_PATHS = (
     *("/lorary.v1.Inference/Nothing", "/lorary.v1.Inference/", "/", "//", "/a/b/c"),
+    *(
+        "/inference.GRPCInferenceService/Nothing",
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+    ),
     *("/lorary.v2.Inference/Generate", "/" + "x" * 3000, "/lorary.v1.inference/generate"),
 )
 
@@ -196,7 +237,7 @@ class GrpcInput:
             ended = [a.complete.index for a in read if a.HasField("complete")]  # type: ignore[attr-defined]
             if sorted(ended) != list(range(wanted)):
                 return f"{wanted} answers were asked for, and the ends are of {sorted(ended)}"
-        return ""
+        return _wrong_tensors(read[0]) if isinstance(read[0], oip.ModelInferResponse) else ""
 
     def _wrong_end(self, code: grpc.StatusCode, text: str, trailing: dict[str, Any]) -> str:
         """Return why a status is none that is documented (docs/errors.md), "" if it is."""
@@ -229,12 +270,37 @@ class GrpcInput:
         }.get(code, False)
 
 
+def _wrong_tensors(answer: oip.ModelInferResponse) -> str:
+    """Return which tensor of an answer has not the elements that its shape says, "" if none."""
+    for i, tensor in enumerate(answer.outputs):
+        if answer.raw_output_contents:
+            raw = answer.raw_output_contents[i]
+            size = {"INT64": 8, "FP32": 4}.get(tensor.datatype)
+            count = len(raw) // size if size else _num_raw_texts(raw)
+        else:
+            ((_, elements),) = tensor.contents.ListFields()
+            count = len(elements)
+        if count != math.prod(tensor.shape):
+            return f"{tensor.name} has {count} elements and shape {list(tensor.shape)}"
+    return ""
+
+
+def _num_raw_texts(raw: bytes) -> int:
+    count = at = 0
+    while at < len(raw):
+        at += 4 + int.from_bytes(raw[at : at + 4], "little")
+        count += 1
+    return count
+
+
 def _has_nan(message: Message) -> bool:
     for field, value in message.ListFields():
         if field.message_type is not None and not field.message_type.GetOptions().map_entry:
             if any(map(_has_nan, value if field.is_repeated else [value])):
                 return True
-        elif isinstance(value, float) and math.isnan(value):
+        elif field.cpp_type in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE) and any(
+            map(math.isnan, value if field.is_repeated else [value])
+        ):
             return True
     return False
 
@@ -251,9 +317,9 @@ _VALUES = st.sampled_from(
 
 
 @st.composite
-def grpc_inputs(draw: Draw) -> GrpcInput:
-    """Any call of any method."""
-    method = draw(st.sampled_from(METHODS))
+def grpc_inputs(draw: Draw, door: str = "gRPC") -> GrpcInput:
+    """Any call of any method of Lorary's own, or of the Open Inference Protocol's."""
+    method = draw(st.sampled_from(_BY_DOOR[door]))
     good = changed(draw, method.seeds).SerializeToString()
     is_good = draw(st.sampled_from((True, True, True, True, False)))
     payload = good if is_good else damaged(draw, good)
@@ -286,4 +352,5 @@ def grpc_inputs(draw: Draw) -> GrpcInput:
         metadata=tuple(metadata),
         timeout_s=timeout_s,
         leaves_after=leaves_after,
+        door=door,
     )

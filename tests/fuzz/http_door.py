@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,41 @@ SEEDS: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
     "/console/api/rollback": ({"name": "alpha", "alias": "prod", "expect_version": 1},),
 }
+_TENSOR = {"name": "text_input", "datatype": "BYTES", "shape": [2], "data": ["the cat", "sat"]}
+_INFERS: tuple[dict[str, Any], ...] = (
+    {"id": "id", "inputs": [_TENSOR], "parameters": {"max_tokens": 3, "stop": "cat", "seed": 1}},
+    {
+        "inputs": [{**_TENSOR, "shape": [2, 1], "data": [["the cat"], ["sat"]]}],
+        "parameters": {"max_tokens": 2, "temperature": 0.5, "use_template": True},
+    },
+    {"inputs": [_TENSOR], "outputs": [{"name": "label"}, {"name": "probability"}]},
+    {
+        "inputs": [_TENSOR],
+        "outputs": [{"name": "embedding"}],
+        "parameters": {"dimensions": 8, "normalize": True, "pooling": "last"},
+    },
+)
+V2_SEEDS: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "/v2/models/judge@prod/infer": _INFERS,
+    "/v2/models/judge/versions/1/infer": _INFERS,
+    "/v2/models/base/infer": _INFERS,
+    "/v2/models/alpha/infer": _INFERS,
+    "/v2/models/nobody/infer": _INFERS,
+}
+V2_GETS = (
+    *("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/alpha", "/v2/models/base/ready"),
+    *("/v2/models/alpha/versions/1", "/v2/models/judge/versions/1/ready", "/v2/models/a/b/c"),
+    *("/v2/models/judge@prod/ready", "/v2/models/alpha@1/versions/1", "/v2/models/nobody/ready"),
+    *("/v2/models/base", "/v2/models/base/versions/1", "/v2/models/alpha/versions/99"),
+)
+_ODD_V2_PATHS = (
+    *("/v2/", "/v2/models", "/v2/models/", "/v2/models//infer", "/v2/models/alpha/versions//infer"),
+    *("/v2/models/%00/ready", "/v2/models/%ff%fe", "/v2/models/%ED%A0%80/infer", "/v2//models/x"),
+    *("/v2/models/..%2f..%2fetc%2fpasswd", "/v2/models/" + "x" * 3000 + "/ready", "/v2/health"),
+    *("/v2/models/alpha/versions/" + "9" * 5000, "/v2/models/alpha/versions/1%0a/ready"),
+    *("/v2/models/alpha@sha256:/ready", "/v2/models/@/infer", "/v2/repository/index"),
+    *("/v2/models/alpha/versions/1/versions/1/infer", "/v2/models/%5B%7B/infer", "/v2?%ff=%00"),
+)
 GETS = (
     *("/v1/models", "/v1/models/alpha", "/v1/models/judge@prod", "/v1/models/nobody", "/health"),
     *("/ready", "/metrics", "/console", "/console/", "/console/api/state", "/console/api/figures"),
@@ -154,6 +190,9 @@ _NAMES = (
         "best_of",
         "suffix",
         "user",
+        "parameters",
+        "max_tokens",
+        "pooling",
         "modalities",
         "max_token",
         "json",
@@ -247,7 +286,7 @@ class HttpInput:
             body = b"".join(_chunks(body))
         kind = headers.get("content-type", "")
         if kind.startswith("application/json"):
-            return _wrong_json(body, status)
+            return _wrong_v2(body, status) if self.door == "OIP HTTP" else _wrong_json(body, status)
         if kind.startswith("text/event-stream"):
             return _wrong_stream(body)
         return f"an error without JSON: {said}" if status >= 400 and body else ""
@@ -280,6 +319,24 @@ def _wrong_json(body: bytes, status: int) -> str:
     if not is_whole or told["code"] == "internal_error":
         return f"{status} with {body[:300]!r}"
     return ""
+
+
+def _wrong_v2(body: bytes, status: int) -> str:
+    """Return what is wrong with an answer of /v2, whose errors are a text; only strangers' paths have OpenAI's."""
+    try:
+        found = _strict(body)
+    except ValueError as error:
+        return f"{status} with what is no JSON ({error}): {body[:200]!r}"
+    for tensor in found.get("outputs", ()) if "model_name" in found else ():
+        if len(tensor["data"]) != math.prod(tensor["shape"]):
+            return f"{tensor['name']} has {len(tensor['data'])} elements, shape {tensor['shape']}"
+    if status < 400 or found.get("ready") is False:
+        return ""
+    told = found.get("error")
+    if isinstance(told, dict):
+        return _wrong_json(body, status)
+    is_told = isinstance(told, str) and told and not told.startswith("internal error")
+    return "" if is_told else f"{status} with {body[:300]!r}"
 
 
 def _wrong_stream(body: bytes) -> str:
@@ -322,7 +379,8 @@ def change_json(draw: Draw, value: Any) -> Any:
 
 
 def _body(draw: Draw, path: str) -> bytes:
-    body = json.loads(json.dumps(draw(st.sampled_from(SEEDS.get(path, ({"model": "alpha"},))))))
+    seeds = SEEDS.get(path) or V2_SEEDS.get(path) or ({"model": "alpha"},)
+    body = json.loads(json.dumps(draw(st.sampled_from(seeds))))
     for _ in range(draw(st.sampled_from((0, 1, 1, 1, 2, 2, 4)))):
         body = change_json(draw, body)
     text = json.dumps(body)
@@ -366,20 +424,28 @@ _TYPES = (
 )
 
 
+_BY_DOOR: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "HTTP": ((*SEEDS, *list(SEEDS)[:2]), GETS, _ODD_PATHS),
+    "OIP HTTP": (tuple(V2_SEEDS), V2_GETS, _ODD_V2_PATHS),
+}
+"""By door: paths that take a body, those that do not, and those that nobody serves."""
+
+
 @st.composite
-def http_inputs(draw: Draw) -> HttpInput:
-    """Any request of any route that is one request."""
+def http_inputs(draw: Draw, door: str = "HTTP") -> HttpInput:
+    """Any request of any route of Lorary's own, or of /v2, that is one request."""
+    posts, gets, strangers = _BY_DOOR[door]
     oddity = draw(
         st.sampled_from((*("none",) * 9, "method", "path", "header", "type", "body", "chunks"))
     )
     is_post = draw(st.sampled_from((True, True, True, False)))
-    path = draw(st.sampled_from((*SEEDS, *list(SEEDS)[:2]) if is_post else GETS))
+    path = draw(st.sampled_from(posts if is_post else gets))
     method = "POST" if is_post else "GET"
     body = _body(draw, path) if is_post else b""
     if oddity == "method":
         method = draw(st.sampled_from(_METHODS))
     elif oddity == "path":
-        path = draw(st.sampled_from(_ODD_PATHS))
+        path = draw(st.sampled_from(strangers))
     elif oddity == "body" and body:
         body = _damaged_body(draw, body)
     # Which method may have no body, or a path of its own, is HTTP's to say.
@@ -401,7 +467,8 @@ def http_inputs(draw: Draw) -> HttpInput:
     head = b"\r\n".join(lines) + b"\r\n\r\n"
     whole = (head + parts[0], *parts[1:])
     ends = draw(st.sampled_from((*("answered",) * 12, "reset")))
-    return HttpInput(what=f"{method} {path[:60]}", parts=whole, is_whole=not is_odd, ends=ends)
+    what = f"{method} {path[:60]}"
+    return HttpInput(what=what, parts=whole, is_whole=not is_odd, ends=ends, door=door)
 
 
 _GOOD = (

@@ -30,7 +30,21 @@ HINTS: Mapping[str, Sequence[str]] = {
         *("alpha", "alpha@prod", "alpha@1", "alpha@99", "alpha@sha256:", "alpha@latest", "judge"),
         *("judge@prod", "nobody", "nobody@3", "alpha@", "@prod", "ALPHA", "a/b/c", "\u0430lpha"),
     ),
-    "name": ("alpha", "judge", "nobody", "look", "look!", "a/b", "latest"),
+    "name": (
+        *("alpha", "judge", "nobody", "look", "look!", "a/b", "latest", "judge@prod", "base"),
+        *("text_input", "text_output", "label", "probability", "embedding", "completion_tokens"),
+    ),
+    "model_name": ("alpha", "judge", "judge@prod", "alpha@1", "base", "nobody", "alpha@", "a/b/c"),
+    "version": ("", "1", "2", "prod", "latest", "-1", "01", "9" * 30, "@1", "sha256:"),
+    "model_version": ("", "1", "2", "prod", "latest", "-1", "01", "9" * 30, "@1", "sha256:"),
+    "datatype": ("BYTES", "FP32", "INT64", "bytes", "BOOL"),
+    # Of a map by texts: parameters of the Open Inference Protocol.
+    "key": (
+        *("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "json_schema", "regex"),
+        *("use_template", "priority", "scale", "routing_key", "pooling", "normalize", "dimensions"),
+        *("max_token", "n", "logprobs", "stop_token_ids", "choice", "logit_bias", "sampling"),
+    ),
+    "string_param": ("mean", "last", "cat", "[a-c]+", '{"type": "integer"}', "key"),
     "alias": ("prod", "canary", "latest", "3", "", "a" * 65, "sha256"),
     "role": ("user", "system", "assistant", "tool", "developer"),
     "labels": ("good", "bad", "not good", "the"),
@@ -84,6 +98,12 @@ _FLOATS = st.sampled_from(
         *(2.0**-149, 2.0**-126, float("nan"), float("inf"), float("-inf")),
     )
 ) | st.floats(width=32)
+_BYTES = (
+    *(b"", b"\0", b"the cat", b"\xff\xfe", b"\xed\xa0\x80", b"x" * 3000),
+    *(b"\x07\0\0\0the cat", b"\x07\0\0\0the cat" * 2, b"\0\0\0\0", b"\x08\0\0\0the cat"),
+    *(b"\xff\xff\xff\xff", b"\x07\0", b"\0\0\0\0" * 300),
+)
+"""Texts, and tensors of texts as the Open Inference Protocol sends them raw: whole ones, and others."""
 _MANY = (0, 1, 1, 1, 2, 2, 3, 9, 17, 129, 300, 1025)
 """How often something repeats."""
 
@@ -102,6 +122,8 @@ def scalars(field: Field) -> st.SearchStrategy[Any]:
     if kind == Field.CPPTYPE_ENUM:
         assert field.enum_type is not None
         return st.sampled_from([*field.enum_type.values_by_number, 99, -1, 2**31 - 1])
+    if field.type == Field.TYPE_BYTES:
+        return st.sampled_from(_BYTES) | st.binary(max_size=64)
     return texts(field.name)
 
 
@@ -132,7 +154,14 @@ def change(draw: Draw, message: Message) -> None:
         )
         first = draw(scalars(key))
         for k in range(draw(st.sampled_from(_MANY))):
-            here[(first + k) % 2**32] = draw(scalars(value)) if k < 3 else 1.0
+            is_text = key.cpp_type == Field.CPPTYPE_STRING
+            at: Any = (f"{first}{k}" if k else first) if is_text else (first + k) % 2**32
+            if value.message_type is None:
+                here[at] = draw(scalars(value)) if k < 3 else 1.0
+            elif k < 3:
+                change(draw, here[at])
+            else:
+                here[at].SetInParent()
     elif field.is_repeated:
         _change_several(draw, here)
     elif draw(st.sampled_from((True, True, True, False))):

@@ -28,6 +28,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from lorary.client import Client
+from lorary.oip import open_inference_pb2_grpc
 from lorary.registry import BaseCard, Registry
 from lorary.v1 import control_pb2_grpc, inference_pb2_grpc
 from tests.conftest import AdapterRecipe, build_adapter, build_llama, write_manifest
@@ -84,7 +85,15 @@ def server(log: Path) -> Iterator[ServerProcess]:
         folder = write_manifest(base, build_adapter(base, log / name, recipe), **task)
         registry.push(folder, name, base=BaseCard.from_folder(base))
         registry.set_alias(name, "prod", 1)
-    options = ("--http-port", "0", "--merge-memory", "16MiB", "--max-batch", str(MAX_BATCH))
+    options = (
+        "--http-port",
+        "0",
+        "--open-inference",
+        "--merge-memory",
+        "16MiB",
+        "--max-batch",
+        str(MAX_BATCH),
+    )
     with serving(base, log / "registry", log, *options, "--max-waiting", "64") as running:
         yield running
 
@@ -151,7 +160,10 @@ def fuzz(driver: Driver, count: int, drawn_from: int) -> None:
 
     @seed(drawn_from)
     @settings(max_examples=count, phases=[Phase.generate], **OPTIONS)
-    @given(grpc_inputs() | grpc_inputs() | http_inputs() | http_inputs() | socket_inputs())
+    @given(
+        (grpc_inputs() | grpc_inputs() | http_inputs() | http_inputs() | socket_inputs())
+        | (grpc_inputs("OIP gRPC") | http_inputs("OIP HTTP"))
+    )
     def send(one: GrpcInput | HttpInput) -> None:
         driver.send(one)
 
@@ -224,6 +236,10 @@ def whole_house(server: ServerProcess) -> None:
 def test_every_method_is_among_what_is_sent() -> None:
     """By their descriptors, so that a new one is fuzzed from its first day."""
     paths = {method.path for method in METHODS}
-    services = (inference_pb2_grpc.InferenceServicer, control_pb2_grpc.ControlServicer)
+    services = (
+        inference_pb2_grpc.InferenceServicer,
+        control_pb2_grpc.ControlServicer,
+        open_inference_pb2_grpc.GRPCInferenceServiceServicer,
+    )
     names = {name for service in services for name in vars(service) if name[0].isupper()}
     assert names <= {path.rpartition("/")[2] for path in paths}
