@@ -28,6 +28,21 @@ def test_long_prompt_is_cut_and_streams_go_on() -> None:
     assert advance(scheduler) == (["short", "long"], [])
 
 
+def test_prompts_take_smaller_chunks_while_answers_go_on() -> None:
+    scheduler = Scheduler(max_batch=4, prefill_budget=10, prefill_beside=4, max_waiting=9)
+    for name in ("a", "b", "c"):
+        scheduler.add(make(name, 6))
+    # Nobody waits for a token yet.
+    assert advance(scheduler) == ([], [("a", 6), ("b", 4)])
+    assert advance(scheduler) == (["a"], [("b", 2), ("c", 2)])
+    assert advance(scheduler) == (["a", "b"], [("c", 4)])
+    assert advance(scheduler) == (["a", "b", "c"], [])
+    for sequence in list(scheduler.running):
+        scheduler.remove(sequence)
+    scheduler.add(make("d", 9))
+    assert advance(scheduler) == ([], [("d", 9)])
+
+
 def test_load_in_progress_delays_nobody_and_keeps_its_turn() -> None:
     scheduler = Scheduler(max_batch=1, prefill_budget=100, max_waiting=9)
     cold = make("cold", 2, is_ready=False, digest="c")
@@ -90,12 +105,15 @@ def test_a_retry_is_told_a_sensible_time_before_anything_was_measured() -> None:
     prompts=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     max_batch=st.integers(1, 5),
     budget=st.integers(1, 16),
+    beside=st.integers(0, 16),
 )
 def test_everyone_finishes_within_the_limits(
-    prompts: list[int], max_batch: int, budget: int
+    prompts: list[int], max_batch: int, budget: int, beside: int
 ) -> None:
-    """Invariants after every step: places and budget are kept; every running row advances."""
-    scheduler = Scheduler(max_batch=max_batch, prefill_budget=budget, max_waiting=99)
+    """Invariants after every step: places and budgets are kept; every running row advances."""
+    scheduler = Scheduler(
+        max_batch=max_batch, prefill_budget=budget, prefill_beside=beside, max_waiting=99
+    )
     everyone = [make(str(i), n) for i, n in enumerate(prompts)]
     for sequence in everyone:
         scheduler.add(sequence)
@@ -104,7 +122,8 @@ def test_everyone_finishes_within_the_limits(
         running_before = {s.request.request_id for s in scheduler.running if not s.is_prefilling}
         decoded, read = advance(scheduler)
         assert set(decoded) == running_before
-        assert sum(count for _, count in read) <= budget
+        num_read = sum(count for _, count in read)
+        assert num_read <= (min(budget, beside) if decoded and beside else budget)
         assert len(scheduler.running) <= max_batch
         assert all(count > 0 for _, count in read)
         for sequence in list(scheduler.running):

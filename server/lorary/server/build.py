@@ -218,6 +218,7 @@ def build_engine(
             max_batch=config.max_batch,
             max_context=limits.max_context,
             prefill_budget=config.prefill_budget,
+            prefill_beside=config.prefill_beside,
             max_waiting=config.max_waiting,
             max_adapters=config.max_adapters_per_step,
             patience_s=config.patience,

@@ -255,6 +255,13 @@ class ServerConfig:
     prefill_budget: int = _option(
         512, "Most prompt tokens in one step, so that streams keep flowing.", low=16, high=2**20
     )
+    prefill_beside: int | None = _option(
+        None,
+        "Most prompt tokens in a step in which answers go on: what a prompt makes them wait. By default 128 on a "
+        "CPU, and --prefill-budget on CUDA, which reads that many as fast.",
+        low=16,
+        high=2**20,
+    )
     prefix_cache: bool = _option(
         True,
         "Do not read again what an earlier prompt with the same adapter (or, before an aLoRA's invocation, the "

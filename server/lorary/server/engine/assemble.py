@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CPU_BESIDE = 128
+"""Prompt tokens beside answers on a CPU, where 32 of them take about as long as a step of 32 answers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
@@ -67,6 +70,8 @@ class EngineLimits:
         max_batch: sequences in one step.
         max_context: most tokens of prompt and answer together.
         prefill_budget: most prompt tokens in one step.
+        prefill_beside: most of them in a step in which answers go on; None: ``CPU_BESIDE`` on a CPU, and
+            as many elsewhere.
         max_waiting: most requests in the queue.
         max_adapters: most adapters that running sequences may have between them; 0 sets no cap.
         patience_s: seconds after which who was passed over is owed a place.
@@ -94,6 +99,7 @@ class EngineLimits:
     max_batch: int = 32
     max_context: int = 2048
     prefill_budget: int = 512
+    prefill_beside: int | None = None
     max_waiting: int = 1024
     max_adapters: int = 0
     patience_s: float = PATIENCE_S
@@ -251,6 +257,7 @@ def assemble(
         scheduler=Scheduler(
             max_batch=limits.max_batch,
             prefill_budget=limits.prefill_budget,
+            prefill_beside=_beside(limits, device),
             max_waiting=limits.max_waiting,
             max_adapters=limits.max_adapters,
             patience_s=limits.patience_s,
@@ -400,6 +407,13 @@ def _plan_blocks(
         memory_fraction=limits.memory_fraction,
         available_bytes=available_bytes(device, promised=promised),
     )
+
+
+def _beside(limits: EngineLimits, device: torch.device) -> int:
+    """Return the most prompt tokens in a step in which answers go on."""
+    if limits.prefill_beside is not None:
+        return limits.prefill_beside
+    return CPU_BESIDE if device.type == "cpu" else limits.prefill_budget
 
 
 def _step_bytes(

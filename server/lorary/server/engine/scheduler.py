@@ -106,6 +106,7 @@ class Scheduler:
     Args:
         max_batch: places.
         prefill_budget: most prompt tokens in one step.
+        prefill_beside: most of them in a step in which answers go on; 0: as many.
         max_waiting: most sequences in the queue.
         max_adapters: most adapters that running sequences may have between them, the bare base not
             counted; 0: as many as there are places.
@@ -118,6 +119,7 @@ class Scheduler:
         *,
         max_batch: int,
         prefill_budget: int,
+        prefill_beside: int = 0,
         max_waiting: int,
         max_adapters: int = 0,
         patience_s: float = PATIENCE_S,
@@ -125,6 +127,7 @@ class Scheduler:
     ) -> None:
         self.max_batch = max_batch
         self.prefill_budget = prefill_budget
+        self.prefill_beside = prefill_beside
         self.max_waiting = max_waiting
         self.max_adapters = max_adapters
         self.waiting = FairQueue(patience_s=patience_s, clock=clock)
@@ -232,15 +235,16 @@ class Scheduler:
         ``admit`` is called for each sequence that could have a place, and returns False when it should
         rather wait: it keeps its turn.
         """
+        decode = [sequence for sequence in self.running if not sequence.is_prefilling]
+        for sequence in decode:
+            self.waiting.charge(sequence, ANSWER_COST)
         budget = self.prefill_budget
-        decode: list[Sequence] = []
+        if decode and self.prefill_beside:
+            budget = min(budget, self.prefill_beside)
         prefill: list[tuple[Sequence, int]] = []
         for sequence in self.running:
             if sequence.is_prefilling:
                 budget = self._take_chunk(sequence, budget, prefill)
-            else:
-                self.waiting.charge(sequence, ANSWER_COST)
-                decode.append(sequence)
         while budget > 0 and len(self.running) < self.max_batch:
             taken = self._choose(admit)
             if taken is None:
