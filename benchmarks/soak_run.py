@@ -18,7 +18,7 @@ from benchmarks.kept import Kept, Quiet
 from benchmarks.markdown import origin, row
 from benchmarks.plot import panels
 from benchmarks.setup import TEXT
-from benchmarks.soak_traffic import Library, Pace, line, soak
+from benchmarks.soak_traffic import Library, Pace, line, lows, slopes, soak
 from benchmarks.workload import Prompts
 from lorary.bases import find_base
 from lorary.bases.load import load_tokenizer
@@ -84,14 +84,10 @@ def main(
 
 def figures(records: Sequence[dict[str, Any]]) -> list[tuple[str, float | None, float]]:
     """Return every figure that has a bar: name, value (None: not measured), the most it may be."""
-    found = [r for r in records if r["kind"] == "soak" and r["accepted"]]
+    soaks = [r for r in records if r["kind"] == "soak" and r["accepted"]]
+    grown = slopes(soaks[-1]["series"]) if soaks else {}
     return [
-        (
-            f"{NAMED[key]}: growth in an hour",
-            found[-1]["per_hour"][key] if found else None,
-            most,
-        )
-        for key, most in GROWTH.items()
+        (f"{NAMED[key]}: growth in an hour", grown.get(key), most) for key, most in GROWTH.items()
     ]
 
 
@@ -99,14 +95,13 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
     """Return what stood where, and what grew, as Markdown."""
     soaked = records[-1]
     lines = [
-        row(["of the server", "at a third", "at the end", "growth in an hour", "bar", ""]),
+        row(["the least of", "at a third", "at the end", "growth in an hour", "bar", ""]),
         row(["---", "---:", "---:", "---:", "---", "---"]),
     ]
     for key, most in GROWTH.items():
         slope, start = line(soaked["series"], key)
-        third = soaked["series"][len(soaked["series"]) // 3]["at_s"]
-        end = soaked["series"][-1]["at_s"]
-        ends = [f"{start + slope * at_s / 3600:.1f}" for at_s in (third, end)]
+        hours = [at_hours for at_hours, _ in lows(soaked["series"], key)]
+        ends = [f"{start + slope * at_hours:.1f}" for at_hours in (hours[0], hours[-1])]
         told = "ok" if slope <= most else "short"
         lines.append(row([NAMED[key], *ends, f"{slope:.2f}", f"at most {most:g}", told]))
     return "\n".join(lines)
@@ -121,8 +116,8 @@ def section(path: Path) -> str:
             f"{origin(records[0])}; {setup['minutes']:g} minutes, {setup['callers']} callers, "
             f"{setup['adapters']} adapters of rank {setup['rank']}: {soaked['answers']} answers, "
             f"{soaked['given_up']} given up, {soaked['published']} versions published; others used "
-            f"{soaked['load']['foreign_cores']:.2f} cores. Straight lines (least squares) through the last two "
-            f"thirds. Records: `benchmarks/results/{path.name}`.",
+            f"{soaked['load']['foreign_cores']:.2f} cores. Straight lines (least squares) through the least of "
+            f"each twentieth of the last two thirds. Records: `benchmarks/results/{path.name}`.",
             "",
             table_of(records),
         ]
@@ -136,7 +131,9 @@ def draw(series: Sequence[dict[str, float]], path: Path) -> None:
             minutes = [sample["at_s"] / 60 for sample in series]
             axis.plot(minutes, [sample[key] for sample in series], color="#0072B2", linewidth=1)
             slope, start = line(series, key)
-            ends = [minutes[len(series) // 3], minutes[-1]]
-            axis.plot(ends, [start + slope * m / 60 for m in ends], color="#D55E00", linewidth=2)
+            hours = [at_hours for at_hours, _ in lows(series, key)]
+            ends = [hours[0], hours[-1]]
+            fitted = [start + slope * at_hours for at_hours in ends]
+            axis.plot([60 * at_hours for at_hours in ends], fitted, color="#D55E00", linewidth=2)
             axis.set_title(NAMED[key], fontsize=10)
             axis.set_xlabel("minutes")

@@ -35,6 +35,7 @@ _THROUGH_HTTP = 4
 """Every so-manieth caller comes through the HTTP door."""
 _ANSWER_TOKENS = (4, 16, 48)
 _LEAST_SAMPLES = 4
+_WINDOWS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class Library:
 def soak(
     server: ServerProcess, library: Library, prompts: Sequence[Sequence[int]], pace: Pace
 ) -> dict[str, Any]:
-    """Keep answers going; return the series of what must stay flat, and their slopes.
+    """Keep answers going; return the series of what must stay flat.
 
     Raises:
         grpc.aio.AioRpcError, RuntimeError: an answer failed.
@@ -114,12 +115,7 @@ class _Soak:
                 together.create_task(self._call(number, stub))
             together.create_task(self._publish())
             together.create_task(self._watch())
-        return {
-            "kind": "soak",
-            **self._counts,
-            "per_hour": slopes(self._series),
-            "series": self._series,
-        }
+        return {"kind": "soak", **self._counts, "series": self._series}
 
     async def _call(self, number: int, stub: Any) -> None:
         drawn = random.Random(number)
@@ -199,15 +195,22 @@ def _value(text: str, name: str) -> float:
     raise LookupError(f"the server tells no {name}")
 
 
-def late(series: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
-    """Return the last two thirds of a series, when everything is warm."""
-    return series[len(series) // 3 :]
+def lows(series: Sequence[dict[str, float]], key: str) -> list[tuple[float, float]]:
+    """Return the least of each of ``_WINDOWS`` parts of the last two thirds, behind its time in hours.
+
+    In the first third caches fill. Who is there just now has connections and buffers and goes again: what is
+    never given back lifts the least, too.
+    """
+    late = series[len(series) // 3 :]
+    parts = np.array_split(np.arange(len(late)), min(_WINDOWS, len(late)))
+    least = [min((late[k] for k in part), key=lambda sample: sample[key]) for part in parts]
+    return [(sample["at_s"] / 3600, sample[key]) for sample in least]
 
 
 def line(series: Sequence[dict[str, float]], key: str) -> tuple[float, float]:
-    """Return the slope, in an hour, and the start of a straight line through ``late`` (least squares)."""
-    hours = np.array([sample["at_s"] for sample in late(series)]) / 3600
-    slope, start = np.polyfit(hours, [sample[key] for sample in late(series)], 1)
+    """Return the slope, in an hour, and the start of a straight line through ``lows`` (least squares)."""
+    hours, least = zip(*lows(series, key), strict=True)
+    slope, start = np.polyfit(hours, least, 1)
     return float(slope), float(start)
 
 

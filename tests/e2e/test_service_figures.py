@@ -76,18 +76,28 @@ def test_a_caller_who_fails_ends_the_soak(tiny_base: Path, tmp_path: Path) -> No
     assert raised.group_contains(grpc.aio.AioRpcError, match="absent")
 
 
-def test_a_straight_line_goes_through_the_last_two_thirds() -> None:
-    warming = [{"at_s": 60.0 * k, "memory_mb": 100.0 * k, "threads": 4.0} for k in range(10)]
-    flat = [{"at_s": 600.0 + 60.0 * k, "memory_mb": 900.0 + k, "threads": 4.0} for k in range(20)]
-    assert slopes(warming + flat) == {"memory_mb": 60.0, "threads": 0.0}
+def test_what_is_never_given_back_is_seen_and_what_comes_and_goes_is_not() -> None:
+    filling = [{"at_s": 5.0 * k, "memory_mb": 100.0 * k, "files": 1.0} for k in range(100)]
+    full = [
+        # A connection each that is there for a while, more of them late; and 60 MB an hour that stay.
+        {"at_s": 500.0 + 5.0 * k, "memory_mb": 9e4 + k / 12, "files": 4.0 + (k % 10 > 8 - k // 40)}
+        for k in range(200)
+    ]
+    grown = slopes(filling + full)
+    assert grown["memory_mb"] == pytest.approx(60.0)
+    assert grown["files"] == 0.0
 
 
 def test_what_grows_and_a_soak_too_short_are_short(tmp_path: Path) -> None:
-    grown = {key: most - 0.5 for key, most in GROWTH.items()}
     path = tmp_path / "soak.jsonl"
 
     def states(minutes: float, **changed: float) -> list[bool | None]:
-        record = {"kind": "soak", "accepted": True, "per_hour": {**grown, **changed}}
+        grown = {key: most - 0.5 for key, most in GROWTH.items()} | changed
+        series = [
+            {"at_s": 36.0 * k, **{key: 10 + k * most / 100 for key, most in grown.items()}}
+            for k in range(100)
+        ]
+        record = {"kind": "soak", "accepted": True, "series": series}
         _write(path, {"setup": {"minutes": minutes}, **record})
         return [figure.is_ok for figure in soak_figures(path)]
 
