@@ -116,7 +116,7 @@ def section(path: Path) -> str:
             f"{origin(records[0])}; {setup['minutes']:g} minutes, {setup['callers']} callers, "
             f"{setup['adapters']} adapters of rank {setup['rank']}: {soaked['answers']} answers, "
             f"{soaked['given_up']} given up, {soaked['published']} versions published; others used "
-            f"{soaked['load']['foreign_cores']:.2f} cores. Straight lines (least squares) through the least of "
+            f"{soaked['load']['foreign_cores']:.2f} cores. Straight lines (Theil and Sen) through the least of "
             f"each twentieth of the last two thirds. Records: `benchmarks/results/{path.name}`.",
             "",
             table_of(records),

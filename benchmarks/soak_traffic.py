@@ -208,10 +208,15 @@ def lows(series: Sequence[dict[str, float]], key: str) -> list[tuple[float, floa
 
 
 def line(series: Sequence[dict[str, float]], key: str) -> tuple[float, float]:
-    """Return the slope, in an hour, and the start of a straight line through ``lows`` (least squares)."""
-    hours, least = zip(*lows(series, key), strict=True)
-    slope, start = np.polyfit(hours, least, 1)
-    return float(slope), float(start)
+    """Return the slope, in an hour, and the start of a straight line through ``lows``.
+
+    It is Theil's and Sen's (Sen 1968, doi:10.1080/01621459.1968.10480934), the median of the slopes between any
+    two, so that one moment at which next to nobody was there does not tilt it.
+    """
+    hours, least = (np.array(column) for column in zip(*lows(series, key), strict=True))
+    before, after = np.triu_indices(len(hours), 1)
+    slope = np.median((least[after] - least[before]) / (hours[after] - hours[before]))
+    return float(slope), float(np.median(least - slope * hours))
 
 
 def slopes(series: Sequence[dict[str, float]]) -> dict[str, float]:

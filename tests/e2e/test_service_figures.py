@@ -83,6 +83,8 @@ def test_what_is_never_given_back_is_seen_and_what_comes_and_goes_is_not() -> No
         {"at_s": 500.0 + 5.0 * k, "memory_mb": 9e4 + k / 12, "files": 4.0 + (k % 10 > 8 - k // 40)}
         for k in range(200)
     ]
+    # And a moment at which nobody was there.
+    full[70]["files"] = 0.0
     grown = slopes(filling + full)
     assert grown["memory_mb"] == pytest.approx(60.0)
     assert grown["files"] == 0.0
