@@ -108,7 +108,7 @@ def _measure(
             stepper.start_rows(
                 prompts,
                 [adapter] * len(prompts),
-                max_tokens=steps + WARM_UP + 8,
+                max_tokens=steps + WARM_UP + 16,
                 execution=way,  # type: ignore[arg-type]
             )
             started = time.perf_counter()
@@ -116,7 +116,7 @@ def _measure(
             found[f"{way}_prompt_ms"].append(1e3 * (time.perf_counter() - started))
             for _ in range(WARM_UP):
                 stepper.step()
-            step_s = statistics.median(stepper.step() for _ in range(steps))
+            step_s = statistics.median(stepper.time_steps(steps))
             found[f"{way}_ms"].append(1e3 * step_s)
             stepper.end_rows()
     return {

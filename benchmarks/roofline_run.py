@@ -165,11 +165,11 @@ class _Cells:
         """Time decode steps; contexts grow by one a step, and their mean counts."""
         from benchmarks.roofline_model import work
 
-        self._start(rows, adapters, max_tokens=self._steps + WARM_UP + 8)
+        self._start(rows, adapters, max_tokens=self._steps + WARM_UP + 16)
         self._stepper.read_prompts()
         for _ in range(WARM_UP):
             self._stepper.step()
-        seconds = [self._stepper.step() for _ in range(self._steps)]
+        seconds = self._stepper.time_steps(self._steps)
         self._stepper.end_rows()
         context = PROMPT_TOKENS + 1 + WARM_UP + self._steps / 2
         todo = work(

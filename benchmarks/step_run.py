@@ -111,7 +111,7 @@ def _measure(
     stepper.read_prompts()
     for _ in range(WARM_UP):
         stepper.step()
-    whole_ms = 1e3 * statistics.median(stepper.step() for _ in range(steps))
+    whole_ms = 1e3 * statistics.median(stepper.time_steps(steps))
     times = stepper.profile(steps)
     stepper.end_rows()
     return {

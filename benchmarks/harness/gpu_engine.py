@@ -120,7 +120,7 @@ class GpuSteps(EngineSteps):
         self.read_prompts()
         for _ in range(WARM_UP):
             self.step()
-        return [self.step() for _ in range(steps)]
+        return self.time_steps(steps)
 
     def profile(self) -> dict[str, Any]:
         """Look into one more step: how many kernels it launches, what they take, and the longest ones."""

@@ -129,6 +129,21 @@ class EngineSteps:
             engine._step()
             return time.perf_counter() - started
 
+    def time_steps(self, count: int) -> list[float]:
+        """Make steps; return the seconds of each.
+
+        Raises:
+            RuntimeError: an answer ended meanwhile, so that the later ones had fewer rows.
+        """
+        rows = self.engine.num_running
+        seconds = [self.step() for _ in range(count)]
+        if self.engine.num_running != rows:
+            raise RuntimeError(
+                f"of {rows} rows {rows - self.engine.num_running} ended while {count} steps were timed; let "
+                "their answers have more tokens"
+            )
+        return seconds
+
     def end_rows(self) -> None:
         """Drop what runs, as a cancel would.
 
@@ -192,6 +207,8 @@ class Stepper(EngineSteps):
             limits=EngineLimits(
                 max_batch=max_rows,
                 max_context=1024,
+                # Rows begin together: nobody is far ahead when the last prompt has been read.
+                prefill_beside=0,
                 adapter_memory_bytes=adapter_memory_bytes,
                 merge_memory_bytes=merge_memory_bytes,
                 prefix_cache=False,

@@ -81,6 +81,12 @@ def test_steps_by_hand_have_their_parts(base: Base, library: tuple[Registry, Pat
             assert not stepper.engine.num_running
             with pytest.raises(RuntimeError, match="no step"):
                 stepper.step()
+        stepper.start_rows(prompts(2), [None, None], max_tokens=4)
+        stepper.read_prompts()
+        assert len(stepper.time_steps(2)) == 2
+        with pytest.raises(RuntimeError, match="2 ended while 1 steps were timed"):
+            stepper.time_steps(1)
+        stepper.end_rows()
         assert all(r.num_holders == 0 for r in stepper._residency.snapshot())
     finally:
         stepper.close()

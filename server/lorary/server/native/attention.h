@@ -73,8 +73,7 @@ inline void cap(float* scores, int64_t count, float softcap) {
 
 // Turn count scores into weights, in place; -infinity becomes exactly 0.
 inline void soften(float* w, int64_t count) {
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t p = 0; p < count; ++p) largest = w[p] > largest ? w[p] : largest;
+    const float largest = largest_of(w, count);
     Lanes sums = {};
     int64_t p = 0;
     for (; p + kLanes <= count; p += kLanes) {
@@ -103,15 +102,45 @@ void weigh(const float* weight, int64_t tall, const Pages<T>& v, int64_t first, 
         const T* row = v.at(begin) + d;
         for (int64_t p = begin - first; p < end - first; ++p, row += v.dim) {
             Lanes value[W];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int w = 0; w < W; ++w) value[w] = widen(row + w * kLanes);
 #pragma GCC unroll 8
             for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
                 for (int w = 0; w < W; ++w) acc[g][w] += weight[g * tall + p] * value[w];
         }
     });
     for (int g = 0; g < G; ++g)
         for (int w = 0; w < W; ++w) narrow(out + g * v.dim + d + w * kLanes, acc[g][w]);
+}
+
+// Scores of K neighbouring keys, from `row` on, with G queries: into weight[g * tall : g * tall + K].
+template <int G, int K, typename T>
+void score(const float* query, int64_t wide, const T* row, int64_t dim, float* weight, int64_t tall) {
+    const int64_t even = dim / kLanes * kLanes;
+    Lanes sums[G][K] = {};
+    for (int64_t d = 0; d < even; d += kLanes) {
+        Lanes key[K];
+#pragma GCC unroll 4
+        for (int i = 0; i < K; ++i) key[i] = widen(row + i * dim + d);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) {
+            const Lanes some = widen(query + g * wide + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < K; ++i) sums[g][i] += some * key[i];
+        }
+    }
+    for (int64_t d = even; d < dim; ++d)
+        for (int g = 0; g < G; ++g)
+            for (int i = 0; i < K; ++i) sums[g][i][d - even] += query[g * wide + d] * load(row + i * dim + d);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+        if constexpr (K == 4) {
+            sums_of(sums[g], weight + g * tall);
+        } else {
+            for (int i = 0; i < K; ++i) weight[g * tall + i] = sum_of(sums[g][i]);
+        }
+    }
 }
 
 // One decode row, one KV head, G of the query heads that share it: each key and value is read once
@@ -132,25 +161,17 @@ void attend_heads(const Q* q, int64_t q_head, const Pages<T>& k, const Pages<T>&
     const int64_t even = s.dim / kLanes * kLanes;
     by_block(first, length, [&](int64_t begin, int64_t end) {
         const T* row = k.at(begin);
-        for (int64_t p = begin - first; p < end - first; ++p, row += s.dim) {
-            Lanes sums[G] = {};
-            for (int64_t d = 0; d < even; d += kLanes) {
-                const Lanes key = widen(row + d);
-#pragma GCC unroll 8
-                for (int g = 0; g < G; ++g) sums[g] += widen(query + g * wide + d) * key;
-            }
-            for (int g = 0; g < G; ++g) {
-                for (int64_t d = even; d < s.dim; ++d)
-                    sums[g][d - even] += query[g * wide + d] * load(row + d);
-                weight[g * tall + p] = sum_of(sums[g]);
-            }
-        }
+        int64_t p = begin - first;
+        // A horizontal sum takes as long as a key's products: four at once.
+        for (; p + 4 <= end - first; p += 4, row += 4 * s.dim) score<G, 4>(query, wide, row, s.dim, weight + p, tall);
+        for (; p < end - first; ++p, row += s.dim) score<G, 1>(query, wide, row, s.dim, weight + p, tall);
     });
     for (int g = 0; g < G; ++g) {
         cap(weight + g * tall, count, s.softcap);
         soften(weight + g * tall, count);
     }
     int64_t d = 0;
+    for (; d + 4 * kLanes <= even; d += 4 * kLanes) weigh<G, 4>(weight, tall, v, first, length, d, out);
     for (; d + 2 * kLanes <= even; d += 2 * kLanes) weigh<G, 2>(weight, tall, v, first, length, d, out);
     for (; d < even; d += kLanes) weigh<G, 1>(weight, tall, v, first, length, d, out);
     for (; d < s.dim; ++d)

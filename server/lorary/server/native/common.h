@@ -122,6 +122,36 @@ inline float sum_of(Lanes lanes) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+// The sums of all lanes of four, each to the bit what sum_of makes of it: halves, quarters and pairs of all four
+// are added side by side.
+inline void sums_of(const Lanes* four, float* out) {
+#ifdef __AVX512F__
+    const auto fold = [](Lanes a, Lanes b) {
+        return (Lanes)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) +
+               (Lanes)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+    };
+    const __m512 low = (__m512)fold(four[0], four[1]), high = (__m512)fold(four[2], four[3]);
+    Lanes quarters = (Lanes)_mm512_shuffle_f32x4(low, high, 0x88) + (Lanes)_mm512_shuffle_f32x4(low, high, 0xdd);
+    quarters += (Lanes)_mm512_permute_ps((__m512)quarters, 0x4e);
+    quarters += (Lanes)_mm512_permute_ps((__m512)quarters, 0xb1);
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, (__m512)quarters)));
+#else
+    for (int i = 0; i < 4; ++i) out[i] = sum_of(four[i]);
+#endif
+}
+
+// The largest of n numbers; -infinity of none.
+inline float largest_of(const float* x, int64_t n) {
+    float most = -__builtin_inff();
+    Lanes best = Lanes{} + most;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) best = widen(x + i) > best ? widen(x + i) : best;
+    for (int lane = 0; lane < kLanes; ++lane) most = best[lane] > most ? best[lane] : most;
+    for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 // e^x: 2^n times a polynomial of the rest (Cephes' expf), within 2 units of the last place; exactly 0
 // below -87.3 (-infinity included), no more than e^88 above 88.
 inline Lanes exp_of(Lanes x) {

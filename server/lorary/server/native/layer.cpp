@@ -328,9 +328,12 @@ void run(const Layer& layer, const Model& model, const Step& step) {
     project<Into::replace, T>(layer.qkv, step, step.qkv);
     if (layer.is_parallel) project<Into::replace, T>(layer.up, step, step.up);
     place(layer, model, step, cache, shape);
-    attend_decode(step.qkv, width, layer.dim, seen, step.attended, step.slots, step.lengths,
-                  step.num_decode, shape);
-    attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, step.attended, layer.o.in, shape);
+    // A loop without a turn still has all threads meet at its end.
+    if (step.num_decode)
+        attend_decode(step.qkv, width, layer.dim, seen, step.attended, step.slots, step.lengths,
+                      step.num_decode, shape);
+    if (step.num_chunks)
+        attend_chunks(step.chunks, step.num_chunks, step.qkv, width, seen, step.attended, layer.o.in, shape);
     enter<T>(step, layer.o.in, [&](int64_t r) { return step.attended + r * layer.o.in; });
     join<T>(layer.o, layer.attention_after, layer.residual, step);
     if (!layer.is_parallel) {

@@ -14,6 +14,8 @@
 // so that each of two registers meets one broadcast pair of x in a vdpbf16ps.
 #pragma once
 
+#include <omp.h>
+
 #include <type_traits>
 
 #include "common.h"
@@ -30,10 +32,11 @@ constexpr int64_t kDepth = 1024;
 
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
-// sums[r, 0:32] (+)= x[r, 0:depth] . one panel, for R rows; rows of sums are `sums_row` apart.
+// sums[r, 0:32] (+)= x[r, 0:depth] . one panel, for R rows; rows of sums are `sums_row` apart. `ahead` is what
+// will be read next, fetched on the way.
 template <int R>
 void tile(const float* x, int64_t x_row, const float* w, int64_t depth, float* sums, int64_t sums_row,
-          bool is_first) {
+          bool is_first, const float* ahead) {
     Lanes acc[R][2];
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
@@ -41,6 +44,8 @@ void tile(const float* x, int64_t x_row, const float* w, int64_t depth, float* s
             acc[r][h] = is_first ? Lanes{} : widen(sums + r * sums_row + h * kLanes);
     for (int64_t k = 0; k < depth; ++k) {
         const Lanes w0 = widen(w + k * kPanel), w1 = widen(w + k * kPanel + kLanes);
+        __builtin_prefetch(ahead + k * kPanel, 0, 2);
+        __builtin_prefetch(ahead + k * kPanel + kLanes, 0, 2);
 #pragma GCC unroll 14
         for (int r = 0; r < R; ++r) {
             acc[r][0] += w0 * x[r * x_row + k];
@@ -55,7 +60,7 @@ void tile(const float* x, int64_t x_row, const float* w, int64_t depth, float* s
 #ifdef __AVX512BF16__
 template <int R>
 void tile(const uint16_t* x, int64_t x_row, const uint16_t* w, int64_t depth, float* sums,
-          int64_t sums_row, bool is_first) {
+          int64_t sums_row, bool is_first, const uint16_t* ahead) {
     __m512 acc[R][2];
 #pragma GCC unroll 14
     for (int r = 0; r < R; ++r)
@@ -64,6 +69,8 @@ void tile(const uint16_t* x, int64_t x_row, const uint16_t* w, int64_t depth, fl
     for (int64_t k = 0; k < depth; k += 2) {
         const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w + k * kPanel);
         const __m512bh w1 = (__m512bh)_mm512_loadu_si512(w + k * kPanel + kPanel);
+        __builtin_prefetch(ahead + k * kPanel, 0, 2);
+        __builtin_prefetch(ahead + k * kPanel + kPanel, 0, 2);
 #pragma GCC unroll 14
         for (int r = 0; r < R; ++r) {
             int32_t pair;
@@ -146,7 +153,7 @@ inline void add_rests(const Rest* rests, int64_t rows, const uint16_t* panel, fl
 #endif
 
 template <typename T>
-using Tile = void (*)(const T*, int64_t, const T*, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const T*, int64_t, const T*, int64_t, float*, int64_t, bool, const T*);
 
 template <typename T, int R = kTile>
 Tile<T> tile_of(int64_t rows) {
@@ -154,15 +161,16 @@ Tile<T> tile_of(int64_t rows) {
     else return rows == R ? static_cast<Tile<T>>(tile<R>) : tile_of<T, R - 1>(rows);
 }
 
-// All rows against one panel: tiles of nearly equal height (15 rows are 8 + 7, not 14 + 1).
+// All rows against one panel: tiles of nearly equal height (15 rows are 8 + 7, not 14 + 1). The first one waits for
+// memory, and the second leaves it idle: it fetches the `next` panel's part, if there is one.
 template <typename T>
 void all_tiles(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t depth, float* sums,
-               int64_t sums_row, bool is_first) {
+               int64_t sums_row, bool is_first, const T* next = nullptr) {
     const int64_t tiles = (rows + kTile - 1) / kTile;
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
         tile_of<T>(last - first)(x + first * x_row, x_row, w, depth, sums + first * sums_row, sums_row,
-                                 is_first);
+                                 is_first, next && t == 1 ? next : w);
     }
 }
 
@@ -218,13 +226,16 @@ inline void see_panel(float* sums, int64_t rows, const float* bias, int64_t n, i
 template <typename T, typename Take>
 void each_panel(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed, int64_t n,
                 int64_t k, Take take) {
+    const int64_t team = omp_get_num_threads();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < panels(n); ++p) {
         float* sums = scratch(rows * kPanel);
         const T* panel = packed + p * kPanel * k;
+        // Most likely this thread's next one.
+        const T* next = p + team < panels(n) ? panel + team * kPanel * k : nullptr;
         for (int64_t from = 0; from < k; from += kDepth)
             all_tiles(x + from, x_row, rows, panel + from * kPanel, k - from < kDepth ? k - from : kDepth,
-                      sums, kPanel, from == 0);
+                      sums, kPanel, from == 0, next ? next + from * kPanel : nullptr);
         if constexpr (!std::is_same_v<T, float>)
             if (rests) add_rests(rests, rows, panel, sums);
         take(sums, p);
