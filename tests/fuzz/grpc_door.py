@@ -237,7 +237,9 @@ class GrpcInput:
             ended = [a.complete.index for a in read if a.HasField("complete")]  # type: ignore[attr-defined]
             if sorted(ended) != list(range(wanted)):
                 return f"{wanted} answers were asked for, and the ends are of {sorted(ended)}"
-        return _wrong_tensors(read[0]) if isinstance(read[0], oip.ModelInferResponse) else ""
+        # A stream into which nothing is sent, as of reflection, ends without an answer.
+        wrong = (_wrong_tensors(one) for one in read if isinstance(one, oip.ModelInferResponse))
+        return next(filter(None, wrong), "")
 
     def _wrong_end(self, code: grpc.StatusCode, text: str, trailing: dict[str, Any]) -> str:
         """Return why a status is none that is documented (docs/errors.md), "" if it is."""
