@@ -196,7 +196,7 @@ async def test_an_adapter_of_another_base_is_refused(edge: Edge) -> None:
     assert not edge.residency.leases
 
 
-@pytest.mark.parametrize("request_id", ["x" * 129, "tab\t", "naïve", "two\nlines"])
+@pytest.mark.parametrize("request_id", ["x" * 129, "tab\t", "naïve", "two\nlines", " ", "end "])
 async def test_request_ids_must_fit_metadata(edge: Edge, request_id: str) -> None:
     error = await generate_error(
         edge, pb.GenerateRequest(input=pb.Input(prompt="2"), request_id=request_id)

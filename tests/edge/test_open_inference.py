@@ -290,6 +290,9 @@ async def test_unknown_models_are_not_found(stub: Any) -> None:
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+TEXT: dict[str, Any] = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["5"]}
+
+
 async def test_http_says_the_same(http: httpx.AsyncClient) -> None:
     assert (await http.get("/v2/health/live")).json() == {"live": True}
     assert (await http.get("/v2/health/ready")).json() == {"ready": True}
@@ -317,6 +320,8 @@ async def test_http_says_the_same(http: httpx.AsyncClient) -> None:
         ("beta/infer", {"inputs": [{"name": "text_input", "shape": [2**70]}]}, 400),
         ("beta/infer", {"inputs": [], "parameters": {"max_tokens": [1]}}, 400),
         ("beta/infer", {"input": []}, 400),
+        # No header may end with a space, and the id of an answer is one.
+        ("beta/infer", {"id": " ", "inputs": [TEXT]}, 400),
         ("beta/versions/8/infer", "text", 404),
     ],
 )

@@ -47,8 +47,12 @@ log = logging.getLogger("lorary.server")
 
 
 def is_valid_request_id(text: str) -> bool:
-    """Whether ``text`` may travel in metadata and logs: 1 to 128 printable ASCII characters."""
-    return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
+    """Whether ``text`` may travel in metadata, headers and logs.
+
+    That is 1 to 128 printable ASCII characters without spaces at the ends, which no header may have.
+    """
+    is_short = 0 < len(text) <= MAX_REQUEST_ID_CHARS
+    return is_short and text.isascii() and text.isprintable() and text == text.strip()
 
 
 def set_request_id(context: Facts, value: str) -> None:

@@ -75,8 +75,8 @@ def check_request_id(value: str) -> None:
     """Refuse an id that could not travel in metadata and logs; an empty one is not given."""
     if value and not is_valid_request_id(value):
         raise InvalidRequest(
-            f"request_id has {len(value)} characters or ones that are not printable ASCII; at most "
-            f"{MAX_REQUEST_ID_CHARS} printable ASCII characters are allowed. Shorten it, or leave "
+            f"request_id has {len(value)} characters, ones that are not printable ASCII, or spaces at its "
+            f"ends; at most {MAX_REQUEST_ID_CHARS} printable ASCII characters are allowed. Shorten it, or leave "
             "it empty.",
             field="request_id",
         )
