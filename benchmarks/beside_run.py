@@ -18,7 +18,7 @@ from benchmarks.contenders.lorary_engine import LoraryEngine
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.kept import Kept, Quiet
-from benchmarks.markdown import origin, row
+from benchmarks.markdown import most_foreign, origin, row
 from benchmarks.measure import figures
 from benchmarks.setup import TEXT
 from benchmarks.synthetic import RANK, make_adapters, push_adapters
@@ -142,12 +142,11 @@ def section(path: Path) -> str:
     """Return what stands between the markers."""
     records = report.read(path)
     setup = records[0]["setup"]
-    foreign = max((r["load"]["foreign_cores"] for r in records if r["accepted"]), default=0.0)
     return "\n".join(
         [
             f"{origin(records[0])}; {setup['adapters']} adapters of rank {setup['rank']}, {setup['prompt_tokens']} "
             f"prompt + {setup['new_tokens']} new tokens, two requests for each place; medians of "
-            f"{setup['repeats']} runs, each budget in turn; others took at most {foreign:.2f} cores. Records: "
+            f"{setup['repeats']} runs, each budget in turn; others took at most {most_foreign(records):.2f} cores. Records: "
             f"`benchmarks/results/{path.name}`.",
             "",
             table_of(records),

@@ -22,3 +22,8 @@ def origin(record: dict[str, Any]) -> str:
         f"`{record['commit'][:12]}`{' with local changes' if record['modified'] else ''}; base "
         f"{record['setup']['base']}, {record['setup']['threads']} pinned threads"
     )
+
+
+def most_foreign(records: Sequence[dict[str, Any]]) -> float:
+    """Return the most cores that others used while any accepted record was made; 0 where there is none."""
+    return max((float(r["load"]["foreign_cores"]) for r in records if r["accepted"]), default=0.0)

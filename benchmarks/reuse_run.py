@@ -17,7 +17,7 @@ from benchmarks import options, report
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.threads import pin_threads
 from benchmarks.kept import Kept, Quiet
-from benchmarks.markdown import origin, row
+from benchmarks.markdown import most_foreign, origin, row
 from benchmarks.synthetic import RANK
 
 if TYPE_CHECKING:
@@ -266,10 +266,6 @@ def _warning(records: Sequence[dict[str, Any]]) -> str:
     return " The machine was busy: trust the tokens and the ratios, not the milliseconds."
 
 
-def _most_foreign(records: Sequence[dict[str, Any]]) -> float:
-    return max(float(r["load"]["foreign_cores"]) for r in records if r["accepted"])
-
-
 def section(path: Path) -> str:
     """Return what stands between the markers."""
     records = report.read(path)
@@ -279,7 +275,7 @@ def section(path: Path) -> str:
             f"{origin(records[0])}; documents of {setup['document_tokens']} tokens, an answer of "
             f"{ANSWER_TOKENS} by the base, {setup['judges']} judges of rank {setup['rank']} on every linear "
             f"layer with verdicts of {VERDICT_TOKENS}{_late(setup)}, all in {setup['dtype']}; medians over "
-            f"{setup['documents']} documents; others took at most {_most_foreign(records):.2f} cores. Records: "
+            f"{setup['documents']} documents; others took at most {most_foreign(records):.2f} cores. Records: "
             f"`benchmarks/results/{path.name}`.{_warning(records)}",
             "",
             table_of(records),

@@ -65,15 +65,32 @@ async def stream_all(address: str, prompts: Sequence[Sequence[int]], tokens: int
     """Stream every prompt's answer at once through one channel; return how many tokens came."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
+        return sum(await asyncio.gather(*(stream_grpc(stub, ids, tokens) for ids in prompts)))
 
-        async def one(ids: Sequence[int]) -> int:
-            sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True)
-            request = pb.GenerateRequest(
-                input=pb.Input(token_ids=pb.TokenIds(ids=ids)), sampling=sampling
-            )
-            return sum([len(e.chunk.token_ids) async for e in stub.Generate(request)])
 
-        return sum(await asyncio.gather(*map(one, prompts)))
+async def stream_grpc(
+    stub: Any, ids: Sequence[int], tokens: int, adapter: str = "", *, is_given_up: bool = False
+) -> int:
+    """Stream one answer through gRPC; return how many tokens came.
+
+    Args:
+        stub: of the service, by a channel of the caller's.
+        ids: of the prompt.
+        tokens: of the answer.
+        adapter: a ref; the bare base where it is empty.
+        is_given_up: cancel the call after the first event.
+
+    Raises:
+        grpc.aio.AioRpcError: the call failed.
+    """
+    sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True)
+    prompt = pb.Input(token_ids=pb.TokenIds(ids=ids))
+    call = stub.Generate(pb.GenerateRequest(adapter=adapter, input=prompt, sampling=sampling))
+    if is_given_up:
+        first = await call.read()
+        call.cancel()
+        return len(first.chunk.token_ids)
+    return sum([len(event.chunk.token_ids) async for event in call])
 
 
 async def stream_http(

@@ -22,7 +22,7 @@ from benchmarks.harness.load import process_tree
 from benchmarks.harness.machine import head, result_path
 from benchmarks.harness.server_process import ServerProcess
 from benchmarks.kept import Kept, Quiet
-from benchmarks.markdown import origin, row
+from benchmarks.markdown import most_foreign, origin, row
 from lorary.registry import Registry
 
 if TYPE_CHECKING:
@@ -296,12 +296,11 @@ def section(path: Path) -> str:
     """Return what stands between the markers."""
     records = report.read(path)
     setup = records[0]["setup"]
-    foreign = max((r["load"]["foreign_cores"] for r in records if r["accepted"]), default=0.0)
     return "\n".join(
         [
             f"{origin(records[0])}; doors: {setup['streams']} streams of {setup['tokens']} tokens on the bare "
             f"base; {setup['many']} streams; {setup['idle']} idle ones; "
-            f"medians of rounds, others used at most {foreign:.2f} cores. "
+            f"medians of rounds, others used at most {most_foreign(records):.2f} cores. "
             f"Records: `benchmarks/results/{path.name}`.",
             "",
             table_of(records),

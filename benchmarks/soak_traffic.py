@@ -16,8 +16,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.library import Member, fill
-from benchmarks.service_parts import resident_bytes, stream_http
-from lorary.v1 import inference_pb2 as pb
+from benchmarks.service_parts import resident_bytes, stream_grpc, stream_http
 from lorary.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class _Soak:
                 url = str(self._server.facts["http"])
                 await stream_http(url, ids, tokens, ref, is_given_up=is_given_up)
             else:
-                await _stream(stub, ids, tokens, ref, is_given_up=is_given_up)
+                await stream_grpc(stub, ids, tokens, ref, is_given_up=is_given_up)
             self._counts["given_up" if is_given_up else "answers"] += 1
 
     async def _publish(self) -> None:
@@ -154,23 +153,6 @@ class _Soak:
             self._series.append(now | await asyncio.to_thread(holdings, self._server))
             await asyncio.sleep(self._pace.sampled_s)
         self._is_over.set()
-
-
-async def _stream(
-    stub: Any, ids: Sequence[int], tokens: int, ref: str, *, is_given_up: bool
-) -> None:
-    sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True)
-    call = stub.Generate(
-        pb.GenerateRequest(
-            adapter=ref, input=pb.Input(token_ids=pb.TokenIds(ids=ids)), sampling=sampling
-        )
-    )
-    if is_given_up:
-        await call.read()
-        call.cancel()
-        return
-    async for _ in call:
-        pass
 
 
 def holdings(server: ServerProcess) -> dict[str, float]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks import options, report
 from benchmarks.harness.machine import ROOT, head, result_path
 from benchmarks.kept import Kept, Quiet
-from benchmarks.markdown import row
+from benchmarks.markdown import most_foreign, row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,7 +122,6 @@ def section(path: Path) -> str:
     records = report.read(path)
     made = records[0]
     machine = made["machine"]
-    foreign = max(r["load"]["foreign_cores"] for r in records if r["accepted"])
     return "\n".join(
         [
             f"{made['date']}, {machine['cpu']} ({machine['cores']} cores, "
@@ -130,7 +129,7 @@ def section(path: Path) -> str:
             f"{made['versions']['peft']}, commit `{made['commit'][:12]}`"
             f"{' with local changes' if made['modified'] else ''}; {made['setup']['steps']} steps, the "
             f"first two not counted, medians of {made['setup']['repeats']} runs; other processes took "
-            f"at most {foreign:.2f} cores. Records: `benchmarks/results/{path.name}`.",
+            f"at most {most_foreign(records):.2f} cores. Records: `benchmarks/results/{path.name}`.",
             "",
             table_of(records),
         ]

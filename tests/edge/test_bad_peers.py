@@ -38,6 +38,19 @@ def http_address(edge: Edge) -> tuple[str, int]:
     return "127.0.0.1", int(edge.http.rpartition(":")[2])
 
 
+def completion(body: bytes) -> bytes:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return head + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+async def is_given_back(edge: Edge) -> None:
+    """Wait until the only call's place is free, and then its hold on the adapter; others go on."""
+    await eventually(lambda: edge.calls.num_in_flight == 0, 30)
+    edge.engine.gate.set()
+    await eventually(lambda: edge.residency.num_held == 0)
+    await answers_others(edge)
+
+
 def counted(edge: Edge, method: str, code: str) -> float:
     labels = {"method": method, "code": code}
     return edge.metrics.registry.get_sample_value("lorary_requests_total", labels) or 0.0
@@ -85,13 +98,12 @@ async def stalled(stall_s: float) -> bool:
 async def test_a_stream_over_http_that_is_not_read_is_cut() -> None:
     """S15: the system cuts what takes nothing, so nothing waits for ever."""
     body = json.dumps({"model": "alpha", "prompt": ["2 5"] * 8, **WORDY, "stream": True}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     async with serving(http_port=0, stall_timeout=0.5, limit=64) as edge:
         edge.engine.gate.clear()
         with socket.socket() as peer:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             peer.connect(http_address(edge))
-            peer.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            peer.sendall(completion(body))
             await eventually(lambda: edge.calls.num_in_flight == 8)
             edge.engine.gate.set()
             await answers_others(edge)
@@ -117,10 +129,7 @@ async def test_a_peer_that_is_gone_without_a_word_gives_its_place_back(
             if is_answering:
                 edge.engine.gate.set()
             # Far less than the minute that gRPC's core waits for a ping of its own accord.
-            await eventually(lambda: edge.calls.num_in_flight == 0, 30)
-            edge.engine.gate.set()
-            await eventually(lambda: edge.residency.num_held == 0)
-            await answers_others(edge)
+            await is_given_back(edge)
             reading.cancel()
 
 
@@ -131,19 +140,15 @@ async def test_a_peer_over_http_that_is_gone_without_a_word_gives_its_place_back
     monkeypatch.setattr(listener, "PROBED_AFTER_S", 1)
     monkeypatch.setattr(listener, "PROBED_EVERY_S", 1)
     body = json.dumps({"model": "alpha", "prompt": "2 5"}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     async with serving(http_port=0, stall_timeout=1.0) as edge:
         edge.engine.gate.clear()
         host, port = http_address(edge)
         async with BlackHole.before(f"{host}:{port}") as hole:
             _, writer = await asyncio.open_connection("127.0.0.1", hole.port)
-            writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            writer.write(completion(body))
             await eventually(lambda: edge.calls.num_in_flight == 1)
             hole.swallow()
-            await eventually(lambda: edge.calls.num_in_flight == 0, 30)
-            edge.engine.gate.set()
-            await eventually(lambda: edge.residency.num_held == 0)
-            await answers_others(edge)
+            await is_given_back(edge)
             writer.close()
 
 

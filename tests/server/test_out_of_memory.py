@@ -14,6 +14,7 @@ from lorary.errors import EngineFailed, Overloaded, outcome
 from lorary.server.engine.blocks import BLOCK
 from lorary.server.engine.places import LAST_STRAW
 from tests.conftest import wait_until
+from tests.server.test_blocks import prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,11 +28,6 @@ SHORTAGES: list[Callable[[], BaseException]] = [
 ]
 LONG = 7
 """The token that prompts begin with whose steps have no memory."""
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(20, 120, (length,), generator=generator).tolist()
 
 
 def refuse(

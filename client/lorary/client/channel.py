@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from lorary.affinity import HEADER
+from lorary.pings import ping_options
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 120.0
@@ -65,10 +66,7 @@ def channel_options(*, affinity: int = 0) -> list[tuple[str, str | int]]:
         # gRPC's own pause between two attempts grows to minutes; a server that starts is met sooner.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
-        # A server that is gone without a FIN is noticed within the sum; see the server's own on the two names.
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        *ping_options(KEEPALIVE_MS, PING_TIMEOUT_MS),
     ]
 
 

@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lorary.errors import EngineFailed, MissingDependency
+from lorary.pings import ping_options
 from lorary.server.access.grants import read_grants
 from lorary.server.core import LAST_WORDS_S, bracketed, port_error
 from lorary.server.tls import check_files, server_credentials
@@ -249,11 +250,8 @@ def grpc_options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", config.max_message),
         ("grpc.max_send_message_length", config.max_message),
-        # A peer that is gone without a FIN is noticed within the sum, and its rows are freed. How long a ping
-        # is waited for has two names: today's core goes by the second alone, a minute if it is not said.
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        # The rows of a peer that is gone without a FIN are freed.
+        *ping_options(KEEPALIVE_MS, PING_TIMEOUT_MS),
         # Clients that wait on a silent stream, or on none, may ping as often as each second.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 900),

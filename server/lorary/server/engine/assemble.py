@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_BESIDE = 128
-"""Prompt tokens beside answers on a CPU, where 32 of them take about as long as a step of 32 answers."""
+"""Prompt tokens beside answers on a CPU (docs/benchmarks.md, prompts beside answers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,8 @@ class EngineLimits:
         max_batch: sequences in one step.
         max_context: most tokens of prompt and answer together.
         prefill_budget: most prompt tokens in one step.
-        prefill_beside: most of them in a step in which answers go on; None: ``CPU_BESIDE`` on a CPU, and
-            as many elsewhere.
+        prefill_beside: most of them in a step in which answers go on; 0: as many; None: ``CPU_BESIDE`` on a
+            CPU, and as many elsewhere.
         max_waiting: most requests in the queue.
         max_adapters: most adapters that running sequences may have between them; 0 sets no cap.
         patience_s: seconds after which who was passed over is owed a place.
@@ -410,10 +410,10 @@ def _plan_blocks(
 
 
 def _beside(limits: EngineLimits, device: torch.device) -> int:
-    """Return the most prompt tokens in a step in which answers go on."""
+    """Return the most prompt tokens in a step in which answers go on; 0: as many as in any."""
     if limits.prefill_beside is not None:
         return limits.prefill_beside
-    return CPU_BESIDE if device.type == "cpu" else limits.prefill_budget
+    return CPU_BESIDE if device.type == "cpu" else 0
 
 
 def _step_bytes(
