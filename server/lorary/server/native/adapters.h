@@ -11,6 +11,8 @@
 // on that row alone: the order of summation is fixed, whatever else is in the batch.
 #pragma once
 
+#include <omp.h>
+
 #include <type_traits>
 
 #include "common.h"
@@ -107,17 +109,35 @@ inline Lanes as_lanes(const float*, const S* p) {
     return widen(p);
 }
 
+// A block of rows with one adapter, and that adapter's part for one member of a group.
+template <typename S>
+struct Part {
+    const S *a, *b;              // the member's rows in the pool
+    const float* row_scales;     // theirs, or null
+    int64_t in, out, offset;     // outputs begin at y's column `offset`
+    const int32_t* rank_rows;    // [rank]
+    const float* rank_scales;    // [rank]
+    const int32_t* rows;         // [num_rows]
+    int32_t rank, num_rows, columns;  // the last as in Mix
+
+    const S* a_row(int32_t j) const { return a + rank_rows[j] * in; }
+    const S* b_row(int32_t j) const { return b + rank_rows[j] * out; }
+};
+
 // sums[r * sums_row + j] = x[r] . a[j] for R rows and J rank rows at once, so that even one row keeps
-// several sums under way.
+// several sums under way. `soon` has as many rows, fetched on the way.
 template <int R, int J, typename S, typename T>
-void dots(const T* const* x, const S* const* a, int64_t n, float* sums, int64_t sums_row) {
+void dots(const T* const* x, const S* const* a, const S* const* soon, int64_t n, float* sums, int64_t sums_row) {
     Lanes lane[R][J] = {};
     const int64_t step = step_of(x[0]);
     int64_t i = 0;
     for (; i + step <= n; i += step) {
         Lanes some[J];
 #pragma GCC unroll 4
-        for (int j = 0; j < J; ++j) some[j] = as_lanes(x[0], a[j] + i);
+        for (int j = 0; j < J; ++j) {
+            some[j] = as_lanes(x[0], a[j] + i);
+            __builtin_prefetch(soon[j] + i, 0, 2);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -130,16 +150,17 @@ void dots(const T* const* x, const S* const* a, int64_t n, float* sums, int64_t 
         }
 }
 
-// acc[r, o:o + 16 * W] += sum_j t[r, j] * B[rank_rows[j], o:o + 16 * W], j in ascending order.
+// acc[r, o:o + 16 * W] += sum_j t[r, j] * B[rank_rows[j], o:o + 16 * W], j in ascending order; the same stretches of
+// `soon` are fetched on the way.
 template <int R, int W, typename S>
-void expand(float* const* acc, const float* const* t, const S* b, const int32_t* rank_rows, int32_t rank,
-            int64_t out, int64_t o) {
+void expand(float* const* acc, const float* const* t, const Part<S>& part, const Part<S>& soon, int64_t o) {
     Lanes sum[R][W];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
         for (int w = 0; w < W; ++w) sum[r][w] = widen(acc[r] + o + w * kLanes);
-    for (int32_t j = 0; j < rank; ++j) {
-        const S* row = b + rank_rows[j] * out + o;
+    for (int32_t j = 0; j < part.rank; ++j) {
+        const S* row = part.b_row(j) + o;
+        fetch(j < soon.rank && o < soon.out ? soon.b_row(j) + o : row, W * kLanes);
 #pragma GCC unroll 8
         for (int w = 0; w < W; ++w) {
             const Lanes wide = widen(row + w * kLanes);
@@ -152,62 +173,93 @@ void expand(float* const* acc, const float* const* t, const S* b, const int32_t*
         for (int w = 0; w < W; ++w) narrow(acc[r] + o + w * kLanes, sum[r][w]);
 }
 
-// One block of R rows with one adapter, one member of the group; `columns` as in Mix.
+// What of `soon` has no counterpart in `part`, next to which the rest is fetched.
+template <typename S>
+void fetch_rest(const Part<S>& part, const Part<S>& soon) {
+    if (soon.rank <= part.rank && soon.out <= part.out) return;
+    for (int32_t j = 0; j < soon.rank; ++j) {
+        if (j >= part.rank) fetch(soon.a_row(j), soon.in);
+        const int64_t from = j < part.rank ? part.out : 0;
+        if (from < soon.out) fetch(soon.b_row(j) + from, soon.out - from);
+    }
+}
+
+// A part of R rows. What is read of `soon` after it is fetched meanwhile, line by line: memory is neither idle
+// while this part is multiplied, nor waited for.
 template <int R, typename S, typename T, typename Y>
-void add_block(const GroupPool<S>& pool, int64_t member, int64_t offset, const T* x, Y* y, int64_t y_row,
-               const int32_t* rows, const int32_t* rank_rows, const float* scales, int32_t rank,
-               int32_t columns, const float* aside) {
-    const int64_t in = pool.in, out = pool.outs[member];
+void add_part(const Part<S>& part, const Part<S>& soon, const float* bias, const T* x, Y* y, int64_t y_row,
+              const float* aside) {
+    const int64_t in = part.in, out = part.out;
+    const int32_t rank = part.rank;
+    const int32_t* rows = part.rows;
     constexpr bool kInPlace = std::is_same_v<Y, float>;
     const int64_t stride = aligned(rank) + (kInPlace ? 0 : aligned(out));
     float* memory = scratch(R * stride);
-    for (int32_t j = 0; j < rank; ++j) fetch(pool.a + (member * pool.cap + rank_rows[j]) * in, in);
-    for (int32_t j = 0; j < rank; ++j) fetch(pool.b[member] + rank_rows[j] * out, out);
     const T* rows_of_x[R];
     float *acc[R], *t[R];
     for (int r = 0; r < R; ++r) {
         t[r] = memory + r * stride;
         rows_of_x[r] = x + rows[r] * in;
         if constexpr (kInPlace) {
-            acc[r] = y + rows[r] * y_row + offset;
+            acc[r] = y + rows[r] * y_row + part.offset;
         } else {
             acc[r] = t[r] + aligned(rank);
-            convert(y + rows[r] * y_row + offset, out, acc[r]);
+            convert(y + rows[r] * y_row + part.offset, out, acc[r]);
         }
     }
     // As many rank rows at once as registers hold sums for.
     constexpr int kRanks = R <= 6 ? 4 : 2;
-    const auto row_of = [&](int32_t j) { return pool.a + (member * pool.cap + rank_rows[j]) * in; };
+    const auto shrink = [&](int32_t j, auto count) {
+        constexpr int kCount = decltype(count)::value;
+        const S *a[kCount], *next[kCount];
+        for (int i = 0; i < kCount; ++i) {
+            a[i] = part.a_row(j + i);
+            next[i] = j + i < soon.rank ? soon.a_row(j + i) : a[i];
+        }
+        dots<R, kCount>(rows_of_x, a, next, in, t[0] + j, stride);
+    };
     int32_t j = 0;
-    for (; j + kRanks <= rank; j += kRanks) {
-        const S* a[kRanks];
-        for (int i = 0; i < kRanks; ++i) a[i] = row_of(j + i);
-        dots<R, kRanks>(rows_of_x, a, in, t[0] + j, stride);
-    }
-    for (; j < rank; ++j) {
-        const S* a[1] = {row_of(j)};
-        dots<R, 1>(rows_of_x, a, in, t[0] + j, stride);
-    }
-    const float* own = pool.row_scales ? pool.row_scales + member * pool.cap : nullptr;
+    for (; j + kRanks <= rank; j += kRanks) shrink(j, std::integral_constant<int, kRanks>{});
+    for (; j < rank; ++j) shrink(j, std::integral_constant<int, 1>{});
+    const float *scales = part.rank_scales, *own = part.row_scales;
     for (int r = 0; r < R; ++r)
-        for (j = 0; j < rank; ++j) t[r][j] *= own ? scales[j] * own[rank_rows[j]] : scales[j];
+        for (j = 0; j < rank; ++j) t[r][j] *= own ? scales[j] * own[part.rank_rows[j]] : scales[j];
     // Few rows read B in long stretches, many in short ones, as registers allow.
     constexpr int kWide = R <= 2 ? 8 : R <= 4 ? 4 : 2;
-    const S* b = pool.b[member];
     int64_t o = 0;
-    for (; o + kWide * kLanes <= out; o += kWide * kLanes) expand<R, kWide>(acc, t, b, rank_rows, rank, out, o);
-    for (; o + kLanes <= out; o += kLanes) expand<R, 1>(acc, t, b, rank_rows, rank, out, o);
+    for (; o + kWide * kLanes <= out; o += kWide * kLanes) expand<R, kWide>(acc, t, part, soon, o);
+    for (; o + kLanes <= out; o += kLanes) expand<R, 1>(acc, t, part, soon, o);
     for (; o < out; ++o)
         for (j = 0; j < rank; ++j)
-            for (int r = 0; r < R; ++r) acc[r][o] += t[r][j] * load(b + rank_rows[j] * out + o);
-    if (columns >= 0) {
-        const float* c = reinterpret_cast<const float*>(pool.b[member]) + columns * out;
+            for (int r = 0; r < R; ++r) acc[r][o] += t[r][j] * load(part.b_row(j) + o);
+    fetch_rest(part, soon);
+    if (part.columns >= 0) {
+        const float* c = reinterpret_cast<const float*>(part.b) + part.columns * out;
         for (int r = 0; r < R; ++r)
-            scale_columns(acc[r], c, pool.bias ? pool.bias + offset : nullptr,
-                          aside ? aside + rows[r] * y_row + offset : nullptr, out);
+            scale_columns(acc[r], c, bias ? bias + part.offset : nullptr,
+                          aside ? aside + rows[r] * y_row + part.offset : nullptr, out);
     }
     if constexpr (!kInPlace)
-        for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + offset);
+        for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + part.offset);
+}
+
+// Likewise, of as many rows as it has.
+template <typename S, typename T, typename Y>
+void add_part(const Part<S>& part, const Part<S>& soon, const float* bias, const T* x, Y* y, int64_t y_row,
+              const float* aside) {
+    const auto add = [&](auto rows) {
+        add_part<decltype(rows)::value>(part, soon, bias, x, y, y_row, aside);
+    };
+    switch (part.num_rows) {
+        case 1: return add(std::integral_constant<int, 1>{});
+        case 2: return add(std::integral_constant<int, 2>{});
+        case 3: return add(std::integral_constant<int, 3>{});
+        case 4: return add(std::integral_constant<int, 4>{});
+        case 5: return add(std::integral_constant<int, 5>{});
+        case 6: return add(std::integral_constant<int, 6>{});
+        case 7: return add(std::integral_constant<int, 7>{});
+        default: return add(std::integral_constant<int, kBlock>{});
+    }
 }
 
 // Called by every thread of a parallel region; they share blocks and members. Where y is added to what was
@@ -226,31 +278,41 @@ void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, in
         }
     }
     starts.push_back(mix.num_rows);
-    const int64_t blocks = static_cast<int64_t>(starts.size()) - 1;
     const std::vector<int64_t>& mine = starts;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < blocks * pool.members; ++item) {
-        const int64_t block = item / pool.members, member = item % pool.members;
-        int64_t offset = 0;
-        for (int64_t m = 0; m < member; ++m) offset += pool.outs[m];
-        const int64_t first = mine[block];
-        const int32_t begin = mix.rank_indptr[mix.entry[first]];
-        const int32_t rank = mix.rank_indptr[mix.entry[first] + 1] - begin;
-        const int32_t columns = has_columns(mix, first) ? mix.columns[mix.entry[first]] : -1;
-        auto run = [&](auto width) {
-            add_block<decltype(width)::value>(pool, member, offset, x, y, y_row, mix.rows + first,
-                                              mix.rank_rows + begin, mix.rank_scales + begin, rank,
-                                              columns, aside);
-        };
-        switch (mine[block + 1] - first) {
-            case 1: run(std::integral_constant<int, 1>{}); break;
-            case 2: run(std::integral_constant<int, 2>{}); break;
-            case 3: run(std::integral_constant<int, 3>{}); break;
-            case 4: run(std::integral_constant<int, 4>{}); break;
-            case 5: run(std::integral_constant<int, 5>{}); break;
-            case 6: run(std::integral_constant<int, 6>{}); break;
-            case 7: run(std::integral_constant<int, 7>{}); break;
-            default: run(std::integral_constant<int, kBlock>{}); break;
+    const int64_t blocks = static_cast<int64_t>(starts.size()) - 1, parts = blocks * pool.members;
+    const auto part_of = [&](int64_t i) {
+        const int64_t member = i / blocks, block = i - member * blocks, first = mine[block];
+        const int32_t entry = mix.entry[first], begin = mix.rank_indptr[entry];
+        Part<S> part;
+        part.a = pool.a + member * pool.cap * pool.in;
+        part.b = pool.b[member];
+        part.row_scales = pool.row_scales ? pool.row_scales + member * pool.cap : nullptr;
+        part.in = pool.in;
+        part.out = pool.outs[member];
+        part.offset = 0;
+        for (int64_t m = 0; m < member; ++m) part.offset += pool.outs[m];
+        part.rank_rows = mix.rank_rows + begin;
+        part.rank_scales = mix.rank_scales + begin;
+        part.rows = mix.rows + first;
+        part.rank = mix.rank_indptr[entry + 1] - begin;
+        part.num_rows = static_cast<int32_t>(mine[block + 1] - first);
+        part.columns = has_columns(mix, first) ? mix.columns[entry] : -1;
+        return part;
+    };
+    // Neighbouring parts lie next to each other more often than not: a few at a time, as long as all threads
+    // have two turns. Each is taken before the last one is multiplied, to be fetched meanwhile.
+    const int64_t turns = 2 * omp_get_num_threads(), few = parts < turns ? 1 : parts / turns < 4 ? parts / turns : 4;
+    Part<S> taken{};
+#pragma omp for schedule(dynamic, few) nowait
+    for (int64_t i = 0; i < parts; ++i) {
+        const Part<S> next = part_of(i);
+        if (taken.num_rows) {
+            add_part(taken, next, pool.bias, x, y, y_row, aside);
+        } else {
+            fetch_rest(Part<S>{}, next);
         }
+        taken = next;
     }
+    if (taken.num_rows) add_part(taken, Part<S>{}, pool.bias, x, y, y_row, aside);
+#pragma omp barrier
 }

@@ -30,6 +30,40 @@ struct Pages {
     T* at(int64_t p) const { return first + table[p / kCacheBlock] * stride + p % kCacheBlock * dim; }
 };
 
+// Positions [first, length) of one sequence, one KV head: what a decode row sees.
+template <typename T>
+struct Seen {
+    Pages<T> k, v;
+    int64_t first, length;
+    int64_t begin() const { return first / kCacheBlock; }
+    int64_t blocks() const { return length > first ? (length - 1) / kCacheBlock + 1 - begin() : 0; }
+};
+
+// Blocks of keys, and of values, that are fetched ahead: a fraction of the second-level cache.
+constexpr int64_t kAhead = 16;
+
+// While the keys (or values) of one row are read, those further on are fetched, and at its end the first ones of
+// the row that is read next: memory is neither idle while they are multiplied, nor waited for.
+template <typename T>
+struct Ahead {
+    const Pages<T>&own, &next;
+    int64_t begin, blocks, next_begin, next_blocks;
+    int64_t depth() const { return blocks < kAhead ? blocks : kAhead; }
+
+    // What takes the place of block i, counted from the first that is seen; null: nothing.
+    const T* of(int64_t i) const {
+        const int64_t later = i + depth();
+        if (later < blocks) return own.at((begin + later) * kCacheBlock);
+        return later - blocks < next_blocks ? next.at((next_begin + later - blocks) * kCacheBlock) : nullptr;
+    }
+
+    // The next row's first blocks that had no counterpart.
+    void rest() const {
+        for (int64_t i = depth(); i < next_blocks && i < kAhead; ++i)
+            fetch(next.at((next_begin + i) * kCacheBlock), kCacheBlock * next.dim);
+    }
+};
+
 // Call visit(begin, end) for positions [from, to), cut where blocks end.
 template <typename Visit>
 void by_block(int64_t from, int64_t to, Visit visit) {
@@ -93,14 +127,17 @@ inline void soften(float* w, int64_t count) {
     for (int64_t i = 0; i < count; ++i) w[i] *= scale;
 }
 
-// 16 * W elements from `d` on of G heads' sums of values, positions [first, length) in ascending order.
+// 16 * W elements from `d` on of G heads' sums of values, positions in ascending order.
 template <int G, int W, typename T, typename O>
-void weigh(const float* weight, int64_t tall, const Pages<T>& v, int64_t first, int64_t length,
-           int64_t d, O* out) {
+void weigh(const float* weight, int64_t tall, const Seen<T>& seen, const Ahead<T>& ahead, int64_t d, O* out) {
+    const int64_t dim = seen.v.dim;
     Lanes acc[G][W] = {};
-    by_block(first, length, [&](int64_t begin, int64_t end) {
-        const T* row = v.at(begin) + d;
-        for (int64_t p = begin - first; p < end - first; ++p, row += v.dim) {
+    by_block(seen.first, seen.length, [&](int64_t begin, int64_t end) {
+        const T* row = seen.v.at(begin) + d;
+        const T* later = ahead.of(begin / kCacheBlock - ahead.begin);
+        later = later ? later + begin % kCacheBlock * dim + d : row;
+        for (int64_t p = begin - seen.first; p < end - seen.first; ++p, row += dim, later += dim) {
+            fetch(later, W * kLanes);
             Lanes value[W];
 #pragma GCC unroll 4
             for (int w = 0; w < W; ++w) value[w] = widen(row + w * kLanes);
@@ -111,7 +148,7 @@ void weigh(const float* weight, int64_t tall, const Pages<T>& v, int64_t first, 
         }
     });
     for (int g = 0; g < G; ++g)
-        for (int w = 0; w < W; ++w) narrow(out + g * v.dim + d + w * kLanes, acc[g][w]);
+        for (int w = 0; w < W; ++w) narrow(out + g * dim + d + w * kLanes, acc[g][w]);
 }
 
 // Scores of K neighbouring keys, from `row` on, with G queries: into weight[g * tall : g * tall + K].
@@ -146,51 +183,58 @@ void score(const float* query, int64_t wide, const T* row, int64_t dim, float* w
 // One decode row, one KV head, G of the query heads that share it: each key and value is read once
 // for all of them.
 template <int G, typename Q, typename T, typename O>
-void attend_heads(const Q* q, int64_t q_head, const Pages<T>& k, const Pages<T>& v, O* out,
-                  int64_t length, const AttentionShape& s) {
-    const int64_t first = s.window > 0 && length > s.window ? length - s.window : 0;
-    const int64_t count = length - first, wide = aligned(s.dim), tall = aligned(count);
-    by_block(first, count < 512 ? length : first + 512, [&](int64_t begin, int64_t end) {
-        fetch(k.at(begin), (end - begin) * s.dim);
-        fetch(v.at(begin), (end - begin) * s.dim);
-    });
+void attend_heads(const Q* q, int64_t q_head, const Seen<T>& seen, const Ahead<T>& keys, const Ahead<T>& values,
+                  O* out, const AttentionShape& s) {
+    const int64_t first = seen.first, count = seen.length - first, wide = aligned(s.dim), tall = aligned(count);
     float* query = scratch(G * (wide + tall));
     float* weight = query + G * wide;
     for (int g = 0; g < G; ++g)
         for (int64_t d = 0; d < s.dim; ++d) query[g * wide + d] = load(q + g * q_head + d) * s.scale;
     const int64_t even = s.dim / kLanes * kLanes;
-    by_block(first, length, [&](int64_t begin, int64_t end) {
-        const T* row = k.at(begin);
+    by_block(first, seen.length, [&](int64_t begin, int64_t end) {
+        const T* row = seen.k.at(begin);
+        const T* later = keys.of(begin / kCacheBlock - keys.begin);
+        const int64_t off = later ? later + begin % kCacheBlock * s.dim - row : 0;
         int64_t p = begin - first;
         // A horizontal sum takes as long as a key's products: four at once.
-        for (; p + 4 <= end - first; p += 4, row += 4 * s.dim) score<G, 4>(query, wide, row, s.dim, weight + p, tall);
-        for (; p < end - first; ++p, row += s.dim) score<G, 1>(query, wide, row, s.dim, weight + p, tall);
+        for (; p + 4 <= end - first; p += 4, row += 4 * s.dim) {
+            fetch(row + off, 4 * s.dim);
+            score<G, 4>(query, wide, row, s.dim, weight + p, tall);
+        }
+        for (; p < end - first; ++p, row += s.dim) {
+            fetch(row + off, s.dim);
+            score<G, 1>(query, wide, row, s.dim, weight + p, tall);
+        }
     });
+    keys.rest();
     for (int g = 0; g < G; ++g) {
         cap(weight + g * tall, count, s.softcap);
         soften(weight + g * tall, count);
     }
     int64_t d = 0;
-    for (; d + 4 * kLanes <= even; d += 4 * kLanes) weigh<G, 4>(weight, tall, v, first, length, d, out);
-    for (; d + 2 * kLanes <= even; d += 2 * kLanes) weigh<G, 2>(weight, tall, v, first, length, d, out);
-    for (; d < even; d += kLanes) weigh<G, 1>(weight, tall, v, first, length, d, out);
+    for (; d + 4 * kLanes <= even; d += 4 * kLanes) weigh<G, 4>(weight, tall, seen, values, d, out);
+    for (; d + 2 * kLanes <= even; d += 2 * kLanes) weigh<G, 2>(weight, tall, seen, values, d, out);
+    for (; d < even; d += kLanes) weigh<G, 1>(weight, tall, seen, values, d, out);
     for (; d < s.dim; ++d)
         for (int g = 0; g < G; ++g) {
             float acc = 0.0f;
-            for (int64_t p = 0; p < count; ++p) acc += weight[g * tall + p] * load(v.at(first + p) + d);
+            for (int64_t p = 0; p < count; ++p) acc += weight[g * tall + p] * load(seen.v.at(first + p) + d);
             store(out + g * s.dim + d, acc);
         }
+    values.rest();
 }
 
+// One decode row, one KV head; `next` is what is attended to after it, of no length if that is nothing.
 template <typename Q, typename T, typename O>
-void attend_one(const Q* q, int64_t q_head, const Pages<T>& k, const Pages<T>& v, O* out,
-                int64_t length, const AttentionShape& s) {
+void attend_one(const Q* q, int64_t q_head, const Seen<T>& seen, const Seen<T>& next, O* out, const AttentionShape& s) {
+    const Ahead<T> keys{seen.k, next.k, seen.begin(), seen.blocks(), next.begin(), next.blocks()};
+    const Ahead<T> values{seen.v, next.v, seen.begin(), seen.blocks(), next.begin(), next.blocks()};
     int64_t g = 0;
     for (; g + 4 <= s.group; g += 4)
-        attend_heads<4>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
+        attend_heads<4>(q + g * q_head, q_head, seen, keys, values, out + g * s.dim, s);
     for (; g + 3 <= s.group; g += 3)
-        attend_heads<3>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
-    for (; g < s.group; ++g) attend_heads<1>(q + g * q_head, q_head, k, v, out + g * s.dim, length, s);
+        attend_heads<3>(q + g * q_head, q_head, seen, keys, values, out + g * s.dim, s);
+    for (; g < s.group; ++g) attend_heads<1>(q + g * q_head, q_head, seen, keys, values, out + g * s.dim, s);
 }
 
 // Called by every thread of a parallel region. q [rows, heads, dim] by its strides, out
@@ -198,13 +242,33 @@ void attend_one(const Q* q, int64_t q_head, const Pages<T>& k, const Pages<T>& v
 template <typename Q, typename T, typename O>
 void attend_decode(const Q* q, int64_t q_row, int64_t q_head, LayerCache<const T> cache, O* out,
                    const int32_t* slots, const int32_t* lengths, int64_t rows, const AttentionShape& s) {
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t i = 0; i < rows * s.kv_heads; ++i) {
+    const auto seen_of = [&](int64_t i) {
+        const int64_t row = i / s.kv_heads, head = i % s.kv_heads, length = lengths[row];
+        return Seen<const T>{cache.keys(slots[row], head, s), cache.values(slots[row], head, s),
+                             s.window > 0 && length > s.window ? length - s.window : 0, length};
+    };
+    const auto attend = [&](int64_t i, const Seen<const T>& seen, const Seen<const T>& next) {
         const int64_t row = i / s.kv_heads, head = i % s.kv_heads;
-        attend_one(q + row * q_row + head * s.group * q_head, q_head, cache.keys(slots[row], head, s),
-                   cache.values(slots[row], head, s), out + (row * s.kv_heads + head) * s.group * s.dim,
-                   lengths[row], s);
+        attend_one(q + row * q_row + head * s.group * q_head, q_head, seen, next,
+                   out + (row * s.kv_heads + head) * s.group * s.dim, s);
+    };
+    // Each is taken before the last one is attended to, to be fetched meanwhile.
+    int64_t taken = -1;
+    Seen<const T> seen{};
+#pragma omp for schedule(dynamic, 2) nowait
+    for (int64_t i = 0; i < rows * s.kv_heads; ++i) {
+        const Seen<const T> next = seen_of(i);
+        if (taken >= 0) {
+            attend(taken, seen, next);
+        } else {
+            Ahead<const T>{next.k, next.k, 0, 0, next.begin(), next.blocks()}.rest();
+            Ahead<const T>{next.v, next.v, 0, 0, next.begin(), next.blocks()}.rest();
+        }
+        taken = i;
+        seen = next;
     }
+    if (taken >= 0) attend(taken, seen, Seen<const T>{});
+#pragma omp barrier
 }
 
 // Query rows (positions x heads of a group) that share one packing of keys and values.
