@@ -11,11 +11,10 @@
 // on that row alone: the order of summation is fixed, whatever else is in the batch.
 #pragma once
 
-#include <omp.h>
-
 #include <type_traits>
 
 #include "common.h"
+#include "share.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -299,20 +298,17 @@ void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, in
         part.columns = has_columns(mix, first) ? mix.columns[entry] : -1;
         return part;
     };
-    // Neighbouring parts lie next to each other more often than not: a few at a time, as long as all threads
-    // have two turns. Each is taken before the last one is multiplied, to be fetched meanwhile.
+    // Neighbouring parts lie next to each other in memory more often than not: a few at once, as long as there are
+    // two turns for every thread.
     const int64_t turns = 2 * omp_get_num_threads(), few = parts < turns ? 1 : parts / turns < 4 ? parts / turns : 4;
-    Part<S> taken{};
-#pragma omp for schedule(dynamic, few) nowait
-    for (int64_t i = 0; i < parts; ++i) {
-        const Part<S> next = part_of(i);
-        if (taken.num_rows) {
-            add_part(taken, next, pool.bias, x, y, y_row, aside);
+    Part<S> part{};
+    share(parts, few, [&](int64_t taken, int64_t i) {
+        const Part<S> soon = i < 0 ? Part<S>{} : part_of(i);
+        if (taken < 0) {
+            fetch_rest(part, soon);
         } else {
-            fetch_rest(Part<S>{}, next);
+            add_part(part, soon, pool.bias, x, y, y_row, aside);
         }
-        taken = next;
-    }
-    if (taken.num_rows) add_part(taken, Part<S>{}, pool.bias, x, y, y_row, aside);
-#pragma omp barrier
+        part = soon;
+    });
 }

@@ -64,6 +64,15 @@ struct Ahead {
     }
 };
 
+template <typename T>
+Ahead<T> keys_ahead(const Seen<T>& seen, const Seen<T>& next) {
+    return {seen.k, next.k, seen.begin(), seen.blocks(), next.begin(), next.blocks()};
+}
+template <typename T>
+Ahead<T> values_ahead(const Seen<T>& seen, const Seen<T>& next) {
+    return {seen.v, next.v, seen.begin(), seen.blocks(), next.begin(), next.blocks()};
+}
+
 // Call visit(begin, end) for positions [from, to), cut where blocks end.
 template <typename Visit>
 void by_block(int64_t from, int64_t to, Visit visit) {
@@ -227,8 +236,7 @@ void attend_heads(const Q* q, int64_t q_head, const Seen<T>& seen, const Ahead<T
 // One decode row, one KV head; `next` is what is attended to after it, of no length if that is nothing.
 template <typename Q, typename T, typename O>
 void attend_one(const Q* q, int64_t q_head, const Seen<T>& seen, const Seen<T>& next, O* out, const AttentionShape& s) {
-    const Ahead<T> keys{seen.k, next.k, seen.begin(), seen.blocks(), next.begin(), next.blocks()};
-    const Ahead<T> values{seen.v, next.v, seen.begin(), seen.blocks(), next.begin(), next.blocks()};
+    const Ahead<T> keys = keys_ahead(seen, next), values = values_ahead(seen, next);
     int64_t g = 0;
     for (; g + 4 <= s.group; g += 4)
         attend_heads<4>(q + g * q_head, q_head, seen, keys, values, out + g * s.dim, s);
@@ -252,23 +260,17 @@ void attend_decode(const Q* q, int64_t q_row, int64_t q_head, LayerCache<const T
         attend_one(q + row * q_row + head * s.group * q_head, q_head, seen, next,
                    out + (row * s.kv_heads + head) * s.group * s.dim, s);
     };
-    // Each is taken before the last one is attended to, to be fetched meanwhile.
-    int64_t taken = -1;
     Seen<const T> seen{};
-#pragma omp for schedule(dynamic, 2) nowait
-    for (int64_t i = 0; i < rows * s.kv_heads; ++i) {
-        const Seen<const T> next = seen_of(i);
-        if (taken >= 0) {
-            attend(taken, seen, next);
+    share(rows * s.kv_heads, 2, [&](int64_t taken, int64_t i) {
+        const Seen<const T> next = i < 0 ? Seen<const T>{} : seen_of(i);
+        if (taken < 0) {
+            keys_ahead(seen, next).rest();
+            values_ahead(seen, next).rest();
         } else {
-            Ahead<const T>{next.k, next.k, 0, 0, next.begin(), next.blocks()}.rest();
-            Ahead<const T>{next.v, next.v, 0, 0, next.begin(), next.blocks()}.rest();
+            attend(taken, seen, next);
         }
-        taken = i;
         seen = next;
-    }
-    if (taken >= 0) attend(taken, seen, Seen<const T>{});
-#pragma omp barrier
+    });
 }
 
 // Query rows (positions x heads of a group) that share one packing of keys and values.

@@ -20,7 +20,8 @@ _SOURCES = tuple(
     for name in ("adapters", "attention", "layer", "matmul", "norms", "rows", "sampling", "threads")
 )
 _HEADERS = tuple(
-    _FOLDER / f"{name}.h" for name in ("adapters", "attention", "common", "matmul", "matmul_int8")
+    _FOLDER / f"{name}.h"
+    for name in ("adapters", "attention", "common", "matmul", "matmul_int8", "share")
 )
 # Not -ffast-math: linked into a shared library it would switch off denormals for the whole process.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")

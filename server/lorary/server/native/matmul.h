@@ -14,11 +14,10 @@
 // so that each of two registers meets one broadcast pair of x in a vdpbf16ps.
 #pragma once
 
-#include <omp.h>
-
 #include <type_traits>
 
 #include "common.h"
+#include "share.h"
 
 constexpr int64_t kPanel = 32;
 // Rows of one register tile: with 32 registers 14 x 2 accumulators, 2 of weights, 1 of x.
@@ -161,8 +160,9 @@ Tile<T> tile_of(int64_t rows) {
     else return rows == R ? static_cast<Tile<T>>(tile<R>) : tile_of<T, R - 1>(rows);
 }
 
-// All rows against one panel: tiles of nearly equal height (15 rows are 8 + 7, not 14 + 1). The first one waits for
-// memory, and the second leaves it idle: it fetches the `next` panel's part, if there is one.
+// All rows against one panel: tiles of nearly equal height (15 rows are 8 + 7, not 14 + 1). The second fetches the
+// `next` panel's part on the way, if there is one; the first where it is all there is, and all that it reads was
+// fetched by the last panel's.
 template <typename T>
 void all_tiles(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t depth, float* sums,
                int64_t sums_row, bool is_first, const T* next = nullptr) {
@@ -170,7 +170,7 @@ void all_tiles(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t dept
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
         tile_of<T>(last - first)(x + first * x_row, x_row, w, depth, sums + first * sums_row, sums_row,
-                                 is_first, next && t == 1 ? next : w);
+                                 is_first, next && t == (tiles > 1) ? next : w);
     }
 }
 
@@ -226,20 +226,17 @@ inline void see_panel(float* sums, int64_t rows, const float* bias, int64_t n, i
 template <typename T, typename Take>
 void each_panel(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed, int64_t n,
                 int64_t k, Take take) {
-    const int64_t team = omp_get_num_threads();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < panels(n); ++p) {
+    share(panels(n), 1, [&](int64_t p, int64_t later) {
+        if (p < 0) return;
         float* sums = scratch(rows * kPanel);
-        const T* panel = packed + p * kPanel * k;
-        // Most likely this thread's next one.
-        const T* next = p + team < panels(n) ? panel + team * kPanel * k : nullptr;
+        const T *panel = packed + p * kPanel * k, *next = later < 0 ? nullptr : packed + later * kPanel * k;
         for (int64_t from = 0; from < k; from += kDepth)
             all_tiles(x + from, x_row, rows, panel + from * kPanel, k - from < kDepth ? k - from : kDepth,
                       sums, kPanel, from == 0, next ? next + from * kPanel : nullptr);
         if constexpr (!std::is_same_v<T, float>)
             if (rests) add_rests(rests, rows, panel, sums);
         take(sums, p);
-    }
+    });
 }
 
 // Likewise.

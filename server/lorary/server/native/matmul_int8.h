@@ -71,10 +71,11 @@ void quantize(const T* x, int64_t x_row, int64_t rows, int64_t k, uint8_t* q, fl
     }
 }
 
-// sums[r, 0:32] = x[r] . one panel, for R rows; scales and offsets are the panel's.
+// sums[r, 0:32] = x[r] . one panel, for R rows; scales and offsets are the panel's. `ahead` is fetched on the way, as
+// much as is read of w.
 template <int R>
 void tile(const uint8_t* x, const float* x_scales, int64_t k, const int8_t* w, const float* w_scales,
-          const int32_t* w_offsets, float* sums) {
+          const int32_t* w_offsets, float* sums, const int8_t* ahead) {
     __m512 total[R][2];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
@@ -87,6 +88,8 @@ void tile(const uint8_t* x, const float* x_scales, int64_t k, const int8_t* w, c
         for (int64_t i = g * kGroup; i < last; i += kQuad) {
             const __m512i w0 = _mm512_loadu_si512(w + i * kPanel);
             const __m512i w1 = _mm512_loadu_si512(w + i * kPanel + 64);
+            __builtin_prefetch(ahead + i * kPanel, 0, 2);
+            __builtin_prefetch(ahead + i * kPanel + 64, 0, 2);
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
                 int32_t four;
@@ -116,7 +119,7 @@ void tile(const uint8_t* x, const float* x_scales, int64_t k, const int8_t* w, c
 }
 
 using Int8Tile = void (*)(const uint8_t*, const float*, int64_t, const int8_t*, const float*,
-                          const int32_t*, float*);
+                          const int32_t*, float*, const int8_t*);
 
 template <int R = kInt8Tile>
 Int8Tile int8_tile_of(int64_t rows) {
@@ -129,17 +132,20 @@ template <Into kInto, typename Y>
 void multiply_int8(const uint8_t* q, const float* row_scales, int64_t rows, const Int8Weight& w,
                    const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
     const int64_t tiles = (rows + kInt8Tile - 1) / kInt8Tile;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < panels(n); ++p) {
+    const auto panel_of = [&](int64_t p) { return w.packed + p * kPanel * quads(k); };
+    share(panels(n), 1, [&](int64_t p, int64_t later) {
+        if (p < 0) return;
         float* sums = scratch(rows * kPanel);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
+            // As all_tiles does.
+            const int8_t* ahead = later >= 0 && t == (tiles > 1) ? panel_of(later) : panel_of(p);
             int8_tile_of(last - first)(q + first * quads(k), row_scales + first * groups(k), k,
-                                       w.packed + p * kPanel * quads(k), w.scales + p * groups(k) * kPanel,
-                                       w.offsets + p * groups(k) * kPanel, sums + first * kPanel);
+                                       panel_of(p), w.scales + p * groups(k) * kPanel,
+                                       w.offsets + p * groups(k) * kPanel, sums + first * kPanel, ahead);
         }
         put_panel<kInto>(sums, rows, bias, n, p, y, y_row);
-    }
+    });
 }
 
 // Write w [n, k] into `packed`, panels(n) * 32 * quads(k) bytes; what is beyond n and k becomes 0.
