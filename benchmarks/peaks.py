@@ -15,64 +15,84 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 29
 """More than any cache holds."""
-_REPEATS = 7
 # Rows, inputs and outputs: a square one, and this project's smallest base reading a long prompt.
 _PRODUCTS = ((1024, 1024, 1024), (512, 2048, 2048), (512, 576, 3072))
 
 
-def bandwidths() -> dict[str, float]:
-    """Return bytes read a second, by way; all of torch's threads read."""
-    kernels = _kernels()
-    matrix = torch.ones(_READ_BYTES // 4).view(-1, 2048)
-    seconds = {
-        "torch sum, float32": _best_s(torch.sum, matrix),
-        "torch matrix-vector product, float32": _best_s(torch.mv, matrix, torch.ones(2048)),
-    }
-    del matrix
-    if kernels.supports_layers(torch.bfloat16):
-        packed = kernels.pack(torch.ones(_READ_BYTES // 4096, 2048, dtype=torch.bfloat16), None)
-        row = torch.ones(1, 2048, dtype=torch.bfloat16)
-        seconds["our product of one row, bfloat16"] = _best_s(packed.linear, row)
-    return {way: _READ_BYTES / s for way, s in seconds.items()}
+class Peaks:
+    """The most of each kind that was seen since ``forget``: a peak is what is possible.
 
+    To be looked at now and then while something else is timed: other tenants of a processor take from it by the minute.
+    """
 
-def peaks() -> tuple[dict[str, float], dict[str, float]]:
-    """Return operations a second in bfloat16 and with 8-bit weights, by way and size."""
-    kernels = _kernels()
-    bf16: dict[str, float] = {}
-    int8: dict[str, float] = {}
-    for rows, width, out in _PRODUCTS:
+    def __init__(self) -> None:
+        """Allocate what is read and multiplied, a gigabyte.
+
+        Raises:
+            RuntimeError: this machine has no native kernels.
+        """
+        kernels = native.load()
+        if isinstance(kernels, str):
+            raise RuntimeError(f"there are no native kernels to measure: {kernels}")
+        # By kind and way: bytes or operations of one call, and the call.
+        self._ways: dict[tuple[str, str], tuple[int, Callable[[], object]]] = {}
+        self._add_reads(kernels)
+        for rows, width, out in _PRODUCTS:
+            self._add_products(kernels, rows, width, out)
+        self._best: dict[tuple[str, str], float] = {}
+        # The first call of each allocates and, in torch, chooses.
+        self.look()
+        self.forget()
+
+    def _add_reads(self, kernels: native.NativeKernels) -> None:
+        matrix = torch.ones(_READ_BYTES // 4).view(-1, 2048)
+        vector = torch.ones(2048)
+        reads: dict[str, Callable[[], object]] = {
+            "torch sum, float32": lambda: torch.sum(matrix),
+            "torch matrix-vector product, float32": lambda: torch.mv(matrix, vector),
+        }
+        if kernels.supports_layers(torch.bfloat16):
+            packed = kernels.pack(torch.ones(_READ_BYTES // 4096, 2048, dtype=torch.bfloat16), None)
+            row = torch.ones(1, 2048, dtype=torch.bfloat16)
+            reads["our product of one row, bfloat16"] = lambda: packed.linear(row)
+        for way, call in reads.items():
+            self._ways["bandwidth", way] = (_READ_BYTES, call)
+
+    def _add_products(self, kernels: native.NativeKernels, rows: int, width: int, out: int) -> None:
         operations = 2 * rows * width * out
         size = f"{rows} x {width} x {out}"
         x = torch.randn(rows, width).to(torch.bfloat16)
         weight = torch.randn(out, width).to(torch.bfloat16)
-        bf16[f"torch, {size}"] = operations / _best_s(nn.functional.linear, x, weight)
+
+        def add(kind: str, whose: str, call: Callable[[], object]) -> None:
+            self._ways[kind, f"{whose}, {size}"] = (operations, call)
+
+        add("bf16_peak", "torch", lambda: nn.functional.linear(x, weight))
         if kernels.can_pack(weight):
             packed = kernels.pack(weight, None)
-            bf16[f"ours, {size}"] = operations / _best_s(packed.linear, x)
-        eights = [
-            torch.randint(-127, 127, s, dtype=torch.int8) for s in ((rows, width), (width, out))
-        ]
-        int8[f"torch, {size}"] = operations / _best_s(torch._int_mm, *eights)
+            add("bf16_peak", "ours", lambda: packed.linear(x))
+        left = torch.randint(-127, 127, (rows, width), dtype=torch.int8)
+        right = torch.randint(-127, 127, (width, out), dtype=torch.int8)
+        add("int8_peak", "torch", lambda: torch._int_mm(left, right))
         if kernels.has_int8:
             rounded = kernels.pack_int8(weight, None)
-            int8[f"ours, {size}"] = operations / _best_s(rounded.linear, x)
-    return bf16, int8
+            add("int8_peak", "ours", lambda: rounded.linear(x))
 
+    def forget(self) -> None:
+        """Begin anew."""
+        self._best.clear()
 
-def _kernels() -> native.NativeKernels:
-    kernels = native.load()
-    if isinstance(kernels, str):
-        raise RuntimeError(f"there are no native kernels to measure: {kernels}")
-    return kernels
+    def look(self) -> None:
+        """Measure every way once; about 0.2 s on two cores."""
+        for way, (amount, call) in self._ways.items():
+            started = time.perf_counter()
+            call()
+            per_second = amount / (time.perf_counter() - started)
+            self._best[way] = max(per_second, self._best.get(way, 0.0))
 
-
-def _best_s(call: Callable[..., object], *arguments: torch.Tensor) -> float:
-    """Return the seconds of the fastest of several calls: a peak is what is possible."""
-    call(*arguments)
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        call(*arguments)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    def best(self) -> dict[str, dict[str, float]]:
+        """Return bytes (``bandwidth``) and operations (``bf16_peak``, ``int8_peak``) a second, by way."""
+        found: dict[str, dict[str, float]] = {}
+        for (kind, way), per_second in self._best.items():
+            found.setdefault(kind, {})[way] = per_second
+        return found

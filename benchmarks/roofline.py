@@ -1,10 +1,10 @@
 """How close does a step come to what this machine can do?
 
-    python benchmarks/roofline.py            bandwidth and peaks, decode and prompts (3 minutes)
+    python benchmarks/roofline.py            bandwidth and peaks, decode and prompts (5 minutes)
     python benchmarks/roofline.py --table    newest records → docs/benchmarks.md
 
-Bandwidth and peaks are the best of several ways, torch's and our own kernels', measured in the same
-run. A step's *bound* is the longer of two times: to read its bytes once, and to multiply at the
+Bandwidth and peaks are the best of several ways, torch's and our own kernels', measured again and
+again while a step is. A step's *bound* is the longer of two times: to read its bytes once, and to multiply at the
 peak. The time beside it is the whole step's, Python and sampling included.
 """
 

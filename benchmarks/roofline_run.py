@@ -22,9 +22,10 @@ from benchmarks.step_run import PROMPT_TOKENS, QUIET, WARM_UP
 from benchmarks.synthetic import RANK
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from benchmarks.harness.stepper import Stepper
+    from benchmarks.peaks import Peaks
     from benchmarks.roofline_model import Machine, Shape, Work
     from lorary.bases import Base
     from lorary.registry import Registry
@@ -35,6 +36,8 @@ DECODE = ((1, 0), (1, 1), (8, 0), (8, 1), (8, 8), (32, 0), (32, 1), (32, 8), (32
 """Rows and adapters of the decode steps."""
 PROMPTS = ((4, 0), (4, 4))
 """Prompts read in one step, and adapters."""
+LOOKS = 8
+"""Times that the machine's peaks are measured while one decode step is."""
 REPRESENTATIONS = ("bfloat16", "int8")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -75,7 +78,7 @@ def _run(
     scratch: Path, name: str, representations: Sequence[str], most: int, steps: int, kept: Kept
 ) -> None:
     from benchmarks.harness.stepper import make_library
-    from benchmarks.peaks import bandwidths, peaks
+    from benchmarks.peaks import Peaks
     from benchmarks.setup import TEXT
     from benchmarks.workload import Prompts
     from lorary.bases import find_base
@@ -90,33 +93,22 @@ def _run(
         min(most, MOST), PROMPT_TOKENS, random.Random(0)
     )
 
-    def measure_machine() -> dict[str, Any]:
-        bf16, int8 = peaks()
-        return {
-            "kind": "machine",
-            "bandwidth": bandwidths(),
-            "bf16_peak": bf16,
-            "int8_peak": int8,
-        }
-
-    def machine() -> Machine:
-        return machine_of(kept.measure(measure_machine))
-
+    peaks = Peaks()
     for representation in representations:
         stepper, shape = _stepper(base, registry, representation, min(most, MOST))
         stepper.load(adapters)
-        cells = _Cells(stepper, shape, prompts, adapters, steps, int8=representation == "int8")
-        # Neighbours on the same processor make a machine slower for minutes: each figure is held against
-        # what was possible right before it.
+        cells = _Cells(
+            stepper, shape, peaks, prompts, adapters, steps, int8=representation == "int8"
+        )
         try:
             for rows, count in DECODE:
                 if rows <= most:
                     console.print(f"{representation}: decode, {rows} rows, {count} adapters")
-                    kept.measure(functools.partial(cells.decode, machine(), rows, count))
+                    kept.measure(functools.partial(cells.decode, rows, count))
             for num, count in PROMPTS:
                 if num <= most:
                     console.print(f"{representation}: {num} prompts, {count} adapters")
-                    kept.measure(functools.partial(cells.prompts, machine(), num, count))
+                    kept.measure(functools.partial(cells.prompts, num, count))
         finally:
             stepper.close()
 
@@ -142,12 +134,16 @@ def _stepper(
 
 
 class _Cells:
-    """Times steps of one representation."""
+    """Times steps of one representation, and looks at the machine's peaks between them.
+
+    Other tenants make a processor slower by the minute; a step's bound is what was possible meanwhile, at best.
+    """
 
     def __init__(
         self,
         stepper: Stepper,
         shape: Shape,
+        peaks: Peaks,
         prompts: Sequence[Sequence[int]],
         adapters: Sequence[str],
         steps: int,
@@ -156,12 +152,13 @@ class _Cells:
     ) -> None:
         self._stepper = stepper
         self._shape = shape
+        self._peaks = peaks
         self._prompts = prompts
         self._adapters = adapters
         self._steps = steps
         self._int8 = int8
 
-    def decode(self, machine: Machine, rows: int, adapters: int) -> dict[str, Any]:
+    def decode(self, rows: int, adapters: int) -> dict[str, Any]:
         """Time decode steps; contexts grow by one a step, and their mean counts."""
         from benchmarks.roofline_model import work
 
@@ -169,7 +166,12 @@ class _Cells:
         self._stepper.read_prompts()
         for _ in range(WARM_UP):
             self._stepper.step()
-        seconds = self._stepper.time_steps(self._steps)
+        self._peaks.forget()
+        seconds: list[float] = []
+        some = -(-self._steps // LOOKS)
+        for begin in range(0, self._steps, some):
+            self._peaks.look()
+            seconds += self._stepper.time_steps(min(some, self._steps - begin))
         self._stepper.end_rows()
         context = PROMPT_TOKENS + 1 + WARM_UP + self._steps / 2
         todo = work(
@@ -181,15 +183,17 @@ class _Cells:
             rank=RANK,
             int8=self._int8,
         )
-        found = self._record(machine, statistics.median(seconds), todo)
+        found = self._record(statistics.median(seconds), todo)
         return {"kind": "decode", "rows": rows, "adapters": adapters, **found}
 
-    def prompts(self, machine: Machine, count: int, adapters: int) -> dict[str, Any]:
+    def prompts(self, count: int, adapters: int) -> dict[str, Any]:
         """Time steps that read ``count`` whole prompts each."""
         from benchmarks.roofline_model import work
 
+        self._peaks.forget()
         seconds = []
         for _ in range(max(3, self._steps // 8)):
+            self._peaks.look()
             self._start(count, adapters, max_tokens=2)
             seconds.append(self._stepper.step())
             if not self._stepper.is_decoding:
@@ -208,16 +212,18 @@ class _Cells:
             rank=RANK,
             int8=self._int8,
         )
-        found = self._record(machine, statistics.median(seconds), todo)
+        found = self._record(statistics.median(seconds), todo)
         return {"kind": "prompts", "rows": count * PROMPT_TOKENS, "adapters": adapters, **found}
 
     def _start(self, rows: int, adapters: int, *, max_tokens: int) -> None:
         names = [self._adapters[i % adapters] if adapters else None for i in range(rows)]
         self._stepper.start_rows(self._prompts[:rows], names, max_tokens=max_tokens)
 
-    def _record(self, machine: Machine, seconds: float, todo: Work) -> dict[str, Any]:
+    def _record(self, seconds: float, todo: Work) -> dict[str, Any]:
         from benchmarks.roofline_model import bound_s, compute_s, memory_s
 
+        peaks = self._peaks.best()
+        machine = machine_of(peaks)
         memory, compute = memory_s(todo, machine), compute_s(todo, machine)
         bound = bound_s(todo, machine)
         return {
@@ -231,18 +237,15 @@ class _Cells:
             "of_bandwidth": round(memory / seconds, 4),
             "of_peak": round(compute / seconds, 4),
             "of_bound": round(bound / seconds, 4),
+            "peaks": peaks,
         }
 
 
-def machine_of(record: dict[str, Any]) -> Machine:
-    """Return the best of each kind in a record of the machine."""
+def machine_of(peaks: Mapping[str, Mapping[str, float]]) -> Machine:
+    """Return the best way of each kind."""
     from benchmarks.roofline_model import Machine
 
-    return Machine(
-        bandwidth=max(record["bandwidth"].values()),
-        bf16_peak=max(record["bf16_peak"].values()),
-        int8_peak=max(record["int8_peak"].values()),
-    )
+    return Machine(**{kind: max(ways.values()) for kind, ways in peaks.items()})
 
 
 def accepted(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -252,23 +255,26 @@ def accepted(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any
 
 def tables_of(records: Sequence[dict[str, Any]]) -> str:
     """Return the machine's and the steps' figures as Markdown."""
-    machines = accepted(records, "machine")
-    if not machines:
-        return "the machine was never quiet enough to measure its peaks"
-    lines = [row(["machine", "best", "lowest", "by"]), row(["---", "---:", "---:", "---"])]
+    steps = [*accepted(records, "decode"), *accepted(records, "prompts")]
+    if not steps:
+        return "the machine was never quiet enough to measure a step"
+    lines = [
+        row(["machine", "at its best", "while it was slowest", "by"]),
+        row(["---", "---:", "---:", "---"]),
+    ]
     for key, what, unit, name in (
         ("bandwidth", "reads", 1e9, "GB/s"),
         ("bf16_peak", "multiplies bfloat16", 1e9, "GFLOP/s"),
         ("int8_peak", "multiplies 8-bit weights", 1e9, "GOP/s"),
     ):
-        bests = [max(m[key].items(), key=operator.itemgetter(1)) for m in machines]
+        bests = [max(r["peaks"][key].items(), key=operator.itemgetter(1)) for r in steps]
         way, best = max(bests, key=operator.itemgetter(1))
         lowest = min(figure for _, figure in bests)
         lines.append(row([what, f"{best / unit:.0f} {name}", f"{lowest / unit:.0f} {name}", way]))
     head_line = ["step", "weights", "rows", "adapters", "MB read", "G operations", "bound, ms",
                  "measured, ms", "of bandwidth", "of peak", "of the bound"]  # fmt: skip
     lines += ["", row(head_line), row(["---"] * 2 + ["---:"] * 9)]
-    for r in [*accepted(records, "decode"), *accepted(records, "prompts")]:
+    for r in steps:
         lines.append(
             row(
                 [

@@ -67,12 +67,12 @@ def mix_figures(path: Path) -> list[Figure]:
 def roofline_figures(path: Path) -> list[Figure]:
     """Read how near steps come to the machine's bounds."""
     records = report.read(path) if path.exists() else []
-    machines = accepted(records, "machine")
+    steps = [*accepted(records, "decode"), *accepted(records, "prompts")]
     figures = []
-    if machines:
+    if steps:
         best = {
-            k: max(max(m[k].values()) for m in machines)
-            for k in ("bandwidth", "bf16_peak", "int8_peak")
+            kind: max(max(r["peaks"][kind].values()) for r in steps)
+            for kind in ("bandwidth", "bf16_peak", "int8_peak")
         }
         figures.append(
             _reported(
