@@ -123,11 +123,13 @@ struct Part {
     const S* b_row(int32_t j) const { return b + rank_rows[j] * out; }
 };
 
-// sums[r * sums_row + j] = x[r] . a[j] for R rows and J rank rows at once, so that even one row keeps
+// sums[j, r] = x[r] . a[j] for R rows and J rank rows at once, so that even one row keeps
 // several sums under way. `soon` has as many rows, fetched on the way.
 template <int R, int J, typename S, typename T>
-void dots(const T* const* x, const S* const* a, const S* const* soon, int64_t n, float* sums, int64_t sums_row) {
-    Lanes lane[R][J] = {};
+void dots(const T* const* x, const S* const* a, const S* const* soon, int64_t n, float* sums) {
+    Lanes lane[R * J];
+#pragma GCC unroll 16
+    for (int l = 0; l < R * J; ++l) lane[l] = Lanes{};
     const int64_t step = step_of(x[0]);
     int64_t i = 0;
     for (; i + step <= n; i += step) {
@@ -140,19 +142,38 @@ void dots(const T* const* x, const S* const* a, const S* const* soon, int64_t n,
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < J; ++j) multiply_add(lane[r][j], x[r] + i, some[j]);
+            for (int j = 0; j < J; ++j) multiply_add(lane[r * J + j], x[r] + i, some[j]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < J; ++j) {
-            for (int64_t k = i; k < n; ++k) lane[r][j][(k - i) % kLanes] += load(x[r] + k) * load(a[j] + k);
-            sums[r * sums_row + j] = sum_of(lane[r][j]);
+    if (i < n) {  // the last ones, among zeros
+        T last_x[2 * kLanes] = {};
+        S last_a[J][2 * kLanes] = {};
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) std::memcpy(last_a[j], a[j] + i, (n - i) * sizeof(S));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            std::memcpy(last_x, x[r] + i, (n - i) * sizeof(T));
+#pragma GCC unroll 4
+            for (int j = 0; j < J; ++j) multiply_add(lane[r * J + j], last_x, as_lanes(x[0], last_a[j]));
         }
+    }
+    // Only places that are known when this is compiled: else all sums lie in memory, not in registers.
+    float sum[(R * J + 3) / 4 * 4];
+    constexpr int kFours = R * J / 4 * 4;
+#pragma GCC unroll 4
+    for (int l = 0; l < kFours; l += 4) {
+        const Lanes four[4] = {lane[l], lane[l + 1], lane[l + 2], lane[l + 3]};
+        sums_of(four, sum + l);
+    }
+#pragma GCC unroll 4
+    for (int l = kFours; l < R * J; ++l) sum[l] = sum_of(lane[l]);
+#pragma GCC unroll 16
+    for (int l = 0; l < R * J; ++l) sums[l % J * R + l / J] = sum[l];
 }
 
-// acc[r, o:o + 16 * W] += sum_j t[r, j] * B[rank_rows[j], o:o + 16 * W], j in ascending order; the same stretches of
+// acc[r, o:o + 16 * W] += sum_j t[j, r] * B[rank_rows[j], o:o + 16 * W], j in ascending order; the same stretches of
 // `soon` are fetched on the way.
 template <int R, int W, typename S>
-void expand(float* const* acc, const float* const* t, const Part<S>& part, const Part<S>& soon, int64_t o) {
+void expand(float* const* acc, const float* t, const Part<S>& part, const Part<S>& soon, int64_t o) {
     Lanes sum[R][W];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -164,7 +185,7 @@ void expand(float* const* acc, const float* const* t, const Part<S>& part, const
         for (int w = 0; w < W; ++w) {
             const Lanes wide = widen(row + w * kLanes);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sum[r][w] += t[r][j] * wide;
+            for (int r = 0; r < R; ++r) sum[r][w] += t[j * R + r] * wide;
         }
     }
 #pragma GCC unroll 8
@@ -183,6 +204,30 @@ void fetch_rest(const Part<S>& part, const Part<S>& soon) {
     }
 }
 
+// t[j, r] = s[j] * (x[r] . A[rank_rows[j]]) of R rows, with as many rows of A at once as registers hold sums for.
+template <int R, typename S, typename T>
+void shrink(const T* const* x, const Part<S>& part, const Part<S>& soon, float* t) {
+    constexpr int kRanks = R <= 6 ? 4 : 2;
+    const int32_t rank = part.rank;
+    const auto some = [&](int32_t j, auto count) {
+        constexpr int kCount = decltype(count)::value;
+        const S *a[kCount], *next[kCount];
+        for (int i = 0; i < kCount; ++i) {
+            a[i] = part.a_row(j + i);
+            next[i] = j + i < soon.rank ? soon.a_row(j + i) : a[i];
+        }
+        dots<R, kCount>(x, a, next, part.in, t + j * R);
+    };
+    int32_t j = 0;
+    for (; j + kRanks <= rank; j += kRanks) some(j, std::integral_constant<int, kRanks>{});
+    for (; j < rank; ++j) some(j, std::integral_constant<int, 1>{});
+    const float *scales = part.rank_scales, *own = part.row_scales;
+    for (j = 0; j < rank; ++j) {
+        const float scale = own ? scales[j] * own[part.rank_rows[j]] : scales[j];
+        for (int r = 0; r < R; ++r) t[j * R + r] *= scale;
+    }
+}
+
 // A part of R rows. What is read of `soon` after it is fetched meanwhile, line by line: memory is neither idle
 // while this part is multiplied, nor waited for.
 template <int R, typename S, typename T, typename Y>
@@ -192,45 +237,27 @@ void add_part(const Part<S>& part, const Part<S>& soon, const float* bias, const
     const int32_t rank = part.rank;
     const int32_t* rows = part.rows;
     constexpr bool kInPlace = std::is_same_v<Y, float>;
-    const int64_t stride = aligned(rank) + (kInPlace ? 0 : aligned(out));
-    float* memory = scratch(R * stride);
+    float* t = scratch(aligned(R * rank) + (kInPlace ? 0 : R * aligned(out)));
     const T* rows_of_x[R];
-    float *acc[R], *t[R];
+    float* acc[R];
     for (int r = 0; r < R; ++r) {
-        t[r] = memory + r * stride;
         rows_of_x[r] = x + rows[r] * in;
         if constexpr (kInPlace) {
             acc[r] = y + rows[r] * y_row + part.offset;
         } else {
-            acc[r] = t[r] + aligned(rank);
+            acc[r] = t + aligned(R * rank) + r * aligned(out);
             convert(y + rows[r] * y_row + part.offset, out, acc[r]);
         }
     }
-    // As many rank rows at once as registers hold sums for.
-    constexpr int kRanks = R <= 6 ? 4 : 2;
-    const auto shrink = [&](int32_t j, auto count) {
-        constexpr int kCount = decltype(count)::value;
-        const S *a[kCount], *next[kCount];
-        for (int i = 0; i < kCount; ++i) {
-            a[i] = part.a_row(j + i);
-            next[i] = j + i < soon.rank ? soon.a_row(j + i) : a[i];
-        }
-        dots<R, kCount>(rows_of_x, a, next, in, t[0] + j, stride);
-    };
-    int32_t j = 0;
-    for (; j + kRanks <= rank; j += kRanks) shrink(j, std::integral_constant<int, kRanks>{});
-    for (; j < rank; ++j) shrink(j, std::integral_constant<int, 1>{});
-    const float *scales = part.rank_scales, *own = part.row_scales;
-    for (int r = 0; r < R; ++r)
-        for (j = 0; j < rank; ++j) t[r][j] *= own ? scales[j] * own[part.rank_rows[j]] : scales[j];
+    shrink<R>(rows_of_x, part, soon, t);
     // Few rows read B in long stretches, many in short ones, as registers allow.
     constexpr int kWide = R <= 2 ? 8 : R <= 4 ? 4 : 2;
     int64_t o = 0;
     for (; o + kWide * kLanes <= out; o += kWide * kLanes) expand<R, kWide>(acc, t, part, soon, o);
     for (; o + kLanes <= out; o += kLanes) expand<R, 1>(acc, t, part, soon, o);
     for (; o < out; ++o)
-        for (j = 0; j < rank; ++j)
-            for (int r = 0; r < R; ++r) acc[r][o] += t[r][j] * load(part.b_row(j) + o);
+        for (int32_t j = 0; j < rank; ++j)
+            for (int r = 0; r < R; ++r) acc[r][o] += t[j * R + r] * load(part.b_row(j) + o);
     fetch_rest(part, soon);
     if (part.columns >= 0) {
         const float* c = reinterpret_cast<const float*>(part.b) + part.columns * out;
@@ -242,23 +269,40 @@ void add_part(const Part<S>& part, const Part<S>& soon, const float* bias, const
         for (int r = 0; r < R; ++r) convert(acc[r], out, y + rows[r] * y_row + part.offset);
 }
 
-// Likewise, of as many rows as it has.
-template <typename S, typename T, typename Y>
-void add_part(const Part<S>& part, const Part<S>& soon, const float* bias, const T* x, Y* y, int64_t y_row,
-              const float* aside) {
-    const auto add = [&](auto rows) {
-        add_part<decltype(rows)::value>(part, soon, bias, x, y, y_row, aside);
-    };
-    switch (part.num_rows) {
-        case 1: return add(std::integral_constant<int, 1>{});
-        case 2: return add(std::integral_constant<int, 2>{});
-        case 3: return add(std::integral_constant<int, 3>{});
-        case 4: return add(std::integral_constant<int, 4>{});
-        case 5: return add(std::integral_constant<int, 5>{});
-        case 6: return add(std::integral_constant<int, 6>{});
-        case 7: return add(std::integral_constant<int, 7>{});
-        default: return add(std::integral_constant<int, kBlock>{});
+// Call f with a number of rows, of 1 to kBlock, that is known when f is compiled.
+template <typename F>
+void with_rows(int64_t rows, F f) {
+    switch (rows) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 5: return f(std::integral_constant<int, 5>{});
+        case 6: return f(std::integral_constant<int, 6>{});
+        case 7: return f(std::integral_constant<int, 7>{});
+        default: return f(std::integral_constant<int, kBlock>{});
     }
+}
+
+// One member's part for `count` rows that share an adapter, from the mix's row `first` on.
+template <typename S>
+Part<S> part_of(const GroupPool<S>& pool, const Mix& mix, int64_t member, int64_t first, int64_t count) {
+    const int32_t entry = mix.entry[first], begin = mix.rank_indptr[entry];
+    Part<S> part;
+    part.a = pool.a + member * pool.cap * pool.in;
+    part.b = pool.b[member];
+    part.row_scales = pool.row_scales ? pool.row_scales + member * pool.cap : nullptr;
+    part.in = pool.in;
+    part.out = pool.outs[member];
+    part.offset = 0;
+    for (int64_t m = 0; m < member; ++m) part.offset += pool.outs[m];
+    part.rank_rows = mix.rank_rows + begin;
+    part.rank_scales = mix.rank_scales + begin;
+    part.rows = mix.rows + first;
+    part.rank = mix.rank_indptr[entry + 1] - begin;
+    part.num_rows = static_cast<int32_t>(count);
+    part.columns = has_columns(mix, first) ? mix.columns[entry] : -1;
+    return part;
 }
 
 // Called by every thread of a parallel region; they share blocks and members. Where y is added to what was
@@ -279,35 +323,22 @@ void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, in
     starts.push_back(mix.num_rows);
     const std::vector<int64_t>& mine = starts;
     const int64_t blocks = static_cast<int64_t>(starts.size()) - 1, parts = blocks * pool.members;
-    const auto part_of = [&](int64_t i) {
+    const auto part_of_turn = [&](int64_t i) {
         const int64_t member = i / blocks, block = i - member * blocks, first = mine[block];
-        const int32_t entry = mix.entry[first], begin = mix.rank_indptr[entry];
-        Part<S> part;
-        part.a = pool.a + member * pool.cap * pool.in;
-        part.b = pool.b[member];
-        part.row_scales = pool.row_scales ? pool.row_scales + member * pool.cap : nullptr;
-        part.in = pool.in;
-        part.out = pool.outs[member];
-        part.offset = 0;
-        for (int64_t m = 0; m < member; ++m) part.offset += pool.outs[m];
-        part.rank_rows = mix.rank_rows + begin;
-        part.rank_scales = mix.rank_scales + begin;
-        part.rows = mix.rows + first;
-        part.rank = mix.rank_indptr[entry + 1] - begin;
-        part.num_rows = static_cast<int32_t>(mine[block + 1] - first);
-        part.columns = has_columns(mix, first) ? mix.columns[entry] : -1;
-        return part;
+        return part_of(pool, mix, member, first, mine[block + 1] - first);
     };
     // Neighbouring parts lie next to each other in memory more often than not: a few at once, as long as there are
     // two turns for every thread.
     const int64_t turns = 2 * omp_get_num_threads(), few = parts < turns ? 1 : parts / turns < 4 ? parts / turns : 4;
     Part<S> part{};
     share(parts, few, [&](int64_t taken, int64_t i) {
-        const Part<S> soon = i < 0 ? Part<S>{} : part_of(i);
+        const Part<S> soon = i < 0 ? Part<S>{} : part_of_turn(i);
         if (taken < 0) {
             fetch_rest(part, soon);
         } else {
-            add_part(part, soon, pool.bias, x, y, y_row, aside);
+            with_rows(part.num_rows, [&](auto rows) {
+                add_part<decltype(rows)::value>(part, soon, pool.bias, x, y, y_row, aside);
+            });
         }
         part = soon;
     });

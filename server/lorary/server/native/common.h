@@ -36,6 +36,16 @@ inline Lanes widen(const float* p) {
     std::memcpy(&lanes, p, sizeof lanes);
     return lanes;
 }
+#ifdef __AVX512F__
+// Said outright where the compiler would make each of two halves, which takes three times the instructions.
+inline Lanes widen(const uint16_t* p) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return (Lanes)_mm512_slli_epi32(bits, 16);
+}
+inline Lanes widen(const int8_t* p) {
+    return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#else
 inline Lanes widen(const uint16_t* p) {
     typedef uint16_t Halves __attribute__((vector_size(32)));
     typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -52,6 +62,7 @@ inline Lanes widen(const int8_t* p) {
     std::memcpy(&bytes, p, sizeof bytes);
     return __builtin_convertvector(bytes, Lanes);
 }
+#endif
 inline void narrow(float* p, Lanes lanes) { std::memcpy(p, &lanes, sizeof lanes); }
 inline void narrow(uint16_t* p, Lanes lanes) {
     typedef uint16_t Halves __attribute__((vector_size(32)));
