@@ -15,7 +15,7 @@ from benchmarks.harness.threads import all_cores, pinned_cores, plain_environmen
 from benchmarks.peers import llama_cpp
 from benchmarks.peers.catalog import LLAMA_CPP
 from benchmarks.workload import Call, Trace
-from lorary.bases.home import build_once
+from lorary.bases.once import build_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ from benchmarks.harness.threads import all_cores, pinned_cores, plain_environmen
 from benchmarks.peers import openvino_install, openvino_worker
 from benchmarks.peers.catalog import OPENVINO
 from benchmarks.workload import Call, Trace
-from lorary.bases.home import build_once
+from lorary.bases.once import build_once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

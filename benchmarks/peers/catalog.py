@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorary.bases.home import lorary_home
+from lorary.home import lorary_home
 
 if TYPE_CHECKING:
     from pathlib import Path

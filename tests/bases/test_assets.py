@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lorary.bases import assets, fetch_assets, find_asset
-from lorary.bases.home import build_once
+from lorary.bases.once import build_once
 from lorary.errors import CorruptArtifact, MissingDependency, StorageError
 
 if TYPE_CHECKING:

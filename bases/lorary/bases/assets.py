@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorary.bases.home import build_once, lorary_home
+from lorary.bases.once import build_once
 from lorary.errors import CorruptArtifact, MissingDependency
+from lorary.home import lorary_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

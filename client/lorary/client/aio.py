@@ -9,15 +9,14 @@ import grpc
 import grpc.aio
 
 from lorary.client import messages as m
-from lorary.client.affinity import with_affinity
 from lorary.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Deadline, channel_options
 from lorary.client.control import AsyncControlCalls
 from lorary.client.credentials import Credentials
 from lorary.client.failures import from_rpc_error
 from lorary.client.results import GenerateResult
-from lorary.client.tracing import with_trace
+from lorary.client.stubs import stubs
 from lorary.errors import Unavailable
-from lorary.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from lorary.v1 import control_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -75,14 +74,7 @@ class AsyncClient(AsyncControlCalls):
             credentials = Credentials.from_environment()
         if channel is None:
             channel = self._owned = _open(target, credentials, affinity)
-        inference: Any = inference_pb2_grpc.InferenceStub
-        control: Any = control_pb2_grpc.ControlStub
-        self._inference: Any = credentials.bound(
-            with_affinity(with_trace(inference(channel)), affinity)
-        )
-        self._control: Any = credentials.bound(
-            with_affinity(with_trace(control(channel)), affinity)
-        )
+        self._inference, self._control = stubs(channel, credentials, affinity)
 
     async def __aenter__(self) -> Self:
         return self

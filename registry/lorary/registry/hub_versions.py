@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from lorary.errors import CorruptArtifact, StorageError
+from lorary.home import lorary_home
 from lorary.registry.blobs import Progress, Reader, check_file
 from lorary.registry.cache_budget import CacheBudget, is_full
 from lorary.registry.durable import locked, make_folder, storage_errors, unused_name, write_new
@@ -45,7 +46,7 @@ class HubVersions:
     def __init__(self, client: HubClient, repos: HubRepos, *, cache_bytes: int) -> None:
         self._client = client
         self._repos = repos
-        self.cache = VersionFolders(_cache_root())
+        self.cache = VersionFolders(lorary_home() / "hub")
         self.cache.create()
         self._budget = CacheBudget(self.cache, cache_bytes)
 
@@ -217,8 +218,3 @@ class HubVersions:
 
 def _nobody(_: int) -> None:
     """Be told of progress and do nothing."""
-
-
-def _cache_root() -> Path:
-    home = os.environ.get("LORARY_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "lorary") / "hub"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final, Literal, Self, cast, get_args
 
 from lorary.errors import ConfigError, CorruptArtifact
+from lorary.home import lorary_home
 from lorary.registry.durable import (
     locked,
     make_folder,
@@ -100,7 +101,7 @@ class Trust:
     def __init__(self, policy: TrustPolicy, url: str) -> None:
         self.policy = policy
         self._url = url
-        self._home = Path(os.environ.get("LORARY_HOME") or "~/.cache/lorary").expanduser() / "trust"
+        self._home = lorary_home() / "trust"
 
     def check(
         self, folder: Path, resolved: Resolved, pointer: Pointer, signature: bytes | None

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorary.bases.free_memory import free_bytes
 from lorary.registry.manifest import SERVED_KINDS
 from lorary.trainer import grouped_attention
 from lorary.trainer.batches import plan_rows
@@ -111,16 +112,11 @@ def estimate_memory(run: Prepared, *, num_steps: int | None = None) -> Memory:
     )
 
 
-def available_bytes(device: str) -> int | None:
-    """Return what is free on a device just now, or None where that cannot be known."""
+def available_bytes(device: str) -> int:
+    """Return what is free on a device just now."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return found[0] * 1024 if found else None
+    return free_bytes()
 
 
 def rehearse(run: Prepared, reporter: Reporter) -> Rehearsal:

@@ -28,7 +28,7 @@ def forecast(prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
     if prepared.recipe.task.kind in SERVED_KINDS:
         memory = estimate_memory(prepared)
         facts["memory_bytes"] = dataclasses.asdict(memory) | {"total": memory.total}
-        if available is not None and memory.total - memory.process > available:
+        if memory.total - memory.process > available:
             return facts
     rehearsal = rehearse(prepared, reporter)
     return facts | {"rehearsal": dataclasses.asdict(rehearsal)}
@@ -42,8 +42,7 @@ def forecast_rows(found: dict[str, Any]) -> dict[str, str]:
         total = parts.pop("total")
         sum_of = " + ".join(f"{size} {name}" for name, size in parts.items())
         rows["memory (GB)"] = f"{total} = {sum_of}"
-    if found["available_bytes"] is not None:
-        rows["memory free now (GB)"] = f"{found['available_bytes'] / 1e9:.2f}"
+    rows["memory free now (GB)"] = f"{found['available_bytes'] / 1e9:.2f}"
     rehearsal = found.get("rehearsal")
     if rehearsal is None:
         rows["time"] = "not rehearsed: the memory would not be enough"

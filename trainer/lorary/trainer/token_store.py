@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from lorary.bases.home import lorary_home
 from lorary.errors import StorageError
+from lorary.home import lorary_home
 from lorary.trainer.encoding import Row
 
 if TYPE_CHECKING:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from lorary.bases.free_memory import free_bytes
 from lorary.errors import ConfigError
 from lorary.server.engine.blocks import BLOCK, blocks_for
 
@@ -19,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 SHORT_BYTES = 256 << 20
 """Memory is short where the system has less than this to give."""
-_CGROUP = Path("/sys/fs/cgroup")
-_NO_LIMIT = 2**62
 
 
 def plan_blocks(
@@ -82,7 +79,7 @@ def available_bytes(device: torch.device, *, promised: int = 0) -> int:
         torch.cuda.empty_cache()
         free = int(torch.cuda.mem_get_info(device)[0])
     else:
-        free = min(_system_bytes(), _control_group_bytes())
+        free = free_bytes()
     return max(0, free - promised)
 
 
@@ -92,32 +89,3 @@ def is_short(device: torch.device) -> bool:
     On a GPU the allocator keeps what it was given, so that only a step that runs out of memory can tell.
     """
     return device.type == "cpu" and available_bytes(device) < SHORT_BYTES
-
-
-def _system_bytes() -> int:
-    """Return what the system could give without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _control_group_bytes() -> int:
-    """Return what the container's limit leaves, where there is one; page cache counts as free."""
-    limit_file, used_file = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if not (limit_file.exists() and used_file.exists()):
-        limit_file = _CGROUP / "memory" / "memory.limit_in_bytes"
-        used_file = _CGROUP / "memory" / "memory.usage_in_bytes"
-        if not (limit_file.exists() and used_file.exists()):
-            return _NO_LIMIT
-    limit = limit_file.read_text().strip()
-    if limit == "max":
-        return _NO_LIMIT
-    used = int(used_file.read_text())
-    for line in (used_file.parent / "memory.stat").read_text().splitlines():
-        if line.startswith(("inactive_file ", "total_inactive_file ")):
-            used -= int(line.split()[1])
-            break
-    return max(0, int(limit) - used)

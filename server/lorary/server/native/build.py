@@ -14,6 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from lorary.home import lorary_home
+
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(
     _FOLDER / f"{name}.cpp"
@@ -41,13 +43,12 @@ def build() -> Path | str:
 
 
 def _library_path() -> Path:
-    home = Path(os.environ.get("LORARY_HOME") or Path.home() / ".cache" / "lorary")
     digest = hashlib.sha256()
     for source in (*_SOURCES, *_HEADERS):
         digest.update(source.read_bytes())
     digest.update(" ".join(_FLAGS).encode())
     digest.update(_cpu_identity().encode())
-    return home / "kernels" / f"{digest.hexdigest()[:24]}.so"
+    return lorary_home() / "kernels" / f"{digest.hexdigest()[:24]}.so"
 
 
 def _cpu_identity() -> str:

@@ -1,7 +1,6 @@
-"""Where Lorary keeps what it fetched and converted, and how a folder appears there all at once.
+"""How a folder appears all at once, such as ``assets/`` and ``bases/`` of ``$LORARY_HOME`` have them.
 
-``$LORARY_HOME`` (default ``~/.cache/lorary``) holds ``assets/`` (packages that carry models and
-data) and ``bases/`` (converted base models). A folder is written beside its place under a
+A folder is written beside its place under a
 ``.tmp-`` name and renamed when complete, so whoever sees it sees all of it; a lock file keeps two
 processes from doing the same work twice.
 """
@@ -20,12 +19,6 @@ from lorary.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-
-def lorary_home() -> Path:
-    """Return ``$LORARY_HOME``, or ``~/.cache/lorary``; it need not exist yet."""
-    configured = os.environ.get("LORARY_HOME", "").strip()
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "lorary"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
