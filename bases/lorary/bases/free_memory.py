@@ -37,9 +37,9 @@ def _control_group_bytes() -> int:
     limit = limit_file.read_text().strip()
     if limit == "max":
         return _NO_LIMIT
-    used = int(used_file.read_text())
-    for line in (used_file.parent / "memory.stat").read_text().splitlines():
-        if line.startswith(("inactive_file ", "total_inactive_file ")):
-            used -= int(line.split()[1])
-            break
-    return max(0, int(limit) - used)
+    stat = dict(
+        line.split() for line in (used_file.parent / "memory.stat").read_text().splitlines()
+    )
+    # Version 1 counts the groups within this one under another name.
+    cache = stat.get("total_inactive_file", stat.get("inactive_file", "0"))
+    return max(0, int(limit) - (int(used_file.read_text()) - int(cache)))

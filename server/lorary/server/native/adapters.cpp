@@ -15,7 +15,7 @@ void add_rows(const T* x, T* y, const void* a, const void* const* b, const int64
         const GroupPool<S> pool{static_cast<Pointer>(a), reinterpret_cast<const Pointer*>(b), outs, members,
                                 cap, in, row_scales, bias};
 #pragma omp parallel num_threads(threads) if (threads > 1 && !is_one)
-        add_adapters(pool, mix, x, y, y_row);
+        add_adapters(Parts<S>(pool, mix), x, y, y_row);
     });
 }
 

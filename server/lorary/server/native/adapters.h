@@ -305,41 +305,81 @@ Part<S> part_of(const GroupPool<S>& pool, const Mix& mix, int64_t member, int64_
     return part;
 }
 
-// Called by every thread of a parallel region; they share blocks and members. Where y is added to what was
-// there, `aside` has the rows of it, laid out as y's, whose adapter has column scales.
-template <typename S, typename T, typename Y>
-void add_adapters(const GroupPool<S>& pool, const Mix& mix, const T* x, Y* y, int64_t y_row,
-                  const float* aside = nullptr) {
-    // Blocks of neighbours with one adapter; the last of a run may be narrower.
-    static thread_local std::vector<int64_t> starts;
-    starts.clear();
-    for (int64_t i = 0, begin = 0; i <= mix.num_rows; ++i) {
-        const bool is_end = i == mix.num_rows || mix.entry[i] != mix.entry[begin] || i - begin == kBlock;
-        if (is_end && i > begin) {
-            starts.push_back(begin);
-            begin = i;
+// What the threads share: blocks of neighbours with one adapter, of which the last of a run may be narrower, for
+// each member. Made by each of them, one at a time.
+template <typename S>
+class Parts {
+   public:
+    Parts(const GroupPool<S>& pool, const Mix& mix) : pool(pool), mix_(mix) {
+        starts_.clear();
+        for (int64_t i = 0, begin = 0; i <= mix.num_rows; ++i) {
+            const bool is_end = i == mix.num_rows || mix.entry[i] != mix.entry[begin] || i - begin == kBlock;
+            if (is_end && i > begin) {
+                starts_.push_back(begin);
+                begin = i;
+            }
+        }
+        blocks_ = static_cast<int64_t>(starts_.size());
+        starts_.push_back(mix.num_rows);
+        count = blocks_ * pool.members;
+    }
+
+    Part<S> at(int64_t i) const {
+        const int64_t member = i / blocks_, block = i - member * blocks_;
+        return part_of(pool, mix_, member, starts_[block], starts_[block + 1] - starts_[block]);
+    }
+
+    // Let each thread begin with parts of its own, of about so many bytes, and say where they lie: all of A, then
+    // all of B, as either is in one stretch more often than not.
+    void announce(int64_t bytes, Later& later) {
+        int64_t all = 1;
+        for (int64_t i = 0; i < count; ++i) {
+            const Part<S> part = at(i);
+            all += part.rank * (part.in + part.out) * static_cast<int64_t>(sizeof(S));
+        }
+        const int64_t most = count / omp_get_num_threads(), some = bytes * count / all;
+        own = some < most ? some : most;
+        const int64_t first = own * omp_get_thread_num();
+        for (int64_t i = first; i < first + own; ++i) {
+            const Part<S> part = at(i);
+            for (int32_t j = 0; j < part.rank; ++j) later.add(part.a_row(j), part.in);
+        }
+        for (int64_t i = first; i < first + own; ++i) {
+            const Part<S> part = at(i);
+            for (int32_t j = 0; j < part.rank; ++j) later.add(part.b_row(j), part.out);
         }
     }
-    starts.push_back(mix.num_rows);
-    const std::vector<int64_t>& mine = starts;
-    const int64_t blocks = static_cast<int64_t>(starts.size()) - 1, parts = blocks * pool.members;
-    const auto part_of_turn = [&](int64_t i) {
-        const int64_t member = i / blocks, block = i - member * blocks, first = mine[block];
-        return part_of(pool, mix, member, first, mine[block + 1] - first);
-    };
+
+    const GroupPool<S>& pool;
+    int64_t count, own = 0;
+
+   private:
+    const Mix& mix_;
+    static thread_local std::vector<int64_t> starts_;
+    int64_t blocks_;
+};
+template <typename S>
+thread_local std::vector<int64_t> Parts<S>::starts_;
+
+// Called by every thread of a parallel region; they share the parts. Where y is added to what was there, `aside` has
+// the rows of it, laid out as y's, whose adapter has column scales.
+template <typename S, typename T, typename Y>
+void add_adapters(const Parts<S>& parts, const T* x, Y* y, int64_t y_row, const float* aside = nullptr) {
     // Neighbouring parts lie next to each other in memory more often than not: a few at once, as long as there are
     // two turns for every thread.
-    const int64_t turns = 2 * omp_get_num_threads(), few = parts < turns ? 1 : parts / turns < 4 ? parts / turns : 4;
+    const int64_t threads = omp_get_num_threads(), turns = 2 * threads, shared = parts.count - threads * parts.own,
+                  few = shared < turns ? 1 : shared / turns < 4 ? shared / turns : 4;
     Part<S> part{};
-    share(parts, few, [&](int64_t taken, int64_t i) {
-        const Part<S> soon = i < 0 ? Part<S>{} : part_of_turn(i);
-        if (taken < 0) {
-            fetch_rest(part, soon);
-        } else {
+    const auto run = [&](int64_t taken, int64_t i) {
+        const Part<S> soon = i < 0 ? Part<S>{} : parts.at(i);
+        if (taken >= 0) {
             with_rows(part.num_rows, [&](auto rows) {
-                add_part<decltype(rows)::value>(part, soon, pool.bias, x, y, y_row, aside);
+                add_part<decltype(rows)::value>(part, soon, parts.pool.bias, x, y, y_row, aside);
             });
+        } else if (!parts.own) {
+            fetch_rest(part, soon);
         }
         part = soon;
-    });
+    };
+    share(parts.count, few, run, parts.own);
 }

@@ -247,26 +247,35 @@ void set_aside(const Step& step, float* y, int64_t n) {
     }
 }
 
+// What the base's product fetches of the adapters that are added to it, for each thread: about what a second-level
+// cache holds.
+constexpr int64_t kAnnounced = 768 << 10;
+
 // y (+)= x . w + bias + adapters, x being what has entered
 template <Into kInto, typename T>
 void project(const Projection& p, const Step& step, float* y) {
     const T* x = static_cast<const T*>(step.rounded);
     const bool is_aside = kInto == Into::add && step.mix.columns;
     if (is_aside) set_aside(step, y, p.out);
-    if (p.scales) {
+    with_storage<T>(p.storage, [&](auto* kind) {
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(kind)>>;
+        const GroupPool<S> pool = pool_of<S>(p);
+        Parts<S> parts(pool, step.mix);
+        Later later;
+        // With so many rows the base's product computes while memory is idle.
+        if (step.rows > kTile) parts.announce(kAnnounced, later);
+        if (p.scales) {
 #ifdef __AVX512VNNI__
-        const Int8Weight weight{static_cast<const int8_t*>(p.packed), p.scales, p.offsets};
-        quantize(x, p.in, step.rows, p.in, step.bytes, step.scales);
-        multiply_int8<kInto>(step.bytes, step.scales, step.rows, weight, p.bias, p.out, p.in, y, p.out);
+            const Int8Weight weight{static_cast<const int8_t*>(p.packed), p.scales, p.offsets};
+            quantize(x, p.in, step.rows, p.in, step.bytes, step.scales);
+            multiply_int8<kInto>(step.bytes, step.scales, step.rows, weight, p.bias, p.out, p.in, y, p.out, &later);
 #endif
-    } else {
-        multiply<kInto>(x, p.in, step.rests, step.rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y, p.out);
-    }
-    if (step.mix.num_rows)
-        with_storage<T>(p.storage, [&](auto* kind) {
-            using S = std::remove_const_t<std::remove_pointer_t<decltype(kind)>>;
-            add_adapters(pool_of<S>(p), step.mix, x, y, p.out, is_aside ? step.aside : nullptr);
-        });
+        } else {
+            multiply<kInto>(x, p.in, step.rests, step.rows, static_cast<const T*>(p.packed), p.bias, p.out, p.in, y,
+                            p.out, &later);
+        }
+        if (step.mix.num_rows) add_adapters(parts, x, y, p.out, is_aside ? step.aside : nullptr);
+    });
 }
 
 // Called by every thread of a parallel region. x += residual * after(what has entered . w), x being the

@@ -162,15 +162,16 @@ Tile<T> tile_of(int64_t rows) {
 
 // All rows against one panel: tiles of nearly equal height (15 rows are 8 + 7, not 14 + 1). The second fetches the
 // `next` panel's part on the way, if there is one; the first where it is all there is, and all that it reads was
-// fetched by the last panel's.
+// fetched by the last panel's. The others have time to fetch what will be read `later`, after the product.
 template <typename T>
 void all_tiles(const T* x, int64_t x_row, int64_t rows, const T* w, int64_t depth, float* sums,
-               int64_t sums_row, bool is_first, const T* next = nullptr) {
-    const int64_t tiles = (rows + kTile - 1) / kTile;
+               int64_t sums_row, bool is_first, const T* next = nullptr, Later* later = nullptr) {
+    const int64_t bytes = depth * kPanel * static_cast<int64_t>(sizeof(T)), tiles = (rows + kTile - 1) / kTile;
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
-        tile_of<T>(last - first)(x + first * x_row, x_row, w, depth, sums + first * sums_row, sums_row,
-                                 is_first, next && t == (tiles > 1) ? next : w);
+        const void* ahead = t == (tiles > 1) ? next : later && tiles > 1 ? later->take(bytes, w) : w;
+        tile_of<T>(last - first)(x + first * x_row, x_row, w, depth, sums + first * sums_row, sums_row, is_first,
+                                 static_cast<const T*>(ahead ? ahead : w));
     }
 }
 
@@ -222,17 +223,17 @@ inline void see_panel(float* sums, int64_t rows, const float* bias, int64_t n, i
 }
 
 // Called by every thread of a parallel region; they share the panels. take(sums [rows, 32], panel) gets each.
-// rests [rows, kRests], or null.
+// rests [rows, kRests], or null; `later` is this thread's, or null.
 template <typename T, typename Take>
 void each_panel(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed, int64_t n,
-                int64_t k, Take take) {
-    share(panels(n), 1, [&](int64_t p, int64_t later) {
+                int64_t k, Later* later, Take take) {
+    share(panels(n), 1, [&](int64_t p, int64_t following) {
         if (p < 0) return;
         float* sums = scratch(rows * kPanel);
-        const T *panel = packed + p * kPanel * k, *next = later < 0 ? nullptr : packed + later * kPanel * k;
+        const T *panel = packed + p * kPanel * k, *next = following < 0 ? nullptr : packed + following * kPanel * k;
         for (int64_t from = 0; from < k; from += kDepth)
             all_tiles(x + from, x_row, rows, panel + from * kPanel, k - from < kDepth ? k - from : kDepth,
-                      sums, kPanel, from == 0, next ? next + from * kPanel : nullptr);
+                      sums, kPanel, from == 0, next ? next + from * kPanel : nullptr, later);
         if constexpr (!std::is_same_v<T, float>)
             if (rests) add_rests(rests, rows, panel, sums);
         take(sums, p);
@@ -242,8 +243,8 @@ void each_panel(const T* x, int64_t x_row, const Rest* rests, int64_t rows, cons
 // Likewise.
 template <Into kInto, typename T, typename Y>
 void multiply(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed,
-              const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
-    each_panel(x, x_row, rests, rows, packed, n, k, [&](float* sums, int64_t panel) {
+              const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row, Later* later = nullptr) {
+    each_panel(x, x_row, rests, rows, packed, n, k, later, [&](float* sums, int64_t panel) {
         put_panel<kInto>(sums, rows, bias, n, panel, y, y_row);
     });
 }
@@ -254,7 +255,7 @@ template <typename T>
 void find_largest(const T* x, int64_t x_row, const Rest* rests, int64_t rows, const T* packed,
                   const float* bias, int64_t n, int64_t k, Largest* best) {
     std::vector<Largest> own(rows);
-    each_panel(x, x_row, rests, rows, packed, n, k,
+    each_panel(x, x_row, rests, rows, packed, n, k, nullptr,
                [&](float* sums, int64_t panel) { see_panel(sums, rows, bias, n, panel, own.data()); });
 #pragma omp critical(lorary_find_largest)
     for (int64_t r = 0; r < rows; ++r)

@@ -127,22 +127,29 @@ Int8Tile int8_tile_of(int64_t rows) {
     else return rows == R ? static_cast<Int8Tile>(tile<R>) : int8_tile_of<R - 1>(rows);
 }
 
-// Called by every thread of a parallel region, after `quantize`; they share the panels.
+// Called by every thread of a parallel region, after `quantize`; they share the panels. `later` is this thread's, or
+// null.
 template <Into kInto, typename Y>
 void multiply_int8(const uint8_t* q, const float* row_scales, int64_t rows, const Int8Weight& w,
-                   const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row) {
+                   const float* bias, int64_t n, int64_t k, Y* y, int64_t y_row, Later* later = nullptr) {
     const int64_t tiles = (rows + kInt8Tile - 1) / kInt8Tile;
     const auto panel_of = [&](int64_t p) { return w.packed + p * kPanel * quads(k); };
-    share(panels(n), 1, [&](int64_t p, int64_t later) {
+    share(panels(n), 1, [&](int64_t p, int64_t following) {
         if (p < 0) return;
         float* sums = scratch(rows * kPanel);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t first = t * rows / tiles, last = (t + 1) * rows / tiles;
             // As all_tiles does.
-            const int8_t* ahead = later >= 0 && t == (tiles > 1) ? panel_of(later) : panel_of(p);
+            const void* ahead = panel_of(p);
+            if (t == (tiles > 1)) {
+                if (following >= 0) ahead = panel_of(following);
+            } else if (later && tiles > 1) {
+                ahead = later->take(kPanel * quads(k), ahead);
+            }
             int8_tile_of(last - first)(q + first * quads(k), row_scales + first * groups(k), k,
                                        panel_of(p), w.scales + p * groups(k) * kPanel,
-                                       w.offsets + p * groups(k) * kPanel, sums + first * kPanel, ahead);
+                                       w.offsets + p * groups(k) * kPanel, sums + first * kPanel,
+                                       static_cast<const int8_t*>(ahead));
         }
         put_panel<kInto>(sums, rows, bias, n, p, y, y_row);
     });
