@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lorary.errors import EngineFailed, Overloaded, outcome
+from lorary.server.engine import answering
 from lorary.server.engine.blocks import BLOCK
 from lorary.server.engine.places import LAST_STRAW
+from lorary.server.engine.sampler import token_logprobs
 from tests.conftest import wait_until
 from tests.server.test_blocks import prompt_of
 
@@ -201,6 +203,98 @@ def test_when_nothing_fits_any_more_the_engine_ends(make_world: Callable[..., En
     wait_until(lambda: bool(world.collector.errors))
     assert isinstance(world.collector.errors[0], MemoryError)
     assert not world.engine.is_alive
+    assert_nothing_is_held(world)
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "sample": {"temperature": 0.7, "seed": 1},
+    "token_logprobs": {"logprobs": 2},
+    "score_labels": {"labels": ((11, 12), (13,))},
+}
+"""What makes answers of a step, by name, and what to ask for so that it is called."""
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+@pytest.mark.parametrize("name", CHOICES)
+def test_tokens_that_cannot_be_chosen_end_their_answers_and_no_others(
+    make_world: Callable[..., EngineWorld],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shortage: Callable[[], BaseException],
+) -> None:
+    """The model has run, and some of the step's answers may have gone on: all of them end, one as its last step."""
+    world = make_world(start=False)
+    choose, calls = getattr(answering, name), []
+
+    def short(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise shortage()
+        return choose(*args)
+
+    monkeypatch.setattr(answering, name, short)
+    # At its end with the step's token, so that it has left its place when labels are scored.
+    ended = world.submit(prompt_of(9, 1), "", max_tokens=1)
+    asked = world.submit(prompt_of(12, 2), "", **CHOICES[name])
+    reading = world.submit(prompt_of(200, 3), "")
+    world.engine._scheduler.prefill_budget = 64
+    world.engine.start()
+    for request_id in (ended, asked):
+        _, finish, error = world.collector.wait(request_id)
+        assert finish is None
+        assert isinstance(error, Overloaded)
+        assert outcome(error).grpc_status == "RESOURCE_EXHAUSTED"
+        assert "probabilities for 2 answers, this one among them" in str(error)
+    assert world.engine._scheduler.max_batch == 1
+    for request_id in (reading, world.submit(prompt_of(12, 2), "alpha", **CHOICES[name])):
+        _, finish, error = world.collector.wait(request_id)
+        assert error is None
+        assert finish is not None
+    assert_nothing_is_held(world)
+    assert not world.collector.errors
+
+
+def test_when_no_token_can_be_chosen_any_more_the_engine_ends(
+    make_world: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world()
+
+    def short(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(answering, "sample", short)
+    errors = []
+    for i in range(LAST_STRAW):
+        assert world.engine.is_alive
+        errors.append(world.collector.wait(world.submit(prompt_of(30, i), "", temperature=1.0))[2])
+    *first, last = errors
+    assert all(isinstance(error, Overloaded) for error in first)
+    assert isinstance(last, EngineFailed)
+    wait_until(lambda: bool(world.collector.errors))
+    assert_nothing_is_held(world)
+
+
+def test_a_prompt_whose_log_probabilities_have_no_memory_can_be_sent_as_often_as_one_likes(
+    make_world: Callable[..., EngineWorld], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world()
+
+    def short(logits: torch.Tensor, *args: Any) -> Any:
+        if len(logits) > BLOCK:
+            raise MemoryError
+        return token_logprobs(logits, *args)
+
+    monkeypatch.setattr(answering, "token_logprobs", short)
+    limits = limits_of(world)
+    for i in range(2 * LAST_STRAW):
+        asked = world.submit(prompt_of(60, i), "", prompt_logprobs=1)
+        _, _, error = world.collector.wait(asked)
+        assert isinstance(error, Overloaded)
+        assert "60 rows" in str(error)
+    assert world.engine.is_alive
+    assert limits_of(world) == limits
+    _, _, error = world.collector.wait(world.submit(prompt_of(30, 1), "", prompt_logprobs=1))
+    assert error is None
     assert_nothing_is_held(world)
 
 

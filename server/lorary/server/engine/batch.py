@@ -87,6 +87,12 @@ class Batch:
         """Tokens of all drafts."""
         return sum(len(draft) for _, draft in self.drafted)
 
+    @property
+    def readers(self) -> tuple[Sequence, ...]:
+        """Every sequence that something is made for of what the step finds, once each."""
+        more = (*self.drafted, *self.prompts, *self.embedders)
+        return tuple(dict.fromkeys((*self.samplers, *self.scorers, *(s for s, _ in more))))
+
     def can_be_followed_by(self, scheduled: Scheduled) -> bool:
         """Whether ``scheduled`` is the same sequences again, one token each, as in this step.
 

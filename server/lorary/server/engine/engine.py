@@ -324,7 +324,15 @@ class Engine:
         self._places.move_on(batch.advanced)
         if self._merging is not None:
             self._merging.note([s.request.lease for s in batch.samplers])
-        outputs, num_kept = self._answers.of_step(batch, found)
+        try:
+            outputs, num_kept = self._answers.of_step(batch, found)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._last.clear()
+            self._give_up(batch, error)
+            return False
+        self._places.note_success()
         for sequence, _ in batch.drafted:
             # Unless it has ended.
             if sequence.slot >= 0:
@@ -353,6 +361,26 @@ class Engine:
         if refused is not None:
             sequence, reason = refused
             self._deliver([self._end(sequence, error=reason)])
+
+    def _give_up(self, batch: Batch, error: BaseException) -> None:
+        """End all that would have got something from a step for whose tokens there was no memory.
+
+        Some may have a token more, or be at their end, that nobody was told of: none could go on as if the
+        step had not been. Who was only reading its prompt goes on.
+
+        Raises:
+            BaseException: ``error``, where there has been no memory for this time and again.
+        """
+        num_rows = batch.logits_rows.numel() + batch.hidden_rows.numel()
+        reason = self._places.narrow(batch.readers, num_rows, error)
+        self._deliver(
+            [
+                self._end(sequence, error=reason)
+                if sequence.slot >= 0
+                else Output(sequence.request.request_id, sequence.request.index, error=reason)
+                for sequence in batch.readers
+            ]
+        )
 
     def _leave_merged(self, merging: Merging) -> None:
         """Let merged weights be freed now: who runs on them loses its place, and goes on beside the base's."""

@@ -67,7 +67,6 @@ class Places:
 
     def move_on(self, advanced: tuple[tuple[Sequence, int], ...]) -> None:
         """Note so many more positions of each as computed; what has filled a block may be shared."""
-        self._hopeless.clear()
         for sequence, count in advanced:
             sequence.num_computed += count
             if count > 1 or not sequence.num_computed % BLOCK:
@@ -179,9 +178,7 @@ class Places:
             num_tokens += sequence.num_branch_tokens
         # A longer one may be too long, or have too many labels. This one says that nothing fits.
         if sequence.num_computed + num_tokens <= BLOCK:
-            self._hopeless.add(request.request_id)
-            if len(self._hopeless) >= LAST_STRAW:
-                raise error
+            self._note_hopeless(sequence, error)
         scheduler.max_batch, scheduler.prefill_budget = self._first_limits
         logger.warning(
             "request '%s' was refused: alone, a step of %d tokens behind %d others ran out of memory (%s). "
@@ -198,6 +195,59 @@ class Places:
             "--max-batch, or with more memory",
             retry_after_s=RETRY_S[1],
         )
+
+    def narrow(
+        self, readers: tuple[Sequence, ...], num_rows: int, error: BaseException
+    ) -> Overloaded:
+        """Have fewer answers at once, after a pass for whose tokens there was no memory.
+
+        Args:
+            readers: whom the pass was for.
+            num_rows: rows of logits and of hidden states that it found.
+            error: what was raised.
+
+        Returns:
+            What ``readers`` are told: they must be ended.
+
+        Raises:
+            BaseException: ``error``, when ``LAST_STRAW`` different requests in a row had no memory for a step
+                that nobody's could be smaller than.
+        """
+        scheduler = self._scheduler
+        if self._cache.k.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(readers) > 1:
+            scheduler.max_batch = min(scheduler.max_batch, len(readers) // 2)
+        else:
+            # Many labels or log probabilities of a long prompt say nothing about others.
+            if num_rows <= BLOCK:
+                self._note_hopeless(readers[0], error)
+            # As for one that is refused: they may have been lowered for it.
+            scheduler.max_batch, scheduler.prefill_budget = self._first_limits
+        logger.warning(
+            "there was no memory to choose the tokens of %d answers from %d rows (%s): they have ended with an "
+            "error; from now on at most %d at once. Lower --memory-fraction or --max-batch",
+            len(readers),
+            num_rows,
+            _first_line(error),
+            scheduler.max_batch,
+        )
+        return Overloaded(
+            f"this server had no memory to choose the tokens of a step: {num_rows} rows of all tokens' "
+            f"probabilities for {len(readers)} answers, this one among them. Ask again, for fewer are answered "
+            "at once from now on; without the prompt's log probabilities, or with fewer labels, it is smaller",
+            retry_after_s=RETRY_S[0],
+        )
+
+    def note_success(self) -> None:
+        """Begin to count anew who had no memory for the smallest of steps: one has gone well to its end."""
+        self._hopeless.clear()
+
+    def _note_hopeless(self, sequence: Sequence, error: BaseException) -> None:
+        """Count a request that nothing smaller could be made of; raise ``error`` at the last straw."""
+        self._hopeless.add(sequence.request.request_id)
+        if len(self._hopeless) >= LAST_STRAW:
+            raise error
 
 
 def _first_line(error: BaseException) -> str:
