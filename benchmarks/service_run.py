@@ -42,11 +42,24 @@ BAR_STREAMS, BAR_IDLE_STREAMS = 256, 1000
 PARTS = ("doors", "streams", "unary", "idle")
 HERE, ELSEWHERE = "here", "elsewhere"
 """Where a record's model is computed; here, where it does not say."""
+APART = "elsewhere, a frame for every token"
+"""The same, with ``--stream-frames 0``: what joining steps in a frame saves."""
 BESIDE_ENGINE = ("streams", "unary")
 """Parts measured with either; their bars are for a service that has its cores to itself."""
-BESIDE_MODEL = (
-    ("streams", ("service_cpu_us_per_token",), "the same µs, the model computed on these cores"),
-    ("unary", ("beside_engine_ms", "p50"), "the same ms, the model computed on these cores"),
+NO_BAR = (
+    (
+        "streams",
+        APART,
+        ("service_cpu_us_per_token",),
+        "the same µs, a frame for every token (`--stream-frames 0`)",
+    ),
+    (
+        "streams",
+        HERE,
+        ("service_cpu_us_per_token",),
+        "the same µs, the model computed on these cores",
+    ),
+    ("unary", HERE, ("beside_engine_ms", "p50"), "the same ms, the model computed on these cores"),
 )
 STEPS_MS = {"streams": "33", "unary": "0"}
 """Of the server whose model is elsewhere: 30 tokens a second for each stream, and calls answered at once, so that
@@ -105,9 +118,12 @@ def main(
                     kept.measure(work)
             if "idle" in parts:
                 kept.measure(lambda: measured.idle(address, pid, idle))
-        for part in beside:
-            with _distant(part, arguments, Path(scratch)) as server:
-                work = _beside_engine(part, server, prompts, setup, ELSEWHERE)
+        distant = [(part, ELSEWHERE, arguments) for part in beside]
+        if "streams" in parts:
+            distant.append(("streams", APART, [*arguments, "--stream-frames", "0"]))
+        for part, model, options_of in distant:
+            with _distant(part, options_of, Path(scratch)) as server:
+                work = _beside_engine(part, server, prompts, setup, model)
                 for _ in range(rounds):
                     kept.measure(work)
     kept.finish(console, table_of)
@@ -285,8 +301,8 @@ def table_of(records: Sequence[dict[str, Any]]) -> str:
     for name, value, bar, is_ok in figures(records):
         shown = "not measured on a quiet machine" if value is None else f"{value:.3g}"
         lines.append(row([name, shown, bar, "ok" if is_ok else "short"]))
-    for kind, path, name in BESIDE_MODEL:
-        value = _median(records, kind, path, HERE)
+    for kind, model, path, name in NO_BAR:
+        value = _median(records, kind, path, model)
         if value is not None:
             lines.append(row([name, f"{value:.3g}", "", ""]))
     return "\n".join(lines)

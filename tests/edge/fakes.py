@@ -583,7 +583,9 @@ async def serving(
     """
     values = {"base": "tiny", "registry": "unused", "port": 0, "metrics_port": 0, **options}
     config = ServerConfig(**values)
-    calls, metrics = Calls(limit), ServerMetrics(num_tracked_adapters=config.tracked_adapters)
+    # In frames of their own, unless a test is about those: how many steps pass meanwhile is chance.
+    calls = Calls(limit, options.get("stream_frames", 0))
+    metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     engine, residency = FakeEngine(calls.deliver, metrics), residency or FakeResidency()
     registry = registry or FakeRegistry()
     facts = ServerFacts(

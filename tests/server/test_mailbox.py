@@ -40,3 +40,35 @@ def test_a_reader_that_is_cancelled_takes_nothing(is_put: bool) -> None:
         return await box.get()
 
     assert asyncio.run(run()) == 1
+
+
+def test_what_is_put_quietly_waits_for_whoever_wakes_the_reader() -> None:
+    async def run() -> list[int]:
+        box: Mailbox[int] = Mailbox()
+        reader = asyncio.create_task(box.get_all())
+        await asyncio.sleep(0)
+        box.wake()
+        box.put_quietly(1)
+        box.put_quietly(2)
+        await asyncio.sleep(0)
+        assert not reader.done()
+        assert len(box) == 2
+        box.wake()
+        return await reader
+
+    assert asyncio.run(run()) == [1, 2]
+
+
+def test_a_reader_of_all_that_is_cancelled_takes_nothing() -> None:
+    async def run() -> list[int]:
+        box: Mailbox[int] = Mailbox()
+        reader = asyncio.create_task(box.get_all())
+        await asyncio.sleep(0)
+        box.put(1)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        box.put(2)
+        return await box.get_all()
+
+    assert asyncio.run(run()) == [1, 2]

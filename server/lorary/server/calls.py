@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorary.errors import InvalidRequest, Overloaded, Unavailable
 from lorary.server.engine.request import Output
+from lorary.server.frames import Frames
 from lorary.server.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class Calls:
 
     Args:
         limit: calls that may be in flight together; more are refused before any work.
+        frames_per_s: frames of all streams in a second, above which a frame carries several steps' tokens; 0: never.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, frames_per_s: int = 0) -> None:
         self._limit = limit
+        self._frames = Frames(frames_per_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[str, Mailbox[Output]] = {}
         self._digests: dict[str, tuple[str, ...]] = {}
@@ -47,6 +50,16 @@ class Calls:
     def is_refusing(self) -> bool:
         """Whether nobody is admitted any more."""
         return self._refusal is not None
+
+    @property
+    def joins_steps(self) -> bool:
+        """Whether a frame may carry several steps' tokens; if not, each step's are a frame of their own."""
+        return self._frames.joins_steps
+
+    @property
+    def steps_per_frame(self) -> int:
+        """Of how many steps a stream's frame carries the tokens now."""
+        return self._frames.steps
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Say which loop serves the calls; before the engine delivers anything."""
@@ -126,7 +139,14 @@ class Calls:
         return True
 
     def _dispatch(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            mailbox = self._mailboxes.get(output.request_id)
-            if mailbox is not None:  # else: cancelled, and this step did not know yet
-                mailbox.put(output)
+        assert self._loop is not None, "delivered by it"
+        mailboxes = self._mailboxes
+        # One that has none was cancelled, and this step did not know yet.
+        self._frames.hand_over(
+            [
+                (mailbox, output)
+                for output in outputs
+                if (mailbox := mailboxes.get(output.request_id)) is not None
+            ],
+            self._loop,
+        )

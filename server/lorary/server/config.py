@@ -346,6 +346,13 @@ class ServerConfig:
         low=0.1,
         high=86_400.0,
     )
+    stream_frames: int = _option(
+        2000,
+        "Frames of all streams in a second, above which a frame carries the tokens of several steps, none of "
+        "which waits for more than 0.1 s; 0 sends each token at once.",
+        low=0,
+        high=1_000_000,
+    )
     reflection: bool | None = _option(
         None, "Offer gRPC reflection; by default only on a loopback host."
     )

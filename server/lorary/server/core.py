@@ -130,7 +130,7 @@ class Core:
         """Take the running event loop for the one that brings the calls; before ``begin``."""
         loop = asyncio.get_running_loop()
         self.calls.attach(loop)
-        self.metrics.registry.register(LoopCollector(loop))
+        self.metrics.registry.register(LoopCollector(loop, self.calls))
         self.metrics.on_failure = lambda error: loop.call_soon_threadsafe(self._on_failure, error)
 
     def begin(self) -> None:

@@ -15,25 +15,52 @@ class Mailbox(Generic[T]):
     A stream's reader takes one item a step, so what a queue does for an item is done for every token.
     """
 
-    __slots__ = ("_items", "_waiter")
+    __slots__ = ("_items", "_waiter", "has_begun")
 
     def __init__(self) -> None:
+        # Whether anything was ever in it.
+        self.has_begun = False
         self._items: deque[T] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        """Return how many items nobody has taken."""
+        return len(self._items)
+
     def put(self, item: T) -> None:
         """Add an item, and wake the reader."""
+        self.has_begun = True
         self._items.append(item)
+        self.wake()
+
+    def put_quietly(self, item: T) -> None:
+        """Add an item for a reader who is awake, or will be woken: see ``wake``."""
+        self.has_begun = True
+        self._items.append(item)
+
+    def wake(self) -> None:
+        """Let the reader take what there is; nothing happens where it does not wait, or there is none."""
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if waiter is not None and self._items and not waiter.done():
             waiter.set_result(None)
 
     async def get(self) -> T:
         """Return the oldest item, once there is one; a reader that is cancelled has taken none."""
         while not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         return self._items.popleft()
+
+    async def get_all(self) -> list[T]:
+        """Return all items, the oldest first, once there is one; a reader that is cancelled has taken none."""
+        while not self._items:
+            await self._wait()
+        items = [*self._items]
+        self._items.clear()
+        return items
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None

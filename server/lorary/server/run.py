@@ -51,7 +51,7 @@ def run(config: ServerConfig, *, as_json: bool) -> int:
     interpreter.share_fairly()
     metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
     # Every call in flight is an answer that runs or waits, or is about to.
-    calls = Calls(config.max_batch + config.max_waiting)
+    calls = Calls(config.max_batch + config.max_waiting, config.stream_frames)
     has_bars = config.log_format == "human" and sys.stderr.isatty() and not config.engine_process
     with Startup(bars=has_bars) as startup:
         backend = build_backend(config, deliver=calls.deliver, observer=metrics, startup=startup)

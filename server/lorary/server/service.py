@@ -34,6 +34,7 @@ from lorary.server.adapters.residency import BaseLease
 from lorary.server.composition import read_adapters, resolve_adapters, summed
 from lorary.server.current_call import current_call, request_id
 from lorary.server.engine.request import Constraint, Request, Sampling
+from lorary.server.frames import joined
 from lorary.server.interceptors import add_trailing, set_request_id
 from lorary.server.rollout.shadow import Prepared
 from lorary.server.stalls import Writer
@@ -544,20 +545,28 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         writer = Writer(context, self._parts.stall_s)
         with writer.watched():
             while num_open:
-                output = await _next(outputs)
-                meters[output.index].on_output(output)
-                observation.see(output)
-                reader = readers[output.index]
-                if output.token_ids or output.text:
-                    is_last = output.finish is not None
-                    piece = reader.push(output.text, is_last=is_last) if reader else None
-                    await writer.write(answers.chunk(output, piece))
-                if output.finish is not None:
-                    num_open -= 1
-                    receipt = answers.receipt(
-                        self._parts.facts, target, request_id(), output.finish
-                    )
-                    await writer.write(answers.complete(output, output.finish, receipt, reader))
+                for output in await self._arrived(outputs):
+                    if output.error is not None:
+                        raise output.error
+                    meters[output.index].on_output(output)
+                    observation.see(output)
+                    reader = readers[output.index]
+                    if output.token_ids or output.text:
+                        is_last = output.finish is not None
+                        piece = reader.push(output.text, is_last=is_last) if reader else None
+                        await writer.write(answers.chunk(output, piece))
+                    if output.finish is not None:
+                        num_open -= 1
+                        receipt = answers.receipt(
+                            self._parts.facts, target, request_id(), output.finish
+                        )
+                        await writer.write(answers.complete(output, output.finish, receipt, reader))
+
+    async def _arrived(self, outputs: Mailbox[Output]) -> list[Output]:
+        """Return what is to leave now: several steps' where these are joined, or the caller reads too slowly."""
+        if self._parts.calls.joins_steps:
+            return joined(await outputs.get_all())
+        return [await outputs.get()]
 
 
 def _toolset(message: pb.Input, params: pb.SamplingParams | None = None) -> Toolset | None:

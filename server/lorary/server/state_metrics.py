@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
+    from lorary.server.calls import Calls
     from lorary.server.metrics import ServerMetrics
     from lorary.server.ports import EngineLike, MergingLike, ResidencyLike
 
@@ -99,15 +100,21 @@ class StateCollector:
 
 
 class LoopCollector:
-    """What runs on the event loop that brings the calls."""
+    """What runs on the event loop that brings the calls, and how their answers leave it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, calls: Calls) -> None:
         self._loop = loop
+        self._calls = calls
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the gauge as it is now; on whichever thread Prometheus is answered."""
+        """Yield the gauges as they are now; on whichever thread Prometheus is answered."""
         count = len(asyncio.all_tasks(self._loop))
         yield _gauge("lorary_event_loop_tasks", "Tasks of the server's event loop.", count)
+        yield _gauge(
+            "lorary_steps_per_frame",
+            "Of how many steps a stream's frame carries the tokens (--stream-frames).",
+            self._calls.steps_per_frame,
+        )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

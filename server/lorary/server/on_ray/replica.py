@@ -53,7 +53,7 @@ class Replica:
         check_tracing(config)
         interpreter.share_fairly()
         metrics = ServerMetrics(num_tracked_adapters=config.tracked_adapters)
-        calls = Calls(config.max_batch + config.max_waiting)
+        calls = Calls(config.max_batch + config.max_waiting, config.stream_frames)
         backend = build_backend(config, deliver=calls.deliver, observer=metrics)
         interpreter.forget_what_stays()
         self._core = Core(config, backend, calls, metrics, open_tracing(config, backend.facts))
