@@ -65,6 +65,12 @@ def main(
     rounds: Annotated[
         int, typer.Option(min=1, help="Requests of a run, as a multiple of those at once.")
     ] = 2,
+    interleave: Annotated[
+        bool,
+        typer.Option(
+            "--interleave", help="Take the cells in turn as well, where they are compared."
+        ),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="8 adapters, 8 requests, once.")] = False,
     tolerate_load: options.TolerateLoad = False,
     retries: options.Retries = options.RETRIES,
@@ -102,6 +108,7 @@ def main(
         new_tokens=new_tokens,
         min_requests=requests,
         rounds=rounds,
+        interleave=interleave,
         agreement_calls=5 if quick else 9,
     )
     path = out or result_path(name)
@@ -129,7 +136,7 @@ def _run(
     is_complete = True
     with build(plan, scratch, console) as stage, _progress() as progress:
         check(plan, stage, lambda record: report.append(path, {**first, **record}), console)
-        runs = [(k, c, r) for k, c in plan.cells for r in range(plan.repeats)]
+        runs = plan.runs
         total = sum(c.can_answer(k) for k, _, _ in runs for c in stage.contenders)
         bar = progress.add_task("", total=total)
         for num_adapters, at_once, repeat in runs:

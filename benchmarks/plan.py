@@ -45,6 +45,7 @@ class Plan:
     agreement_calls: int
     chosen_cells: tuple[tuple[int, int], ...] = ()
     rounds: int = 2
+    interleave: bool = False
 
     @property
     def cells(self) -> tuple[tuple[int, int], ...]:
@@ -52,6 +53,15 @@ class Plan:
         if self.chosen_cells:
             return self.chosen_cells
         return tuple((k, c) for k in self.adapters for c in self.concurrency)
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Adapters, requests at once, and which repeat, in the order of the runs: cell by cell, or cells in turn."""
+        repeats = range(self.repeats)
+        if not self.interleave:
+            return [(k, c, r) for k, c in self.cells for r in repeats]
+        # There and back, so that none is always behind the same one.
+        return [(k, c, r) for r in repeats for k, c in self.cells[:: -1 if r % 2 else 1]]
 
     def num_requests(self, concurrency: int) -> int:
         """Return the requests of one run: with two rounds some are sent into a full batch."""
@@ -77,5 +87,6 @@ class Plan:
             "repeats": self.repeats,
             "min_requests": self.min_requests,
             "rounds": self.rounds,
+            "interleave": self.interleave,
             "seed": SEED,
         }

@@ -28,7 +28,7 @@ STEP_ROWS = 32
 OVERHEAD_MS = 1.5
 OF_BOUND = 0.50
 EXACT = 0.88
-SECTIONS = ("serving", "peers", "mixes", "roofline", "step", "exactness")
+SECTIONS = ("serving", "peers", "share", "mixes", "roofline", "step", "exactness")
 
 Found = dict[str, dict[report.Cell, "Median"]]
 
@@ -40,14 +40,18 @@ def matrix_figures(path: Path) -> list[Figure]:
     return [
         _against_best(found, wide, 3.0),
         _first_token(found, wide, 0.3),
-        _of_base(found, wide, 0.75),
         _against_best(found, small, 2.5),
-        _of_base(found, small, 0.80),
         *(_base_only(found, c, (OURS,), BASE_PEER, 1.0) for c in (8, 32)),
         *(_base_only(found, c, (OURS, INT8), BASE_PEER_INT8, 0.8) for c in (8, 32)),
         _against_best(found, one, 0.8),
-        _of_base(found, one, 0.80),
     ]
+
+
+def share_figures(path: Path) -> list[Figure]:
+    """Read what adapters leave of our own speed, from runs that took the cells in turn."""
+    found = report.medians(report.read(path)) if path.exists() else {}
+    bars = {(32, 32): 0.75, (8, 8): 0.80, (1, 1): 0.80}
+    return [_of_base(found, report.Cell(*cell), bar) for cell, bar in bars.items()]
 
 
 def mix_figures(path: Path) -> list[Figure]:

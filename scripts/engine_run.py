@@ -14,6 +14,7 @@ from scripts.engine_figures import (
     matrix_figures,
     mix_figures,
     roofline_figures,
+    share_figures,
     shown_figures,
     step_figures,
 )
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 CELLS = "32x32,8x8,0x8,0x32,0x1,1x1"
 CONTENDERS = "lorary,lorary-int8,peft,vllm,vllm-base,llama.cpp,openvino-fp16,openvino-int8"
 REPEATS = 3
+SHARE_REPEATS = 7
 ROUNDS = 1
 """As many requests as there are at once, and eight at least: the slow peers decide how long it takes."""
 MINUTES = {
@@ -38,6 +40,7 @@ MINUTES = {
     "roofline": 4,
     "exactness": 8,
     "mixes": 8,
+    "share": 6,
     "matrix": 35,
     "gpu": 0,
     "shows": 0,
@@ -68,6 +71,7 @@ def main(
         "roofline": lambda: measured.part("roofline", "roofline.py", [], roofline_figures),
         "exactness": lambda: measured.part("exactness", "exactness.py", [], exactness_figures),
         "mixes": lambda: measured.part("mixes", "mixes.py", [], mix_figures),
+        "share": lambda: measured.part("share", "serving.py", _share_options(), share_figures),
         "matrix": lambda: measured.part("matrix", "serving.py", _matrix_options(), matrix_figures),
         "gpu": lambda: gpu(measured),
         "shows": lambda: shown_figures(ROOT),
@@ -109,6 +113,13 @@ def _matrix_options() -> list[str]:
         "--rounds",
         str(ROUNDS),
     ]
+
+
+def _share_options() -> list[str]:
+    """With adapters and without, in turn: minutes apart, a shared machine is not the same one."""
+    cells, repeats = "32x32,0x32,8x8,0x8,1x1,0x1", str(SHARE_REPEATS)
+    options = ["--name", "share", "--cells", cells, "--contenders", "lorary"]
+    return [*options, "--repeats", repeats, "--rounds", str(ROUNDS), "--interleave"]
 
 
 def _has_gpu() -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import exactness_run, mix_run, report, roofline_run, step_run
 from benchmarks.mix_cases import KNOWN, MEAN_RANK, NUM_FITTING, NUM_RESIDENT, cases, members
+from benchmarks.plan import Plan, Popularity
 from benchmarks.roofline_model import Machine, Shape, bound_s, compute_s, memory_s, work
 from scripts.engine_figures import (
     MIXING_PEERS,
@@ -21,6 +22,7 @@ from scripts.engine_figures import (
     matrix_figures,
     mix_figures,
     roofline_figures,
+    share_figures,
     step_figures,
 )
 from tests.e2e.test_measuring import run_record
@@ -54,7 +56,14 @@ def named(figures: list[Figure], text: str) -> Figure:
 
 
 def test_nothing_measured_is_short(tmp_path: Path) -> None:
-    for read in (matrix_figures, mix_figures, roofline_figures, step_figures, exactness_figures):
+    for read in (
+        matrix_figures,
+        share_figures,
+        mix_figures,
+        roofline_figures,
+        step_figures,
+        exactness_figures,
+    ):
         figures = read(tmp_path / "absent.jsonl")
         assert figures
         assert all(f.is_ok is False for f in figures), read
@@ -142,6 +151,24 @@ def test_a_tie_is_what_the_oracle_itself_cannot_tell_apart() -> None:
     assert [d["gap"] for d in made["differences"]] == [5e-5, 1.0]
 
 
+def plan_of(**changes: Any) -> Plan:
+    """Return what a serving benchmark does, in the least."""
+    values: dict[str, Any] = {
+        "base": "tiny",
+        "dtype": "bfloat16",
+        "threads": 1,
+        "adapters": (8, 0),
+        "concurrency": (8, 8),
+        "contenders": ("lorary",),
+        "popularity": Popularity.uniform,
+        "prompt_tokens": 4,
+        "new_tokens": 4,
+        "min_requests": 1,
+        "agreement_calls": 1,
+    }
+    return Plan(**{**values, **changes})
+
+
 def matrix(ours: dict[tuple[int, int], float]) -> list[dict[str, Any]]:
     """Everybody in every cell with a bar: peers at 100 tokens/s, the base peers among them."""
     made = []
@@ -164,21 +191,38 @@ OURS = {(32, 32): 300.0, (8, 8): 250.0, (0, 8): 300.0, (0, 32): 400.0, (0, 1): 1
 
 def test_matrix_at_its_bars(written: Callable[[list[dict[str, Any]]], Path]) -> None:
     figures = matrix_figures(written(matrix(OURS)))
-    assert len(figures) == 11
+    assert len(figures) == 8
     assert [f.name for f in figures if not f.is_ok] == []
+
+
+def test_shares_at_and_below_their_bars(
+    written: Callable[[list[dict[str, Any]]], Path],
+) -> None:
+    def shares(ours: dict[tuple[int, int], float]) -> list[tuple[str, bool | None]]:
+        kept = [r for r in matrix(ours) if r["contender"] == "lorary"]
+        return [(f.figure, f.is_ok) for f in share_figures(written(kept))]
+
+    assert shares(OURS) == [("0.750", True), ("0.833", True), ("0.800", True)]
+    below = {**OURS, (32, 32): 299.0, (8, 8): 239.0, (1, 1): 79.0}
+    assert shares(below) == [("0.748", False), ("0.797", False), ("0.790", False)]
+
+
+def test_cells_are_taken_in_turn_there_and_back() -> None:
+    """With adapters and without, of one repeat, are next to each other, and either comes first."""
+    runs = plan_of(chosen_cells=((8, 8), (0, 8)), repeats=3, interleave=True).runs
+    assert runs == [(8, 8, 0), (0, 8, 0), (0, 8, 1), (8, 8, 1), (8, 8, 2), (0, 8, 2)]
+    runs = plan_of(chosen_cells=((8, 8), (0, 8)), repeats=2).runs
+    assert runs == [(8, 8, 0), (8, 8, 1), (0, 8, 0), (0, 8, 1)]
 
 
 @pytest.mark.parametrize(
     ("cell", "value", "short"),
     [
-        ((32, 32), 299.0, ["32 adapters, 32 requests at once: times the best peer's tokens/s",
-                           "32 adapters, 32 requests at once: share of our own speed without adapters"]),
-        ((8, 8), 239.0, ["8 adapters, 8 requests at once: times the best peer's tokens/s",
-                         "8 adapters, 8 requests at once: share of our own speed without adapters"]),
+        ((32, 32), 299.0, ["32 adapters, 32 requests at once: times the best peer's tokens/s"]),
+        ((8, 8), 249.0, ["8 adapters, 8 requests at once: times the best peer's tokens/s"]),
         ((0, 8), 79.0, ["base only, 8 requests at once: times vllm-base's tokens/s",
                         "base only, 8 requests at once: times openvino-int8's tokens/s"]),
-        ((1, 1), 79.0, ["1 adapter, 1 request at once: times the best peer's tokens/s",
-                        "1 adapter, 1 request at once: share of our own speed without adapters"]),
+        ((1, 1), 79.0, ["1 adapter, 1 request at once: times the best peer's tokens/s"]),
     ],
 )  # fmt: skip
 def test_matrix_below_a_bar(
