@@ -63,7 +63,7 @@ TESTS = {
     "ray": (
         "tests/deploy/test_ray.py",
         "tests/deploy/test_ray_files.py",
-        "tests/server/test_on_ray.py",
+        "tests/edge/test_on_ray.py",
     ),
     "console": ("tests/edge/test_console.py", "tests/e2e/test_console.py"),
 }

@@ -17,6 +17,7 @@ from benchmarks.soak_run import GROWTH, MINUTES, draw, section
 from benchmarks.soak_traffic import Library, Pace, slopes, soak
 from lorary.bases import find_base
 from lorary.registry import Registry
+from scripts import lifecycle_run, registry_run, service_run, trainer_run
 from scripts.proven import Proof
 from scripts.service_figures import DOORS, fuzz_figures, service_figures, soak_figures
 
@@ -157,3 +158,13 @@ def test_fuzzing_is_short_when_it_was_less_or_found_something() -> None:
     assert states(**missing) == [False, True, True]
     assert states(**{"megabytes more": 90}) == [True, True, False]
     assert [f.is_ok for f in fuzz_figures([])] == [False] * 3
+
+
+@pytest.mark.parametrize("run", [lifecycle_run, registry_run, service_run, trainer_run])
+def test_the_tests_that_a_promise_names_are_there(run: Any) -> None:
+    """One that has moved would make its ``make verify-...`` short."""
+    named = [name for tests in run.TESTS.values() for name in tests if name.startswith("tests/")]
+    assert named
+    root = Path(__file__).parents[2]
+    absent = [name for name in named if not (root / name.partition("::")[0]).exists()]
+    assert not absent
