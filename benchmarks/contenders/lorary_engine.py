@@ -13,6 +13,7 @@ from lorary.server import interpreter
 from lorary.server.adapters.residency import BaseLease
 from lorary.server.engine.assemble import EngineLimits, assemble
 from lorary.server.engine.request import Lease, Output, Request, Sampling
+from lorary.server.maths_threads import let_helpers_go
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,6 +81,8 @@ class LoraryEngine(Contender):
 
     def run(self, calls: Sequence[Call], *, concurrency: int, new_tokens: int) -> list[Trace]:
         """Keep ``concurrency`` requests in flight: the next is sent when one has ended."""
+        # Other contenders compute on this thread; a server has nobody who does.
+        let_helpers_go()
         sampling = Sampling(max_tokens=new_tokens, ignore_eos=True)
         traces: dict[str, Trace] = {}
         waiting = iter(calls)

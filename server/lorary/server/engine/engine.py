@@ -39,6 +39,7 @@ from lorary.server.engine.pooling import Pool
 from lorary.server.engine.request import Finish, Output, Request, StepStats
 from lorary.server.engine.sequence import Sequence
 from lorary.server.engine.speculation import Drafter
+from lorary.server.maths_threads import let_helpers_go
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -109,7 +110,8 @@ class Engine:
     # -- any thread ---------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine thread."""
+        """Start the engine thread; called by the thread that has built the engine."""
+        let_helpers_go()
         self._thread.start()
 
     def submit(self, request: Request, *, is_own: bool = False) -> None:
