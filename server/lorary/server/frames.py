@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LONGEST_S = 0.1
 """No token waits longer for company."""
 TIMER_S = 0.001
+"""Timers come early by as much as the clock's resolution, which is less."""
 WINDOW_S = 0.25
 """Over so long the engine's pace is taken."""
 
@@ -98,7 +99,6 @@ class Frames:
 
     def _wake_late(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
-        # Timers come early by as much as the clock's resolution.
         late_s = loop.time() + TIMER_S - LONGEST_S
         while self._asleep and self._asleep[0][0] <= late_s:
             self._wake_oldest()

@@ -29,8 +29,7 @@ class Mailbox(Generic[T]):
 
     def put(self, item: T) -> None:
         """Add an item, and wake the reader."""
-        self.has_begun = True
-        self._items.append(item)
+        self.put_quietly(item)
         self.wake()
 
     def put_quietly(self, item: T) -> None:

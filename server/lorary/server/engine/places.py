@@ -147,8 +147,7 @@ class Places:
         scheduler = self._scheduler
         budget = scheduler.prefill_budget
         num_read = sum(count for _, count in scheduled.prefill)
-        if self._cache.k.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._give_back_cached()
         if len(scheduler.running) > 1:
             scheduler.max_batch = len(scheduler.running) // 2
             while len(scheduler.running) > scheduler.max_batch:
@@ -172,14 +171,14 @@ class Places:
         self, sequence: Sequence, num_read: int, error: BaseException
     ) -> tuple[Sequence, Overloaded]:
         """Return what a sequence is told whose step has no memory, though it is alone and as small as it gets."""
-        scheduler, request = self._scheduler, sequence.request
+        request = sequence.request
         num_tokens = max(1, num_read)
         if sequence.num_computed + num_read == len(sequence.token_ids):
             num_tokens += sequence.num_branch_tokens
         # A longer one may be too long, or have too many labels. This one says that nothing fits.
         if sequence.num_computed + num_tokens <= BLOCK:
             self._note_hopeless(sequence, error)
-        scheduler.max_batch, scheduler.prefill_budget = self._first_limits
+        self._restore_limits()
         logger.warning(
             "request '%s' was refused: alone, a step of %d tokens behind %d others ran out of memory (%s). "
             "Lower --memory-fraction or --max-batch, or give the server more memory",
@@ -214,16 +213,14 @@ class Places:
                 that nobody's could be smaller than.
         """
         scheduler = self._scheduler
-        if self._cache.k.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._give_back_cached()
         if len(readers) > 1:
             scheduler.max_batch = min(scheduler.max_batch, len(readers) // 2)
         else:
             # Many labels or log probabilities of a long prompt say nothing about others.
             if num_rows <= BLOCK:
                 self._note_hopeless(readers[0], error)
-            # As for one that is refused: they may have been lowered for it.
-            scheduler.max_batch, scheduler.prefill_budget = self._first_limits
+            self._restore_limits()
         logger.warning(
             "there was no memory to choose the tokens of %d answers from %d rows (%s): they have ended with an "
             "error; from now on at most %d at once. Lower --memory-fraction or --max-batch",
@@ -238,6 +235,15 @@ class Places:
             "at once from now on; without the prompt's log probabilities, or with fewer labels, it is smaller",
             retry_after_s=RETRY_S[0],
         )
+
+    def _give_back_cached(self) -> None:
+        """Have torch give back what it keeps of a GPU's memory, which may be in pieces that nothing fits into."""
+        if self._cache.k.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _restore_limits(self) -> None:
+        """Have as many answers and prompt tokens at once as at first: they may have been lowered for who is refused."""
+        self._scheduler.max_batch, self._scheduler.prefill_budget = self._first_limits
 
     def note_success(self) -> None:
         """Begin to count anew who had no memory for the smallest of steps: one has gone well to its end."""
