@@ -49,7 +49,8 @@ peers: $(ENV) ## Install the benchmark's peers: vLLM, OpenVINO and llama.cpp (ab
 ##@ Verify
 .PHONY: test
 test: assets $(PROMETHEUS) ## The whole test suite (under 15 min on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		--durations=15 $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(ENV) $(PROTO_ENV) $(PROMETHEUS) ## Format, lint, types, generated protos, deploy files

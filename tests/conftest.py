@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,18 +25,31 @@ if not torch.cuda.is_available():
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
 torch.set_num_threads(1)
 
 
+LONG = ("trainer", "deploy", "e2e", "edge")
+"""Folders whose files take longest: they start processes and train."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, tests of the gpu marker where no card answers."""
+    """Put long files first; skip, with the reason, tests of the gpu marker where no card answers.
+
+    Several processes take files in this order, and the last ones should be short, or a core idles at the end.
+    """
+    items.sort(
+        key=lambda item: LONG.index(folder) if (folder := _folder(item)) in LONG else len(LONG)
+    )
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
