@@ -241,6 +241,11 @@ FAULTS: dict[str, tuple[oip.ModelInferRequest, str]] = {
         broken(contents=oip.InferTensorContents(), raw=[raw_texts("2 5")[:-1]]),
         "raw_input_contents",
     ),
+    # What is beyond the shape is not read: a million empty elements would hold everybody up.
+    "much raw": (
+        broken(contents=oip.InferTensorContents(), raw=[raw_texts("2", "5") + b"\1"]),
+        "inputs[0].shape",
+    ),
     "short raw": (broken(contents=oip.InferTensorContents(), raw=[b"\1\0"]), "raw_input_contents"),
     "not UTF-8": (
         broken(contents=oip.InferTensorContents(bytes_contents=[b"\xff"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from lorary.errors import InvalidRequest
@@ -55,17 +56,19 @@ def read_texts(request: oip.ModelInferRequest, *, most: int) -> tuple[tuple[str,
             f"'{TEXT_INPUT}' has shape {shape}; it must hold 1 to {most} texts.",
             field="inputs[0].shape",
         )
-    elements = _elements(request)
+    # One more tells that there are too many; a raw tensor of megabytes may have a million empty ones.
+    elements = _elements(request, most=count + 1)
     if len(elements) != count:
+        has = f"more than {count}" if len(elements) > count else len(elements)
         raise InvalidRequest(
-            f"'{TEXT_INPUT}' has {len(elements)} elements and shape {shape}, which holds {count}.",
+            f"'{TEXT_INPUT}' has {has} elements and shape {shape}, which holds {count}.",
             field="inputs[0].shape",
         )
     return tuple(_text(element, i) for i, element in enumerate(elements)), shape
 
 
-def _elements(request: oip.ModelInferRequest) -> list[bytes]:
-    """Return the elements of the only input, which is of BYTES."""
+def _elements(request: oip.ModelInferRequest, *, most: int) -> list[bytes]:
+    """Return the elements of the only input, which is of BYTES; the first ``most`` of them."""
     contents = request.inputs[0].contents
     if not request.raw_input_contents:
         other = [field.name for field, _ in contents.ListFields() if field.name != "bytes_contents"]
@@ -74,14 +77,14 @@ def _elements(request: oip.ModelInferRequest) -> list[bytes]:
                 f"'{TEXT_INPUT}' is of BYTES and has {other[0]}; fill bytes_contents.",
                 field=f"inputs[0].contents.{other[0]}",
             )
-        return list(contents.bytes_contents)
+        return list(contents.bytes_contents[:most])
     if len(request.raw_input_contents) != 1 or contents.ListFields():
         raise InvalidRequest(
             f"{len(request.raw_input_contents)} raw contents were sent for one input"
             f"{' that has contents of its own' if contents.ListFields() else ''}; send one of either kind.",
             field="raw_input_contents",
         )
-    return list(_split(request.raw_input_contents[0]))
+    return list(islice(_split(request.raw_input_contents[0]), most))
 
 
 def _split(raw: bytes) -> Iterator[bytes]:
