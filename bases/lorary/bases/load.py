@@ -137,13 +137,14 @@ def load_model(
 def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Iterator[None]:
     """Follow transformers through a folder's weights, in the place of its progress bars.
 
-    After every weight the pages of the mapped files are let go of: what has been read is converted.
+    After every few megabytes of weights the pages of the mapped files are let go of: what has been read is
+    converted.
     """
     from transformers.utils import logging as transformers_logging
 
-    from lorary.bases.mapped import release_files, trim_heap
+    from lorary.bases.mapped import Readings
 
-    files = sorted(folder.glob("*.safetensors"))
+    readings = Readings(folder.glob("*.safetensors"))
 
     def follow(bar: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("desc") != "Loading weights":
@@ -153,10 +154,10 @@ def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Itera
     def weights(items: list[Any]) -> Iterator[Any]:
         for index, item in enumerate(items):
             yield item
-            release_files(files)
-            trim_heap()
+            readings.release()
             if progress is not None:
                 progress(index + 1, len(items))
+        readings.release(at_least=0)
 
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

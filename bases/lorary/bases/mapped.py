@@ -31,40 +31,81 @@ class _Mapping(NamedTuple):
     path: str
 
 
-def release_files(paths: Iterable[Path]) -> None:
-    """Let go of the resident pages of these files' mappings; a later access reads them again."""
-    wanted = {str(path.resolve()) for path in paths}
-    for mapping in _mappings():
-        if mapping.path in wanted:
-            _drop(mapping.start, mapping.end)
+class MappedFiles:
+    """The mappings of files as they are when it is made, which holds for every tensor that is there by then.
 
-
-def release_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Let go of the resident pages of those tensors that lie in mapped files.
-
-    A later access reads them again. Other tensors are left as they are.
+    The kernel writes the list anew for whoever reads it, and a process with torch has thousands of mappings:
+    read once for every weight, it was most of what loading took.
     """
-    mappings = _mappings()
-    for tensor in tensors:
-        if _lies_in(tensor, mappings):
-            start = tensor.data_ptr()
-            # Whole pages only: the neighbours may be in use.
-            _drop(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, start + tensor.nbytes)
+
+    def __init__(self) -> None:
+        self._mappings = _mappings()
+
+    def release(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let go of the resident pages of those tensors that lie in mapped files.
+
+        A later access reads them again. Other tensors are left as they are.
+        """
+        for tensor in tensors:
+            if self._holds(tensor):
+                start = tensor.data_ptr()
+                # Whole pages only: the neighbours may be in use.
+                _drop(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, start + tensor.nbytes)
+
+    def own(self, module: torch.nn.Module) -> None:
+        """Copy those parameters and buffers that lie in mapped files into memory of their own.
+
+        One at a time; the file is unmapped with the last.
+        """
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if self._holds(tensor):
+                mapped = tensor.data
+                tensor.data = mapped.clone()
+                self.release([mapped])
+                del mapped
+        trim_heap()
+
+    def _holds(self, tensor: torch.Tensor) -> bool:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+            return False
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(m.start <= start and end <= m.end for m in self._mappings)
 
 
-def own(module: torch.nn.Module) -> None:
-    """Copy those parameters and buffers that lie in mapped files into memory of their own.
+ENOUGH_BYTES = 8 << 20
+"""How much of mapped files may become resident before it is worth looking for the mappings."""
 
-    One at a time; the file is unmapped with the last.
+
+class Readings:
+    """Lets go of what has been read of files that are mapped, and of the memory that was freed meanwhile.
+
+    Args:
+        paths: the files, which may be mapped and unmapped meanwhile.
     """
-    mappings = _mappings()
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if _lies_in(tensor, mappings):
-            mapped = tensor.data
-            tensor.data = mapped.clone()
-            release_tensors([mapped])
-            del mapped
-    trim_heap()
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._paths = {str(path.resolve()) for path in paths}
+        self._last = _resident_file_bytes()
+
+    def release(self, at_least: int = ENOUGH_BYTES) -> None:
+        """Let go of it if so many bytes have been read since the last time; a later access reads them again."""
+        now = _resident_file_bytes()
+        if now - self._last < at_least:
+            self._last = min(self._last, now)
+            return
+        for mapping in _mappings():
+            if mapping.path in self._paths:
+                _drop(mapping.start, mapping.end)
+        trim_heap()
+        self._last = _resident_file_bytes()
+
+
+def _resident_file_bytes() -> int:
+    """Return how much of mapped files is resident, in one short line of the kernel's."""
+    if sys.platform != "linux":
+        return 0
+    # size resident shared text ..., in pages (proc_pid_statm(5)); shared: of files, and of shared memory
+    return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
 
 
 def trim_heap() -> None:
@@ -74,13 +115,6 @@ def trim_heap() -> None:
     """
     if sys.platform == "linux" and hasattr(_libc(), "malloc_trim"):  # glibc has it, musl does not
         _libc().malloc_trim(0)
-
-
-def _lies_in(tensor: torch.Tensor, mappings: list[_Mapping]) -> bool:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
-        return False
-    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    return any(m.start <= start and end <= m.end for m in mappings)
 
 
 def _mappings() -> list[_Mapping]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
-from lorary.bases.mapped import own, release_tensors
+from lorary.bases.mapped import MappedFiles
 from lorary.errors import ConfigError
 from lorary.server.adapters.ops import torch_ops, triton_ops
 from lorary.server.adapters.pool import AdapterPool, GroupPool, GroupSpec
@@ -99,11 +99,13 @@ class LoraGroup:
         kernels: native.NativeKernels | None = None,
         *,
         int8: bool = False,
+        mapped: MappedFiles | None = None,
     ) -> None:
+        mapped = mapped or MappedFiles()
         self.spec = spec
         self.layers = tuple(layers)
         loaded = [p.data for layer in self.layers for p in layer.parameters(recurse=False)]
-        self.weight, self.bias = _fuse(self.layers)
+        self.weight, self.bias = _fuse(self.layers, mapped)
         self.packed: PackedLinear | None = None
         weight, bias = self.weight, self.bias
         if kernels is not None and weight is None:
@@ -116,7 +118,7 @@ class LoraGroup:
                 _give_up(layer)
         self.column_bias = self._column_bias()
         # Packed, laid side by side or of its own already: what was read of the file is not read again.
-        release_tensors(loaded)
+        mapped.release(loaded)
         self.pool: GroupPool | None = None
         self.bound: RowKernel | None = None
         self._input: torch.Tensor | None = None
@@ -366,8 +368,9 @@ def install(
             )
             found.append((parent, names, layers, spec))
     groups: list[LoraGroup] = []
+    mapped = MappedFiles()
     for parent, names, layers, spec in found:
-        group = LoraGroup(spec, layers, kernels, int8=_is_int8(spec.modules, int8))
+        group = LoraGroup(spec, layers, kernels, int8=_is_int8(spec.modules, int8), mapped=mapped)
         for member, name in enumerate(names):
             setattr(parent, name, LoraMember(group, member))
         groups.append(group)
@@ -378,7 +381,7 @@ def install(
     if kernels is not None and type(head) is nn.Linear and kernels.can_pack(head.weight):
         is_tied = head.weight is model.get_input_embeddings().weight
         model.set_output_embeddings(PackedHead(head, kernels, is_tied=is_tied))
-    own(model)
+    mapped.own(model)
     return groups
 
 
@@ -452,7 +455,9 @@ def _turned(
     return layer.weight.data.t().contiguous(), layer.bias.data
 
 
-def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _fuse(
+    layers: Sequence[nn.Module], mapped: MappedFiles
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Lay plain layers' weights side by side; each layer's weight becomes a view of its part."""
     if any(type(layer) is not nn.Linear for layer in layers):
         return None, None
@@ -460,7 +465,7 @@ def _fuse(layers: Sequence[nn.Module]) -> tuple[torch.Tensor | None, torch.Tenso
     if len({(lin.weight.dtype, lin.bias is None) for lin in linears}) != 1:
         return None, None
     if len(linears) == 1:
-        own(linears[0])
+        mapped.own(linears[0])
         return linears[0].weight.data, None if linears[0].bias is None else linears[0].bias.data
     weight = torch.cat([lin.weight.data for lin in linears])
     bias = None if linears[0].bias is None else torch.cat([lin.bias.data for lin in linears])
