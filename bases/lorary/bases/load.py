@@ -137,12 +137,12 @@ def load_model(
 def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Iterator[None]:
     """Follow transformers through a folder's weights, in the place of its progress bars.
 
-    After every few megabytes of weights the pages of the mapped files are let go of: what has been read is
-    converted.
+    Freed memory goes back after every weight, and the pages of the mapped files after every few megabytes: what
+    has been read is converted.
     """
     from transformers.utils import logging as transformers_logging
 
-    from lorary.bases.mapped import Readings
+    from lorary.bases.mapped import Readings, trim_heap
 
     readings = Readings(folder.glob("*.safetensors"))
 
@@ -155,6 +155,7 @@ def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Itera
         for index, item in enumerate(items):
             yield item
             readings.release()
+            trim_heap()
             if progress is not None:
                 progress(index + 1, len(items))
         readings.release(at_least=0)

@@ -77,7 +77,7 @@ ENOUGH_BYTES = 8 << 20
 
 
 class Readings:
-    """Lets go of what has been read of files that are mapped, and of the memory that was freed meanwhile.
+    """Lets go of what has been read of files that are mapped, whenever it is enough.
 
     Args:
         paths: the files, which may be mapped and unmapped meanwhile.
@@ -96,7 +96,6 @@ class Readings:
         for mapping in _mappings():
             if mapping.path in self._paths:
                 _drop(mapping.start, mapping.end)
-        trim_heap()
         self._last = _resident_file_bytes()
 
 
