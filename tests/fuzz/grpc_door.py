@@ -32,6 +32,8 @@ PATIENCE_S = 120.0
 """A call that nobody ends must have ended by then."""
 MAX_METADATA = 8 << 10
 """What gRPC lets through; above, it refuses by itself, and below twice that only now and then."""
+MAX_MESSAGE = 4 << 20
+"""The same (``--max-message``)."""
 _CALL_STATUSES = {reason(cls): found.grpc_status for cls, found in OUTCOMES.items()}
 _TOOLS = [
     pb.Tool(name="look", description="it", parameters='{"type": "object", "properties": {}}'),
@@ -262,8 +264,10 @@ class GrpcInput:
         """Whether gRPC may have refused this before Lorary saw it, or the caller ended it."""
         return {
             grpc.StatusCode.UNIMPLEMENTED: self.path not in _KNOWN,
-            grpc.StatusCode.RESOURCE_EXHAUSTED: sum(len(k) + len(v) + 32 for k, v in self.metadata)
-            > MAX_METADATA - 1024,
+            grpc.StatusCode.RESOURCE_EXHAUSTED: (
+                sum(len(k) + len(v) + 32 for k, v in self.metadata) > MAX_METADATA - 1024
+                or any(len(message) > MAX_MESSAGE for message in self.messages)
+            ),
             grpc.StatusCode.DEADLINE_EXCEEDED: self.timeout_s is not None,
             # A deadline that passes before anything was sent is the client's own end, too.
             grpc.StatusCode.CANCELLED: self.leaves_after is not None or self.timeout_s is not None,
