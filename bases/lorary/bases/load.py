@@ -154,11 +154,11 @@ def _loading(folder: Path, progress: Callable[[int, int], None] | None) -> Itera
     def weights(items: list[Any]) -> Iterator[Any]:
         for index, item in enumerate(items):
             yield item
-            readings.release()
+            readings.release_enough()
             trim_heap()
             if progress is not None:
                 progress(index + 1, len(items))
-        readings.release(at_least=0)
+        readings.release()
 
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # <linux/mman.h>; Python's mmap module does not name it yet.
 _MADV_PAGEOUT = 21
+ENOUGH_BYTES = 8 << 20
+"""How much of mapped files may become resident before it is worth looking for the mappings."""
 
 
 class _Mapping(NamedTuple):
@@ -48,9 +50,7 @@ class MappedFiles:
         """
         for tensor in tensors:
             if self._holds(tensor):
-                start = tensor.data_ptr()
-                # Whole pages only: the neighbours may be in use.
-                _drop(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, start + tensor.nbytes)
+                _drop_pages(tensor)
 
     def own(self, module: torch.nn.Module) -> None:
         """Copy those parameters and buffers that lie in mapped files into memory of their own.
@@ -61,7 +61,7 @@ class MappedFiles:
             if self._holds(tensor):
                 mapped = tensor.data
                 tensor.data = mapped.clone()
-                self.release([mapped])
+                _drop_pages(mapped)
                 del mapped
         trim_heap()
 
@@ -70,10 +70,6 @@ class MappedFiles:
             return False
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         return any(m.start <= start and end <= m.end for m in self._mappings)
-
-
-ENOUGH_BYTES = 8 << 20
-"""How much of mapped files may become resident before it is worth looking for the mappings."""
 
 
 class Readings:
@@ -87,12 +83,16 @@ class Readings:
         self._paths = {str(path.resolve()) for path in paths}
         self._last = _resident_file_bytes()
 
-    def release(self, at_least: int = ENOUGH_BYTES) -> None:
-        """Let go of it if so many bytes have been read since the last time; a later access reads them again."""
+    def release_enough(self) -> None:
+        """Let go of what has been read since the last time, if it is enough."""
         now = _resident_file_bytes()
-        if now - self._last < at_least:
+        if now - self._last >= ENOUGH_BYTES:
+            self.release()
+        else:
             self._last = min(self._last, now)
-            return
+
+    def release(self) -> None:
+        """Let go of what has been read; a later access reads it again."""
         for mapping in _mappings():
             if mapping.path in self._paths:
                 _drop(mapping.start, mapping.end)
@@ -128,6 +128,12 @@ def _mappings() -> list[_Mapping]:
             start, end = (int(text, 16) for text in addresses.split("-"))
             found.append(_Mapping(start, end, rest[0]))
     return found
+
+
+def _drop_pages(tensor: torch.Tensor) -> None:
+    """Drop a tensor's pages; whole ones only, for the neighbours may be in use."""
+    start = tensor.data_ptr()
+    _drop(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, start + tensor.nbytes)
 
 
 def _drop(start: int, end: int) -> None:

@@ -99,9 +99,8 @@ class LoraGroup:
         kernels: native.NativeKernels | None = None,
         *,
         int8: bool = False,
-        mapped: MappedFiles | None = None,
+        mapped: MappedFiles,
     ) -> None:
-        mapped = mapped or MappedFiles()
         self.spec = spec
         self.layers = tuple(layers)
         loaded = [p.data for layer in self.layers for p in layer.parameters(recurse=False)]
