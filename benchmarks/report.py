@@ -75,6 +75,27 @@ def ratio(found: dict[str, dict[Cell, Median]], cell: Cell, of: str, to: str) ->
     return first.tokens_per_s / second.tokens_per_s
 
 
+def of_base(records: Sequence[dict[str, Any]], contender: str, cell: Cell) -> float | None:
+    """Return the share of a contender's own tokens per second without adapters that ``cell`` reaches.
+
+    The median over repeats of the share within each: a shared machine's speed changes from one repeat to the next
+    by more than adapters cost, and two runs of one repeat have most of that in common. None without such a repeat.
+    """
+    speed = {
+        (record["repeat"], record["adapters"]): record["output_tokens_per_s"]
+        for record in records
+        if record["kind"] == "run"
+        and record["accepted"]
+        and (record["contender"], record["concurrency"]) == (contender, cell.concurrency)
+    }
+    shares = [
+        tokens_per_s / speed[repeat, 0]
+        for (repeat, adapters), tokens_per_s in speed.items()
+        if adapters == cell.adapters and (repeat, 0) in speed
+    ]
+    return statistics.median(shares) if shares else None
+
+
 def best_peer(found: dict[str, dict[Cell, Median]], cell: Cell) -> str | None:
     """Return the contender that is not ours and makes most tokens per second; None without any."""
     speed = {
@@ -117,12 +138,8 @@ def table(records: Sequence[dict[str, Any]], peer: str = "peft") -> str:
             times = ratio(found, cell, name, peer)
             row.append("-" if times is None else f"{times:.1f}x")
         for name in ours if has_bare else ():
-            bare = found[name].get(Cell(0, cell.concurrency))
-            mine = found[name].get(cell)
-            if bare is None or mine is None or cell.adapters == 0:
-                row.append("-")
-            else:
-                row.append(f"{mine.tokens_per_s / bare.tokens_per_s:.0%}")
+            share = of_base(records, name, cell) if cell.adapters else None
+            row.append("-" if share is None else f"{share:.0%}")
         lines.append(_row(row))
     return "\n".join(lines)
 

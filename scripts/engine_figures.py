@@ -49,9 +49,9 @@ def matrix_figures(path: Path) -> list[Figure]:
 
 def share_figures(path: Path) -> list[Figure]:
     """Read what adapters leave of our own speed, from runs that took the cells in turn."""
-    found = report.medians(report.read(path)) if path.exists() else {}
+    records = report.read(path) if path.exists() else []
     bars = {(32, 32): 0.75, (8, 8): 0.80, (1, 1): 0.80}
-    return [_of_base(found, report.Cell(*cell), bar) for cell, bar in bars.items()]
+    return [_of_base(records, report.Cell(*cell), bar) for cell, bar in bars.items()]
 
 
 def mix_figures(path: Path) -> list[Figure]:
@@ -211,14 +211,15 @@ def _first_token(found: Found, cell: Cell, bar: float) -> Figure:
     return Figure(name, f"{share:.3f}", f"at most {bar:g}", is_ok=share <= bar, note=note)
 
 
-def _of_base(found: Found, cell: Cell, bar: float) -> Figure:
+def _of_base(records: Sequence[dict[str, Any]], cell: Cell, bar: float) -> Figure:
     name = f"{_place(cell)}: share of our own speed without adapters"
-    ours = found.get(OURS, {})
-    mine, bare = ours.get(cell), ours.get(report.Cell(0, cell.concurrency))
-    if mine is None or bare is None:
+    share = report.of_base(records, OURS, cell)
+    if share is None:
         return not_measured(name, f"at least {bar:g}", _absent([], None))
-    note = f"{mine.tokens_per_s:.0f} and {bare.tokens_per_s:.0f} tokens/s"
-    return _figure(name, mine.tokens_per_s / bare.tokens_per_s, bar, note)
+    ours = report.medians(records)[OURS]
+    mine, bare = ours[cell], ours[report.Cell(0, cell.concurrency)]
+    note = f"median of {mine.repeats} repeats; {mine.tokens_per_s:.0f} and {bare.tokens_per_s:.0f} tokens/s"
+    return _figure(name, share, bar, note)
 
 
 def _base_only(found: Found, at_once: int, ours: Sequence[str], peer: str, bar: float) -> Figure:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CELLS = "32x32,8x8,0x8,0x32,0x1,1x1"
 CONTENDERS = "lorary,lorary-int8,peft,vllm,vllm-base,llama.cpp,openvino-fp16,openvino-int8"
 REPEATS = 3
-SHARE_REPEATS = 7
+SHARE_REPEATS = 11
 ROUNDS = 1
 """As many requests as there are at once, and eight at least: the slow peers decide how long it takes."""
 MINUTES = {
@@ -40,7 +40,7 @@ MINUTES = {
     "roofline": 4,
     "exactness": 8,
     "mixes": 8,
-    "share": 6,
+    "share": 9,
     "matrix": 35,
     "gpu": 0,
     "shows": 0,

@@ -207,6 +207,21 @@ def test_shares_at_and_below_their_bars(
     assert shares(below) == [("0.748", False), ("0.797", False), ("0.790", False)]
 
 
+def test_a_share_is_of_the_same_repeat(
+    written: Callable[[list[dict[str, Any]]], Path],
+) -> None:
+    """A machine that halves its speed between repeats changes no share; what was disturbed has none."""
+    kept = []
+    for repeat, (bare, mine) in enumerate([(400.0, 320.0), (200.0, 162.0), (500.0, 410.0)]):
+        for adapters, speed in ((0, bare), (8, mine)):
+            record = {**run_record("lorary", speed), "repeat": repeat, "adapters": adapters}
+            kept.append(record)
+    kept += [{**run_record("lorary", 500.0), "repeat": 3}]
+    kept += [{**run_record("lorary", 1.0, accepted=False), "repeat": 3, "adapters": 0}]
+    figure = named(share_figures(written(kept)), "8 adapters")
+    assert (figure.figure, figure.is_ok) == ("0.810", True)
+
+
 def test_cells_are_taken_in_turn_there_and_back() -> None:
     """With adapters and without, of one repeat, are next to each other, and either comes first."""
     runs = plan_of(chosen_cells=((8, 8), (0, 8)), repeats=3, interleave=True).runs

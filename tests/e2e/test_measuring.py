@@ -34,6 +34,7 @@ def run_record(contender: str, tokens_per_s: float, *, accepted: bool = True) ->
         "contender": contender,
         "adapters": CELL.adapters,
         "concurrency": CELL.concurrency,
+        "repeat": 0,
         "output_tokens_per_s": tokens_per_s,
         "ttft_ms": latency,
         "itl_ms": latency,
