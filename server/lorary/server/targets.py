@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 NUM_REGISTRY_THREADS = 4
 MAX_CACHED_TASKS = 4096
+MAX_CACHED_LABELS, MAX_CACHED_CHARS = 256, 512
+"""Of so many sets of labels the ids are remembered, if a set's text is no longer than that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +227,10 @@ class Prompts:
         self._decode = decode
         self._tools = ToolTemplate(builder, tool_format)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lorary-prompts")
+        # Per tenant, or the time that a call takes would tell what labels others use.
+        self._labels: OrderedDict[tuple[str, tuple[str, ...]], tuple[tuple[int, ...], ...]] = (
+            OrderedDict()
+        )
 
     async def calling(self, toolset: Toolset) -> Calling:
         """Return a call's tools in the form of the base.
@@ -273,11 +279,16 @@ class Prompts:
         return self._builder.from_chat(turns, tools)
 
     async def label_ids(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return every label's ids.
+        """Return every label's ids; a task's are the same in every call, and then nobody waits for the thread.
 
         Raises:
             InvalidRequest: a label has no tokens, or two labels have the same.
         """
+        key = identity.tenant_name(), tuple(labels)
+        known = self._labels.get(key)
+        if known is not None:
+            self._labels.move_to_end(key)
+            return known
         ids = await self._run(lambda: tuple(self._builder.label_ids(label) for label in labels))
         for i, one in enumerate(ids):
             if not one or one in ids[:i]:
@@ -286,6 +297,10 @@ class Prompts:
                     f"label {labels[i][:64]!r} {why} and cannot be scored. Rename it.",
                     field=f"labels[{i}]",
                 )
+        if sum(map(len, labels)) <= MAX_CACHED_CHARS:
+            self._labels[key] = ids
+            if len(self._labels) > MAX_CACHED_LABELS:
+                self._labels.popitem(last=False)
         return ids
 
     async def continuation_ids(
