@@ -72,3 +72,17 @@ def test_a_reader_of_all_that_is_cancelled_takes_nothing() -> None:
         return await box.get_all()
 
     assert asyncio.run(run()) == [1, 2]
+
+
+async def test_a_busy_reader_finds_only_what_is_due() -> None:
+    mailbox: Mailbox[int] = Mailbox()
+    mailbox.put(1)
+    mailbox.put_quietly(2)
+    assert await mailbox.get_all() == [1, 2]
+    mailbox.put_quietly(3)
+    reading = asyncio.ensure_future(mailbox.get_all())
+    await asyncio.sleep(0)
+    assert not reading.done()
+    mailbox.put_quietly(4)
+    mailbox.wake()
+    assert await reading == [3, 4]

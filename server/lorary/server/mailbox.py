@@ -15,12 +15,13 @@ class Mailbox(Generic[T]):
     A stream's reader takes one item a step, so what a queue does for an item is done for every token.
     """
 
-    __slots__ = ("_items", "_waiter", "has_begun")
+    __slots__ = ("_is_due", "_items", "_waiter", "has_begun")
 
     def __init__(self) -> None:
         # Whether anything was ever in it.
         self.has_begun = False
         self._items: deque[T] = deque()
+        self._is_due = False
         self._waiter: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
@@ -33,14 +34,17 @@ class Mailbox(Generic[T]):
         self.wake()
 
     def put_quietly(self, item: T) -> None:
-        """Add an item for a reader who is awake, or will be woken: see ``wake``."""
+        """Add an item that may wait for others: ``get_all`` leaves it there until ``wake``."""
         self.has_begun = True
         self._items.append(item)
 
     def wake(self) -> None:
-        """Let the reader take what there is; nothing happens where it does not wait, or there is none."""
+        """Let the reader take what there is, now or when it comes next; nothing happens where there is none."""
+        if not self._items:
+            return
+        self._is_due = True
         waiter = self._waiter
-        if waiter is not None and self._items and not waiter.done():
+        if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     async def get(self) -> T:
@@ -50,11 +54,15 @@ class Mailbox(Generic[T]):
         return self._items.popleft()
 
     async def get_all(self) -> list[T]:
-        """Return all items, the oldest first, once there is one; a reader that is cancelled has taken none."""
-        while not self._items:
+        """Return all items, the oldest first, once the reader may take them; one that is cancelled has taken none.
+
+        A reader that was busy waits for ``wake``, too: with very many of them somebody always is.
+        """
+        while not self._is_due:
             await self._wait()
         items = [*self._items]
         self._items.clear()
+        self._is_due = False
         return items
 
     async def _wait(self) -> None:
