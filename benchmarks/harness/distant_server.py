@@ -2,8 +2,8 @@
 
 Everything else is the server's own, the engine's thread and scheduler included; only the model's answer is not:
 the same token for everybody, and the same row of logits for who asks for more than the most likely one. For what the
-service costs where the cores are its own. Greedy rows therefore have no logits here: those of 256 rows are 50 MB, whose
-writing and reading take longer than the step and leave nobody's caches as they were, and on a GPU they never leave it.
+service costs where the cores are its own. Greedy rows have no logits here, as a GPU keeps them: those of 256 rows are
+50 MB, and to write and read them took these cores longer than the step.
 
     STEP_MS=33 python -m benchmarks.harness.distant_server serve --base smollm2-135m …
 """
