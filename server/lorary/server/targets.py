@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorary.errors import AdapterNotFound, IncompatibleAdapter, InvalidRequest
 from lorary.server.access import identity
+from lorary.server.recent import Recent
 from lorary.server.tools.calling import Calling, with_short_ids
 from lorary.server.tools.definitions import turns_of
 from lorary.server.tools.template import AUTO, ToolTemplate
@@ -96,7 +96,7 @@ class Targets:
         self._base = base
         self._fingerprint = fingerprint
         self._pool = ThreadPoolExecutor(NUM_REGISTRY_THREADS, thread_name_prefix="lorary-registry")
-        self._tasks: OrderedDict[str, tuple[Task, Method]] = OrderedDict()
+        self._tasks: Recent[str, tuple[Task, Method]] = Recent(MAX_CACHED_TASKS)
         self._said: set[str] = set()
         self._follow: Callable[[str, str | None], Awaitable[Target]] | None = None
 
@@ -190,11 +190,8 @@ class Targets:
         if known is None:
             manifest = await self.run(self._registry.manifest, resolved)
             self._check_base(resolved, manifest)
-            known = self._tasks[resolved.digest] = (manifest.task, manifest.method)
-            if len(self._tasks) > MAX_CACHED_TASKS:
-                self._tasks.popitem(last=False)
-        else:
-            self._tasks.move_to_end(resolved.digest)
+            known = (manifest.task, manifest.method)
+            self._tasks.put(resolved.digest, known)
         return known
 
     def _check_base(self, resolved: Any, manifest: ManifestLike) -> None:
@@ -228,8 +225,8 @@ class Prompts:
         self._tools = ToolTemplate(builder, tool_format)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lorary-prompts")
         # Per tenant, or the time that a call takes would tell what labels others use.
-        self._labels: OrderedDict[tuple[str, tuple[str, ...]], tuple[tuple[int, ...], ...]] = (
-            OrderedDict()
+        self._labels: Recent[tuple[str, tuple[str, ...]], tuple[tuple[int, ...], ...]] = Recent(
+            MAX_CACHED_LABELS
         )
 
     async def calling(self, toolset: Toolset) -> Calling:
@@ -287,7 +284,6 @@ class Prompts:
         key = identity.tenant_name(), tuple(labels)
         known = self._labels.get(key)
         if known is not None:
-            self._labels.move_to_end(key)
             return known
         ids = await self._run(lambda: tuple(self._builder.label_ids(label) for label in labels))
         for i, one in enumerate(ids):
@@ -298,9 +294,7 @@ class Prompts:
                     field=f"labels[{i}]",
                 )
         if sum(map(len, labels)) <= MAX_CACHED_CHARS:
-            self._labels[key] = ids
-            if len(self._labels) > MAX_CACHED_LABELS:
-                self._labels.popitem(last=False)
+            self._labels.put(key, ids)
         return ids
 
     async def continuation_ids(

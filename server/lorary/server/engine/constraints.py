@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from lorary.errors import InvalidRequest, MissingDependency
+from lorary.server.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,7 @@ class Compiler:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._trie: Any = None
-        self._cache: OrderedDict[Constraint, TokenGrammar] = OrderedDict()
+        self._cache: Recent[Constraint, TokenGrammar] = Recent(MAX_CACHED)
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="lorary-masks")
         self._thread = _deep_thread("lorary-grammars")
 
@@ -89,11 +89,8 @@ class Compiler:
     def _look_up(self, constraint: Constraint) -> TokenGrammar:
         found = self._cache.get(constraint)
         if found is None:
-            found = self._cache[constraint] = self._compile(constraint)
-            if len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(constraint)
+            found = self._compile(constraint)
+            self._cache.put(constraint, found)
         return found
 
     def close(self) -> None:
