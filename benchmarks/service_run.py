@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,8 @@ HERE, ELSEWHERE = "here", "elsewhere"
 """Where a record's model is computed; here, where it does not say."""
 APART = "elsewhere, a frame for every token"
 """The same, with ``--stream-frames 0``: what joining steps in a frame saves."""
+NOWHERE = "nowhere"
+"""An empty service in its place (``harness.empty_service``): what gRPC itself takes of a unary call."""
 BESIDE_ENGINE = ("streams", "unary")
 """Parts measured with either; their bars are for a service that has its cores to itself."""
 NO_BAR = (
@@ -59,6 +62,7 @@ NO_BAR = (
         ("service_cpu_us_per_token",),
         "the same µs, the model computed on these cores",
     ),
+    ("unary", NOWHERE, ("beside_engine_ms", "p50"), "the same ms of an empty service of gRPC's"),
     ("unary", HERE, ("beside_engine_ms", "p50"), "the same ms, the model computed on these cores"),
 )
 STEPS_MS = {"streams": "33", "unary": "0"}
@@ -122,10 +126,17 @@ def main(
         if "streams" in parts:
             distant.append(("streams", APART, [*arguments, "--stream-frames", "0"]))
         for part, model, options_of in distant:
-            with _distant(part, options_of, Path(scratch)) as server:
-                work = _beside_engine(part, server, prompts, setup, model)
+            with ExitStack() as stack:
+                servers = {model: stack.enter_context(_distant(part, options_of, Path(scratch)))}
+                if part == "unary":
+                    servers[NOWHERE] = stack.enter_context(_empty(Path(scratch) / NOWHERE))
+                works = [
+                    _beside_engine(part, server, prompts, setup, where)
+                    for where, server in servers.items()
+                ]
                 for _ in range(rounds):
-                    kept.measure(work)
+                    for work in works:
+                        kept.measure(work)
     kept.finish(console, table_of)
 
 
@@ -135,6 +146,11 @@ def _distant(part: str, arguments: Sequence[str], scratch: Path) -> ServerProces
     return ServerProcess(
         arguments, scratch, environment=environment, module="benchmarks.harness.distant_server"
     )
+
+
+def _empty(scratch: Path) -> ServerProcess:
+    """Start a server of gRPC's that does nothing else."""
+    return ServerProcess([], scratch, module="benchmarks.harness.empty_service")
 
 
 def _beside_engine(

@@ -39,6 +39,13 @@ def test_parts_measure_a_real_server(tiny_base: Path, tmp_path: Path) -> None:
         assert measured.ENGINE in tasks
 
 
+def test_an_empty_service_is_measured_like_a_server(tmp_path: Path) -> None:
+    with ServerProcess([], tmp_path, module="benchmarks.harness.empty_service") as server:
+        calls = measured.unary(server.address, PROMPTS, 100)
+    # Its thread computes for a millisecond, which is not gRPC's.
+    assert 0 < calls["beside_engine_ms"]["p50"] <= calls["whole_ms"]["p50"] - 1.0
+
+
 def test_a_soak_goes_through_both_doors_and_publishes(tiny_base: Path, tmp_path: Path) -> None:
     registry = Registry.open(tmp_path / "store", create=True)
     names = [f"soak-{k}" for k in range(6)]
@@ -122,6 +129,8 @@ def test_every_bar_is_held_and_what_is_less_than_promised_is_short(tmp_path: Pat
             # With the model on the same cores, which the bars are not for.
             {"kind": "streams", "service_cpu_us_per_token": 99.0},
             {"kind": "unary", "beside_engine_ms": {"p50": 2.0}},
+            # Of an empty service.
+            {"kind": "unary", "beside_engine_ms": {"p50": 0.1}, "model": "nowhere"},
             {"kind": "streams", "service_cpu_us_per_token": 59.0, "model": "elsewhere"},
             {"kind": "unary", "beside_engine_ms": {"p50": 0.9}, "model": "elsewhere"},
             {"kind": "idle", "added_mb": 30.0},
