@@ -61,7 +61,7 @@ verify-main: assets ## Every figure the project promises, from a clean clone, on
 	$(BIN)/python scripts/verify_main.py $(VERIFY_ARGS)
 
 .PHONY: verify-engine
-verify-engine: assets ## The engine's speed and correctness beside its peers, one line per figure (75-110 min)
+verify-engine: assets ## The engine's speed and correctness beside its peers, one line per figure (75-130 min)
 	$(BIN)/python scripts/verify_engine.py $(VERIFY_ARGS)
 
 .PHONY: verify-lifecycle

@@ -19,7 +19,7 @@ from benchmarks.contenders.peers import missing
 from benchmarks.contenders.peers import versions as peer_versions
 from benchmarks.harness.machine import DOCUMENT, head, result_path
 from benchmarks.harness.threads import pin_threads
-from benchmarks.kept import Quiet
+from benchmarks.kept import Quiet, make_all
 from benchmarks.peers.catalog import CONTENDERS
 from benchmarks.plan import SEED, Plan, Popularity, Through
 from benchmarks.plot import draw
@@ -119,9 +119,7 @@ def main(
     console.print(f"\nrecords: {path}")
     Console().print(report.table(report.read(path)), highlight=False, soft_wrap=True)
     if not is_complete:
-        console.print(
-            "[red]some cells have no run on a quiet machine[/]; wait, or pass --tolerate-load"
-        )
+        console.print("[red]some runs found no quiet machine[/]; wait, or pass --tolerate-load")
         raise typer.Exit(1)
 
 
@@ -132,44 +130,51 @@ def _run(
     from benchmarks.setup import build, check
     from benchmarks.workload import Call, awake, choose
 
-    quiet = Quiet(tolerate=tolerate, retries=retries)
-    is_complete = True
+    # Cells that are compared repeat by repeat stay side by side, so one is tried again at once.
+    at_once, rounds = (retries, 1) if plan.interleave else (0, 1 + retries)
+    quiet = Quiet(tolerate=tolerate, retries=at_once)
     with build(plan, scratch, console) as stage, _progress() as progress:
         check(plan, stage, lambda record: report.append(path, {**first, **record}), console)
-        runs = plan.runs
-        total = sum(c.can_answer(k) for k, _, _ in runs for c in stage.contenders)
-        bar = progress.add_task("", total=total)
-        for num_adapters, at_once, repeat in runs:
+        runs = [
+            (cell, contender)
+            for cell in plan.runs
+            for contender in _in_turn(stage.contenders, cell[2])
+            if contender.can_answer(cell[0])
+        ]
+        bar = progress.add_task("", total=len(runs))
+
+        def make(run: tuple[tuple[int, int, int], Contender], number: int) -> bool:
+            (num_adapters, concurrency, repeat), contender = run
             # The same calls for every contender; others in every repeat.
-            rng = random.Random(f"{SEED}/{num_adapters}/{at_once}/{repeat}")
+            rng = random.Random(f"{SEED}/{num_adapters}/{concurrency}/{repeat}")
             names = stage.adapters[:num_adapters]
-            count = plan.num_requests(at_once)
+            count = plan.num_requests(concurrency)
             chosen = choose(names, count, plan.popularity.value, rng)
             prompts = stage.prompts.take(count, plan.prompt_tokens, rng)
             calls = [Call(prompt_ids=p, adapter=a) for p, a in zip(prompts, chosen, strict=True)]
-            for contender in _in_turn(stage.contenders, repeat):
-                if not contender.can_answer(num_adapters):
-                    continue
-                what = f"{contender.name}: {num_adapters} adapters, {at_once} requests at once"
-                progress.update(bar, description=what)
-                record: dict[str, Any] = {}
-                with awake(contender, names):
-                    if repeat == 0:
-                        contender.run(calls[:at_once], concurrency=at_once, new_tokens=4)
-                    for record in measure(
-                        contender,
-                        calls,
-                        concurrency=at_once,
-                        new_tokens=plan.new_tokens,
-                        quiet=quiet,
-                    ):
-                        place = {"adapters": num_adapters, "concurrency": at_once, "repeat": repeat}
-                        run = {"kind": "run", "contender": contender.name, **place, **record}
-                        report.append(path, {**first, **run})
-                        progress.console.print(_line(what, run), highlight=False, soft_wrap=True)
-                is_complete &= bool(record["accepted"])
-                progress.advance(bar)
-    return is_complete
+            what = f"{contender.name}: {num_adapters} adapters, {concurrency} requests at once"
+            progress.update(bar, description=what)
+            is_accepted = False
+            with awake(contender, names):
+                if repeat == 0:
+                    contender.run(calls[:concurrency], concurrency=concurrency, new_tokens=4)
+                for found in measure(
+                    contender,
+                    calls,
+                    concurrency=concurrency,
+                    new_tokens=plan.new_tokens,
+                    quiet=quiet,
+                    first=number,
+                ):
+                    place = {"adapters": num_adapters, "concurrency": concurrency, "repeat": repeat}
+                    record = {"kind": "run", "contender": contender.name, **place, **found}
+                    report.append(path, {**first, **record})
+                    progress.console.print(_line(what, record), highlight=False, soft_wrap=True)
+                    is_accepted = bool(found["accepted"])
+            progress.advance(bar, is_accepted)
+            return is_accepted
+
+        return not make_all(runs, make, rounds)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

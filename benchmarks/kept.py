@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quiet:
     """When a run counts: others use at most ``max_foreign`` cores; else it is run again."""
@@ -23,6 +26,23 @@ class Quiet:
     max_foreign: float = 0.1
     retries: int = 3
     tolerate: bool = False
+
+
+def make_all(runs: Sequence[T], make: Callable[[T, int], bool], rounds: int) -> list[T]:
+    """Make every run; those that failed once more behind all others, and so on; return which failed in all rounds.
+
+    Neighbours come for minutes: whom they disturbed is better tried again when they may have gone, and
+    until then others can be measured.
+
+    Args:
+        runs: in their order.
+        make: makes one, in the round of that number; whether it counts.
+        rounds: how often at most.
+    """
+    left = list(runs)
+    for number in range(rounds):
+        left = [run for run in left if not make(run, number)]
+    return left
 
 
 class Kept:

@@ -22,13 +22,14 @@ def measure(
     concurrency: int,
     new_tokens: int,
     quiet: Quiet,
+    first: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record per attempt, the last of which is accepted or the best that could be had.
+    """Yield a record per attempt, the last of which is accepted or the best that could be had; ``first`` is its number.
 
     Raises:
         RuntimeError: an answer does not have exactly ``new_tokens`` tokens.
     """
-    for attempt in range(1 + quiet.retries):
+    for attempt in range(first, first + 1 + quiet.retries):
         meter = CpuMeter()
         traces = contender.run(calls, concurrency=concurrency, new_tokens=new_tokens)
         load = meter.stop()

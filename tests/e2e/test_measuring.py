@@ -16,6 +16,7 @@ import pytest
 from benchmarks import report
 from benchmarks.agreement import Agreement, disagreements
 from benchmarks.harness.load import CpuMeter
+from benchmarks.kept import make_all
 from benchmarks.measure import figures
 from benchmarks.plot import draw
 from benchmarks.workload import Trace, choose
@@ -72,6 +73,22 @@ def test_disturbed_runs_do_not_count() -> None:
     assert found["lorary"][CELL].repeats == 3
     assert report.ratio(found, CELL, "lorary", "peft") == 2.5
     assert "| 2.5x |" in report.table(records)
+
+
+def test_what_was_disturbed_is_made_again_behind_all_others() -> None:
+    made: list[tuple[str, int]] = []
+
+    def make(run: str, number: int) -> bool:
+        made.append((run, number))
+        # One is never quiet, one only the third time.
+        return run == "quiet" or (run == "late" and number == 2)
+
+    assert make_all(["never", "late", "quiet"], make, 4) == ["never"]
+    assert made == [
+        *((run, 0) for run in ("never", "late", "quiet")),
+        *((run, number) for number in (1, 2) for run in ("never", "late")),
+        ("never", 3),
+    ]
 
 
 def test_table_says_what_adapters_cost() -> None:
