@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from typing import Any
+
+import grpc.aio
 
 from lorary.server.access.identity import tenant_name
 from lorary.server.current_call import current_call, request_id
@@ -73,11 +76,34 @@ class _Seldom(logging.Filter):
         return True
 
 
+class _Unsent(logging.Filter):
+    """Says in a line what gRPC says as an error of the server's, with a traceback: an answer did not reach its caller.
+
+    A deadline that passes while a call's only message is being sent fails that before the server is told that the
+    caller has gone. The caller has its status, and nobody can do anything about it.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not record.name.startswith("grpc.") or not isinstance(error, grpc.aio.InternalError):
+            return True
+        method = re.search(r"\[(.+)\]", record.getMessage())
+        record.msg = (
+            "%s was answered, and that could not be sent: its caller has gone, or it is longer than "
+            "--max-message"
+        )
+        record.args = (method[1] if method else "a call",)
+        record.exc_info = record.exc_text = None
+        record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+        return logging.getLogger("lorary").isEnabledFor(logging.INFO)
+
+
 def configure(log_format: str, level: str) -> None:
     """Send the log of this process to stderr; replaces what was set up before."""
     handler = _Stderr()
     handler.setFormatter(_Json() if log_format == "json" else _Human())
     handler.addFilter(_Seldom())
+    handler.addFilter(_Unsent())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
