@@ -133,6 +133,10 @@ class ServerConfig:
     metrics_port: int = _option(
         9400, "Port of /metrics, on the same host; 0 takes a free one.", low=0, high=65535
     )
+    router_metrics: bool = _option(
+        False,
+        "Add to /metrics, under vLLM's names, what endpoint pickers of llm-d and the Gateway API route by.",
+    )
     tls_cert: Path | None = _option(  # noqa: RUF009 - it is dataclasses.field
         None, "PEM file of the server's certificate chain; with --tls-key, gRPC speaks TLS only."
     )

@@ -22,6 +22,7 @@ from lorary.server.interceptors import (
 )
 from lorary.server.rollout.build import build_rollout
 from lorary.server.rollout.health import AdapterHealth
+from lorary.server.router_metrics import AskedRefs, RouterCollector
 from lorary.server.service import InferenceService, Parts
 from lorary.server.state_metrics import LoopCollector
 from lorary.server.targets import Prompts, Targets
@@ -112,6 +113,18 @@ class Core:
         if backend.engine_pid is not None:
             metrics.watch_process(backend.engine_pid)
         metrics.registry.register(self.rollout.collector(config.tracked_adapters))
+        if config.router_metrics:
+            asked = AskedRefs()
+            self._targets.note_asked(asked)
+            metrics.registry.register(
+                RouterCollector(
+                    metrics,
+                    backend.engine,
+                    backend.residency,
+                    asked,
+                    backend.facts.adapter_memory_bytes,
+                )
+            )
 
     def interceptors(self) -> tuple[Around, ...]:
         """What every call of gRPC's kind is wrapped in; the outermost first."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorary.server.composition import Part
     from lorary.server.ports import ManifestLike, PromptsLike, RegistryLike
     from lorary.server.rollout.splits import Trial
+    from lorary.server.router_metrics import AskedRefs
     from lorary.server.tools.definitions import Toolset
     from lorary.v1 import inference_pb2 as pb
 
@@ -99,10 +100,15 @@ class Targets:
         self._tasks: Recent[str, tuple[Task, Method]] = Recent(MAX_CACHED_TASKS)
         self._said: set[str] = set()
         self._follow: Callable[[str, str | None], Awaitable[Target]] | None = None
+        self._asked: AskedRefs | None = None
 
     def follow(self, resolve: Callable[[str, str | None], Awaitable[Target]]) -> None:
         """Let ``resolve`` say what a ref means to callers (``rollout.aliases``)."""
         self._follow = resolve
+
+    def note_asked(self, asked: AskedRefs) -> None:
+        """Note in ``asked`` what callers write for a version from now on."""
+        self._asked = asked
 
     async def resolve(self, ref: str, key: str | None = None) -> Target:
         """Return what ``ref`` means to the current caller: what is served, which follows what is registered.
@@ -133,9 +139,11 @@ class Targets:
         )
 
     async def _served(self, ref: str, key: str | None) -> Target:
-        if ref and self._follow is not None:
-            return await self._follow(ref, key)
-        return await self.lookup(ref)
+        follow = self._follow if ref else None
+        target = await (self.lookup(ref) if follow is None else follow(ref, key))
+        if self._asked is not None and target.digest:
+            self._asked.note(ref, target.digest)
+        return target
 
     async def lookup(self, ref: str) -> Target:
         """Return what ``ref`` means in the registry now, whoever asks.
